@@ -1,0 +1,37 @@
+# Each target works alone on a fresh clone: the first one builds .venv (Python 3.11 or newer).
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help demo test check bench clean
+
+help:
+	@echo "make demo   train on a real data set, on all cores, and see the digest of the weights"
+	@echo "make test   run the test suite"
+	@echo "make check  check formatting, lint and types"
+	@echo "make bench  compare step times with DistributedDataParallel on this machine"
+	@echo "make clean  remove .venv and caches"
+
+demo: $(STAMP)
+	@$(BIN)/unisono demo digits
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -q
+
+check: $(STAMP)
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+
+bench: $(STAMP)
+	@$(BIN)/python benchmarks/one_machine.py
+
+clean:
+	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Installing into .venv (minutes the first time: PyTorch is large) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,demo,bench]'
+	@touch $@

@@ -1,0 +1,66 @@
+"""Data-parallel training in which every replica holds the same model, bit for bit, on any number of workers.
+
+Start with :class:`Trainer`; the command is ``unisono run SCRIPT``.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from unisono.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DataError,
+    Desync,
+    FingerprintMismatch,
+    UnisonoError,
+    WorkerFailure,
+)
+from unisono.version import __version__
+
+if TYPE_CHECKING:
+    from unisono.observe.summary import Summary
+    from unisono.sync.exact import Exact
+    from unisono.training.callbacks import Callback
+    from unisono.training.loader import Loader
+    from unisono.training.step import Batch, StepResult
+    from unisono.training.trainer import Trainer
+    from unisono.world import World
+
+# Imported on first use: the command must not wait for torch before it can say anything.
+_HOMES = {
+    "Batch": "unisono.training.step",
+    "Callback": "unisono.training.callbacks",
+    "Exact": "unisono.sync.exact",
+    "Loader": "unisono.training.loader",
+    "StepResult": "unisono.training.step",
+    "Summary": "unisono.observe.summary",
+    "Trainer": "unisono.training.trainer",
+    "World": "unisono.world",
+}
+
+__all__ = [
+    "Batch",
+    "Callback",
+    "CheckpointError",
+    "ConfigurationError",
+    "DataError",
+    "Desync",
+    "Exact",
+    "FingerprintMismatch",
+    "Loader",
+    "StepResult",
+    "Summary",
+    "Trainer",
+    "UnisonoError",
+    "WorkerFailure",
+    "World",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'unisono' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

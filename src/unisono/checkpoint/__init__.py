@@ -1,0 +1,1 @@
+"""What a run leaves behind: tensors and JSON in a run directory, complete or absent, never pickled."""

@@ -1,0 +1,266 @@
+"""How state becomes files: a safetensors file for the tensors, strict JSON for everything else. Nothing is pickled.
+
+JSON has no tuples, no integer keys, no NaN. Such a value becomes an object with the key "$" that names its kind:
+``{"$": "tuple", "items": [...]}``. A tensor becomes ``{"$": "tensor", "name": ...}``, its name in the safetensors file.
+All other values are written as themselves, so that any JSON tool can read what a person would look for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from typing import Any, NoReturn, TypeAlias, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unisono.errors import CheckpointError
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+
+_TAG = "$"
+_MAPPINGS: dict[str, type[dict[Any, Any]]] = {"dict": dict, "ordered_dict": OrderedDict, "counter": Counter}
+_MAPPING_TAGS = {kind: tag for tag, kind in _MAPPINGS.items()}
+_NUMPY = {
+    "bool",
+    *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+    "float16",
+    "float32",
+    "float64",
+}
+# Larger integers are exact in Python, but not in every reader of JSON.
+_EXACT_INT = 2**53
+# A header entry of the safetensors format, so no tensor can have this name.
+_RESERVED = "__metadata__"
+_DTYPES = {
+    torch.bool, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32,
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64,
+    torch.uint64, torch.complex64,
+}  # fmt: skip
+
+
+def pack(state: object) -> tuple[Json, dict[str, Tensor]]:
+    """Splits nested state into JSON and named tensors. *local*
+
+    Args:
+        state: None, bool, int, float, str, torch.Tensor, torch.dtype, NumPy scalar, or a list, tuple, dict, OrderedDict
+            or Counter of such, with str or int keys. Exactly these types: a subclass would come back as something else.
+
+    Returns:
+        The JSON value, and the tensors themselves (not copied) under their paths, for example "state[3].exp_avg".
+
+    Raises:
+        CheckpointError: A value of another type; its path and type are named.
+    """
+    tensors: dict[str, Tensor] = {}
+    try:
+        return _pack(state, "", tensors), tensors
+    except RecursionError as error:
+        raise CheckpointError(
+            "cannot save a state that is nested too deeply or contains itself. Keep only plain values in it."
+        ) from error
+
+
+def unpack(packed: Json, tensors: Mapping[str, Tensor]) -> Any:
+    """The state that `pack` split, with the same types, key types and order of keys. *local*
+
+    Raises:
+        CheckpointError: `packed` or `tensors` is not what `pack` returned.
+    """
+    try:
+        return _unpack(packed, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"cannot understand packed state ({type(error).__name__}: {error}). "
+            "It was damaged, or written by another version of unisono; use an older checkpoint."
+        ) from error
+
+
+def snapshot(state: Any) -> Any:
+    """A copy of `state` that later training steps cannot change, with tensors on the CPU. *local*
+
+    It takes what `pack` accepts. Take it before handing state to a background writer. Raises as `pack` does.
+    """
+    packed, tensors = pack(state)
+    return unpack(packed, {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()})
+
+
+def encode(tensors: Mapping[str, Tensor]) -> bytes:
+    """The bytes of a safetensors file with these tensors. *local*
+
+    The bytes depend on names, dtypes, shapes and values only: not on order, strides or device. Tied or overlapping
+    tensors are written in full under each name.
+
+    Raises:
+        CheckpointError: A tensor that the format cannot hold (complex128, sparse, quantized, meta, ...); it is named.
+    """
+    from safetensors.torch import save
+
+    seen: set[int] = set()
+    plain: dict[str, Tensor] = {}
+    for name in sorted(tensors):
+        tensor = _plain(name, tensors[name])
+        storage = tensor.untyped_storage().data_ptr()
+        plain[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    try:
+        return save(plain, metadata={"format": "pt"})
+    except Exception as error:
+        raise CheckpointError(f"cannot write tensors as safetensors: {error}. Names: {', '.join(plain)}.") from error
+
+
+def decode(data: bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors file on the CPU, each in memory of its own, aligned to 64 bytes. *local*
+
+    Raises:
+        CheckpointError: `data` is no safetensors file.
+    """
+    from safetensors.torch import load
+
+    try:
+        # A copy: the file's tensors lie at any offset, and results of vector kernels can depend on the alignment.
+        return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in load(data).items()}
+    except Exception as error:
+        raise CheckpointError(f"cannot read {len(data):,} bytes as safetensors: {error}. Use an older file.") from error
+
+
+def digest(data: bytes | memoryview) -> str:
+    """SHA-256 of `data` in hexadecimal, as `sha256sum` prints it. *local*"""
+    return hashlib.sha256(data).hexdigest()
+
+
+def to_json(value: Json, *, indent: int | None = None) -> bytes:
+    """Standard JSON (ASCII, no NaN), ending with a newline. *local*
+
+    Raises:
+        CheckpointError: `value` holds NaN, an infinity or a type that JSON has not: `pack` it first.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, indent=indent).encode() + b"\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot write as JSON: {error}.") from error
+
+
+def from_json(data: bytes) -> Json:
+    """The value of standard JSON. *local*
+
+    Raises:
+        CheckpointError: `data` is not standard JSON in UTF-8.
+    """
+    try:
+        value: Json = json.loads(data.decode(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"not JSON: {error}.") from error
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not standard JSON")
+
+
+def _pack(value: object, path: str, tensors: dict[str, Tensor]) -> Json:
+    kind = type(value)
+    if value is None or kind is bool or kind is str:
+        return value  # type: ignore[return-value]
+    if kind is int:
+        return _pack_int(value)  # type: ignore[arg-type]
+    if kind is float:
+        return _pack_float(value)  # type: ignore[arg-type]
+    if isinstance(value, Tensor):
+        # Only a state that is nothing but a tensor has no path.
+        name = path or "state"
+        tensors[name] = value
+        return {_TAG: "tensor", "name": name}
+    if kind is list or kind is tuple:
+        sequence = cast("list[object] | tuple[object, ...]", value)
+        items = [_pack(item, f"{path}[{i}]", tensors) for i, item in enumerate(sequence)]
+        return items if kind is list else {_TAG: "tuple", "items": items}
+    if kind in _MAPPING_TAGS:
+        return _pack_mapping(value, path, tensors)  # type: ignore[arg-type]
+    if isinstance(value, torch.dtype):
+        return {_TAG: "dtype", "name": str(value).removeprefix("torch.")}
+    if isinstance(value, np.generic) and value.dtype.name in _NUMPY:
+        return {_TAG: "numpy", "dtype": value.dtype.name, "value": _pack(value.item(), path, tensors)}
+    raise CheckpointError(
+        f"cannot save {path or 'the state'}: its type is {kind.__module__}.{kind.__qualname__}. A checkpoint holds "
+        "tensors, numbers, strings, lists, tuples and dicts; leave it out of the state_dict, or make it one of these."
+    )
+
+
+def _pack_int(value: int) -> Json:
+    return value if abs(value) <= _EXACT_INT else {_TAG: "int", "hex": hex(value)}
+
+
+def _pack_float(value: float) -> Json:
+    return value if math.isfinite(value) else {_TAG: "float", "value": repr(value)}
+
+
+def _pack_mapping(value: dict[Any, Any], path: str, tensors: dict[str, Tensor]) -> Json:
+    for key in value:
+        if type(key) is not str and type(key) is not int:
+            raise CheckpointError(
+                f"cannot save {path or 'the state'}: its key {key!r} is a {type(key).__name__}. "
+                "Keys in a checkpoint are strings or integers."
+            )
+    items = {key: _pack(item, _join(path, key), tensors) for key, item in value.items()}
+    if type(value) is dict and _TAG not in items and all(type(key) is str for key in items):
+        return items
+    pairs: list[Json] = [[_pack(key, path, tensors), item] for key, item in items.items()]
+    return {_TAG: _MAPPING_TAGS[type(value)], "items": pairs}
+
+
+def _join(path: str, key: str | int) -> str:
+    """The path of a mapping's item. Different keys give different paths, because these are the names of tensors."""
+    if type(key) is str and re.fullmatch(r"[A-Za-z_]\w*", key, re.ASCII) and key != _RESERVED:
+        return f"{path}.{key}" if path else key
+    return f"{path}[{key!r}]"
+
+
+def _unpack(node: Json, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(node, list):
+        return [_unpack(item, tensors) for item in node]
+    if isinstance(node, dict):
+        if _TAG in node:
+            return _unpack_tagged(node, tensors)
+        return {key: _unpack(item, tensors) for key, item in node.items()}
+    return node
+
+
+def _unpack_tagged(node: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    tag = node[_TAG]
+    if tag == "tensor":
+        return tensors[node["name"]]
+    if tag == "tuple":
+        return tuple(_unpack(item, tensors) for item in node["items"])
+    if tag in _MAPPINGS:
+        return _MAPPINGS[tag]({_unpack(key, tensors): _unpack(item, tensors) for key, item in node["items"]})
+    if tag == "int":
+        return int(node["hex"], 16)
+    if tag == "float":
+        return float(node["value"])
+    if tag == "dtype":
+        dtype = getattr(torch, node["name"])
+        if isinstance(dtype, torch.dtype):
+            return dtype
+    if tag == "numpy" and node["dtype"] in _NUMPY:
+        return np.dtype(node["dtype"]).type(_unpack(node["value"], tensors))
+    raise ValueError(f"unknown kind {tag!r}")
+
+
+def _plain(name: str, tensor: Tensor) -> Tensor:
+    if name == _RESERVED:
+        raise CheckpointError(f"a tensor cannot be called {name!r}: the safetensors format uses this name. Rename it.")
+    if tensor.layout is not torch.strided or tensor.device.type == "meta" or tensor.dtype not in _DTYPES:
+        raise CheckpointError(
+            f"cannot save tensor {name!r}: safetensors has no {tensor.layout} {tensor.dtype} on {tensor.device.type}. "
+            "Make it a dense tensor of a plain dtype, or leave it out of the state_dict."
+        )
+    try:
+        return tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"cannot save tensor {name!r} ({type(tensor).__name__}): {error}.") from error

@@ -1,0 +1,92 @@
+"""The narrow interface through which workers talk. Algorithms see this and nothing else.
+
+Every method marked *collective* must be called by all workers, in the same order, with matching sizes. Memory handed to
+an exchange must be left alone until the first collective call after its ``wait()`` has returned, and memory received from it
+is valid until that call begins: a transport may hand out the other worker's own memory instead of a copy.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from unisono.layout import allocate
+
+Expected = tuple[int, torch.dtype, torch.device]
+"""Number of elements, dtype and device of a flat tensor to be received."""
+
+
+class Pending(Protocol):
+    """An exchange that is under way."""
+
+    def wait(self) -> list[list[Tensor]]:
+        """Blocks until everything has arrived: for each worker, in order of rank, its tensors."""
+        ...
+
+
+class Collective(abc.ABC):
+    """What workers can do together.
+
+    Attributes:
+        rank: This worker's number.
+        size: How many workers there are.
+        bytes_sent: Bytes of tensors that this worker has sent to other workers so far.
+    """
+
+    rank: int
+    size: int
+    bytes_sent: int = 0
+
+    @abc.abstractmethod
+    def start_exchange(
+        self, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Expected]], *, name: str = "exchange"
+    ) -> Pending:
+        """*collective*. Sends a list of flat tensors to each worker and receives one from each.
+
+        Args:
+            outgoing: For each rank, contiguous 1-D tensors for it. What a worker sends to itself comes back as it is.
+            incoming: For each rank, what it sends here (own rank: ignored).
+            name: Exchanges that are under way at the same time need different names.
+        """
+
+    @abc.abstractmethod
+    def publish(self, flat: Tensor, bounds: Sequence[tuple[int, int]]) -> None:
+        """*collective*. Makes ``flat`` the same everywhere: worker r's elements ``bounds[r]`` are the ones that count."""
+
+    @abc.abstractmethod
+    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
+        """*collective*. Overwrites the contiguous ``tensor`` with that of worker ``source``."""
+
+    def exchange(
+        self, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Expected]], *, name: str = "exchange"
+    ) -> list[list[Tensor]]:
+        """*collective*. ``start_exchange`` and wait."""
+        return self.start_exchange(outgoing, incoming, name=name).wait()
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """*collective*. The 1-D tensors of all workers, in order of rank; same size and dtype everywhere."""
+        expected: Expected = (tensor.numel(), tensor.dtype, tensor.device)
+        received = self.exchange([[tensor]] * self.size, [[expected]] * self.size)
+        return [tensors[0] for tensors in received]
+
+    def all_gather_bytes(self, data: bytes) -> list[bytes]:
+        """*collective*. The byte strings of all workers, of any length, in order of rank."""
+        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        sizes = [int(size) for size in self.all_gather(torch.tensor([len(data)]))]
+        received = self.exchange([[mine]] * self.size, [[(size, torch.uint8, mine.device)] for size in sizes])
+        return [tensors[0].numpy().tobytes() for tensors in received]
+
+    def barrier(self) -> None:
+        """*collective*. Returns once every worker has called it."""
+        self.all_gather(torch.zeros(1, dtype=torch.uint8))
+
+    def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """*local*. Uninitialised memory from which this transport sends fastest, aligned to 64 bytes."""
+        return allocate(numel, dtype, device)
+
+    def close(self) -> None:  # noqa: B027 - most transports hold nothing
+        """*local*. Ends this worker's part; others that still wait for it get a ``WorkerFailure``."""

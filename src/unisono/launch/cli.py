@@ -1,0 +1,97 @@
+"""The `unisono` command. It imports torch only once it has work to do, so that `unisono --help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from unisono.errors import ConfigurationError
+from unisono.world import threads_from_environment, usable_cores
+
+_DEMOS = Path(__file__).parent.parent / "demos"
+_GRACE_S = 120.0
+
+
+def _launch_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that `run` and `demo` share."""
+    for option in (
+        click.option(
+            "--grace",
+            type=click.FloatRange(min=0),
+            metavar="SECONDS",
+            default=_GRACE_S,
+            show_default=True,
+            help="How long workers may take to save their work and leave after Ctrl-C or SIGTERM.",
+        ),
+        click.option(
+            "--threads",
+            type=click.IntRange(min=1),
+            metavar="T",
+            help="Threads per worker; default: OMP_NUM_THREADS, or 1. Another number may give other weights.",
+        ),
+        click.option(
+            "--workers",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="How many workers; default: usable cores / threads, and no more than microbatches.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Data-parallel PyTorch training with bit-identical weights for any number of workers."""
+
+
+@main.command(context_settings={"allow_interspersed_args": False})
+@_launch_options
+@click.argument("script", type=click.Path(exists=True, dir_okay=False, readable=True))
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+def run(script: str, args: tuple[str, ...], **options: Any) -> None:
+    """Run SCRIPT with ARGS on many workers of this host. Options for unisono stand before SCRIPT."""
+    sys.exit(_run(script, args, **options))
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@_launch_options
+@click.argument("name")
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+def demo(name: str, args: tuple[str, ...], **options: Any) -> None:
+    """Run the example NAME that comes with unisono. Options that unisono does not know go to the example."""
+    names = sorted(file.stem for file in _DEMOS.glob("*.py") if not file.stem.startswith("_"))
+    if name not in names:
+        raise click.BadParameter(f"no demo {name!r}; there are: {', '.join(names) or 'none'}", param_hint="NAME")
+    sys.exit(_run(str(_DEMOS / f"{name}.py"), args, **options))
+
+
+def _run(script: str, args: tuple[str, ...], *, workers: int | None, threads: int | None, grace: float) -> int:
+    from unisono.launch import runner
+
+    try:
+        threads = threads or threads_from_environment(os.environ)
+    except ConfigurationError as error:
+        raise click.UsageError(str(error)) from None
+    cores = usable_cores()
+    settings = runner.Run(
+        script=script,
+        args=args,
+        workers=workers or max(1, cores // threads),
+        workers_defaulted=workers is None,
+        threads=threads,
+        grace_s=grace,
+    )
+    if settings.workers * threads > cores:
+        need = settings.workers * threads
+        click.echo(f"unisono: {need} threads ({settings.workers} workers x {threads}) share {cores} cores", err=True)
+    return runner.run(settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""A tiny process beside the launcher: if the launcher is killed, it ends the workers and everything they started.
+
+The launcher writes "+PID" for each worker that it starts and "-PID" for each that it has buried. The end of that stream
+means that the launcher is gone, whatever killed it. A parent-death signal in each worker would not do: it spares the
+workers' own children (loader workers), and a watching thread in the worker needs an interpreter that is not stuck.
+
+This file imports nothing but the standard library and runs in an isolated interpreter: it starts in milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+
+_POLL_S = 0.02
+
+
+def end_groups(groups: Iterable[int], *, grace_s: float) -> None:
+    """Ends process groups: SIGTERM, then SIGKILL for whoever is still there after `grace_s` seconds. *local*
+
+    The grace is for Python's resource trackers: they ignore SIGTERM, and unlink the shared memory that a killed
+    process left behind. What is gone already is no error.
+    """
+    left = [group for group in groups if _signal_group(group, signal.SIGTERM)]
+    deadline_s = time.monotonic() + grace_s
+    while left and time.monotonic() < deadline_s:
+        time.sleep(_POLL_S)
+        left = [group for group in left if _signal_group(group, 0)]
+    for group in left:
+        _signal_group(group, signal.SIGKILL)
+
+
+def _signal_group(group: int, signum: int) -> bool:
+    """Whether there still was someone to signal."""
+    try:
+        os.killpg(group, signum)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # someone in it changed user: it is no longer ours to end
+        return False
+    return True
+
+
+class Guard:
+    """The launcher's end. Used as a context; `add` and `remove` are *local*."""
+
+    def __enter__(self) -> Guard:
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
+
+    def add(self, pid: int) -> None:
+        """Guard the process group that this process leads."""
+        self._tell(f"+{pid}\n")
+
+    def remove(self, pid: int) -> None:
+        """The group is gone, and its number may soon be someone else's."""
+        self._tell(f"-{pid}\n")
+
+    def _tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(line.encode())
+            self._process.stdin.flush()
+
+
+def main() -> None:
+    """Wait for the launcher's end, then end what it left behind."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)  # a stop of the whole service is the launcher's to handle
+    groups: set[int] = set()
+    for line in sys.stdin:
+        pid = int(line[1:])
+        groups.add(pid) if line[0] == "+" else groups.discard(pid)
+    for pid in groups:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)  # workers would take SIGTERM as a wish for a checkpoint
+    end_groups(groups, grace_s=1.0)
+
+
+if __name__ == "__main__":
+    main()

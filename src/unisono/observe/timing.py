@@ -1,0 +1,139 @@
+"""Where the time of a step goes.
+
+A ``StepClock`` belongs to one worker and one thread. ``start`` and ``stop`` cost well under a microsecond each beyond
+reading the clock, so they may stand around every microbatch::
+
+    with clock.phase("compute"):
+        ...
+    with clock.phase("communication"):
+        ...
+        with clock.phase("waiting"):      # counts as waiting only, not as communication too
+            ...
+    seconds = clock.lap(samples=256)
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
+from typing import Literal, get_args
+
+Phase = Literal["data", "compute", "communication", "waiting"]
+"""Loading samples; forward, backward and update; moving bytes; standing still until other workers are there."""
+
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+_SMOOTHING_S = 5.0
+
+
+class StepClock:
+    """Seconds of each phase of a step, and smoothed rates over recent steps. *Local*.
+
+    Phases may be nested; a second counts for the innermost one. While the clock is paused it stands still.
+
+    The rates are ratios of two exponential moving averages that forget alike, over about the last 5 s of training (or
+    the last step, if that took longer). Both start at zero, so the bias of a young average (Adam, Kingma and Ba 2015,
+    section 3) cancels in the ratio, and a long step weighs as much as it lasted.
+
+    Args:
+        clock: Gives seconds; only differences are used.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._contexts = {name: _PhaseContext(self, name) for name in PHASES}
+        self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self._open: list[Phase] = []
+        self._pauses = 0
+        self._paused_at = 0.0
+        self._paused_s = 0.0
+        self._lap_began = self._mark = self._now()
+        self._recent_s = self._recent_samples = self._recent_waiting_s = 0.0
+
+    def start(self, name: Phase) -> None:
+        """Begin a phase; the phase around it, if any, stands still until the matching ``stop``."""
+        self._account()
+        self._open.append(name)
+
+    def stop(self) -> None:
+        """End the phase begun last."""
+        self._account()
+        self._open.pop()
+
+    def phase(self, name: Phase) -> AbstractContextManager[None]:
+        """``start`` and ``stop`` as a context; the phase also ends if the body raises."""
+        return self._contexts[name]
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the body out of everything: an evaluation, a callback. Pauses may be nested."""
+        if not self._pauses:
+            self._paused_at = self._clock()
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+            if not self._pauses:
+                self._paused_s += self._clock() - self._paused_at
+
+    def lap(self, samples: int = 0) -> dict[str, float]:
+        """End a step, and begin the next.
+
+        Args:
+            samples: Samples of the global batch that was trained, for ``rate``.
+
+        Returns:
+            Seconds of ``data``, ``compute``, ``communication`` and ``waiting`` since the last lap, and of the whole
+            ``step``, which also holds what was in no phase.
+        """
+        self._account()
+        elapsed = self._mark - self._lap_began
+        self._lap_began = self._mark
+        lap = {**self._seconds, "step": elapsed}
+        keep = math.exp(-elapsed / _SMOOTHING_S)
+        self._recent_s = self._recent_s * keep + elapsed
+        self._recent_samples = self._recent_samples * keep + samples
+        self._recent_waiting_s = self._recent_waiting_s * keep + self._seconds["waiting"]
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        return lap
+
+    @property
+    def rate(self) -> float:
+        """Smoothed samples per second; 0 before the first lap."""
+        return self._recent_samples / self._recent_s if self._recent_s > 0 else 0.0
+
+    @property
+    def waiting_share(self) -> float:
+        """Smoothed share of time spent waiting for other workers, 0 to 1; 0 before the first lap."""
+        return self._recent_waiting_s / self._recent_s if self._recent_s > 0 else 0.0
+
+    def _now(self) -> float:
+        return (self._paused_at if self._pauses else self._clock()) - self._paused_s
+
+    def _account(self) -> None:
+        now = self._now()
+        if self._open:
+            self._seconds[self._open[-1]] += now - self._mark
+        self._mark = now
+
+
+class _PhaseContext:
+    """Holds no state of its own, so one object serves every use of its phase, nested ones too."""
+
+    __slots__ = ("_name", "_owner")
+
+    def __init__(self, owner: StepClock, name: Phase) -> None:
+        self._owner = owner
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._owner.start(self._name)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._owner.stop()

@@ -1,0 +1,63 @@
+"""Stopping on request: Ctrl-C and SIGTERM are remembered, and acted on where the work can be saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Within this context SIGINT and SIGTERM only leave a note. *local*
+
+    Whoever owns the loop asks `requested` between two steps, saves, and raises `SystemExit(128 + signum)`.
+
+    - The first signal is recorded. Signals within `same_event_s` of it are the same event: a terminal sends SIGINT to
+      every process of its foreground group, and a launcher passes the same stop on to its workers once more.
+    - A SIGINT after that raises KeyboardInterrupt at once, so a person can always get out. A later SIGTERM changes
+      nothing: the stop is already under way.
+    - Processes forked within the context (loader workers) inherit the handlers but have nothing to save: there SIGINT
+      is ignored, because their parent still needs them for its last step, and SIGTERM ends the process quietly.
+    - Python runs handlers in the main thread only; entered in another thread, the context does nothing.
+
+    On exit the previous handlers are back.
+    """
+
+    def __init__(self, *, same_event_s: float = 2.0) -> None:
+        self.requested: signal.Signals | None = None
+        """The signal that asked to stop, or None."""
+        self._same_event_s = same_event_s
+        self._first_s = 0.0
+        self._pid = 0
+        self._previous: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._pid = os.getpid()
+            for signum in _SIGNALS:
+                self._previous[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        for signum, previous in self._previous.items():
+            # None stands for a handler that was not installed from Python and cannot be put back by it.
+            signal.signal(signum, signal.SIG_DFL if previous is None else previous)
+        self._previous.clear()
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            if signum == signal.SIGTERM:
+                os._exit(128 + signum)
+            return
+        now_s = time.monotonic()
+        if self.requested is None:
+            self.requested = signal.Signals(signum)
+            self._first_s = now_s
+        elif signum == signal.SIGINT and now_s - self._first_s > self._same_event_s:
+            raise KeyboardInterrupt

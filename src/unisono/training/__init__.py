@@ -1,0 +1,1 @@
+"""Training: the trainer, and the parts of a step."""

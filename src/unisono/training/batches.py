@@ -1,0 +1,109 @@
+"""The global batches of a run, as one worker sees them: its own microbatches of each, loaded ahead."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from unisono.observe.timing import StepClock
+from unisono.order import Indices, Order, microbatch_bounds
+from unisono.training.loader import Loader, Request, load
+from unisono.training.step import Batch, Microbatch
+from unisono.tree import Span
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outline:
+    """A batch whose microbatches are still being loaded."""
+
+    batch: Batch
+    parts: list[tuple[int, Indices]]
+
+
+class BatchStream:
+    """Yields batches from a position in the data to the end of the last epoch. *Local.*
+
+    Args:
+        dataset: Map-style dataset.
+        order: Which samples are in which batch.
+        own: This worker's microbatches.
+        batch_size: Samples of a global batch.
+        microbatches: M.
+        loader: How samples are loaded.
+        seed: The run's seed.
+        device: Where they will go.
+        clock: Told how long loading took.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        order: Order,
+        *,
+        own: Span,
+        batch_size: int,
+        microbatches: int,
+        loader: Loader,
+        seed: int,
+        device: torch.device,
+        clock: StepClock,
+    ) -> None:
+        self._dataset = dataset
+        self._order = order
+        self._own = range(*own)
+        self._batch_size = batch_size
+        self._microbatches = microbatches
+        self._loader = loader
+        self._seed = seed
+        self._device = device
+        self._clock = clock
+
+    def batches(self, epoch: int, number: int, epochs: int) -> Iterator[Batch]:
+        """From batch ``number`` of ``epoch`` to the end of epoch ``epochs`` - 1, prefetching across both."""
+        outlines: deque[_Outline] = deque()
+        loaded = load(
+            self._dataset,
+            self._requests(epoch, number, epochs, outlines),
+            self._loader,
+            seed=self._seed,
+            device=self._device,
+        )
+        done = False
+        while not done:
+            with self._clock.phase("data"):
+                ready, done = self._next(loaded, outlines)
+            yield from ready
+
+    def _requests(self, epoch: int, number: int, epochs: int, outlines: deque[_Outline]) -> Iterator[Request]:
+        """What to load, in order; it runs ahead of the batches, so their outlines queue up in ``outlines``."""
+        for current in range(epoch, epochs):
+            plan = self._order.epoch(current)
+            for k in range(number if current == epoch else 0, plan.batches):
+                indices = plan.batch(k)
+                bounds = microbatch_bounds(len(indices), self._batch_size, self._microbatches)
+                filled = sum(hi > lo for lo, hi in bounds)
+                parts = [(m, indices[slice(*bounds[m])]) for m in self._own if m < filled]
+                batch = Batch(epoch=current, number=k, of=plan.batches, samples=len(indices), filled=filled, parts=())
+                outlines.append(_Outline(batch, parts))
+                for _, part in parts:
+                    yield Request(current, part)
+
+    def _next(self, loaded: Iterator[Any], outlines: deque[_Outline]) -> tuple[list[Batch], bool]:
+        """The next batch, after those in which this worker has no microbatch; and whether that was the end."""
+        first = next(loaded, _END)
+        ready: list[Batch] = []
+        while outlines and not outlines[0].parts:
+            ready.append(outlines.popleft().batch)
+        if first is _END:
+            return ready, True
+        outline = outlines.popleft()
+        data = [first, *(next(loaded) for _ in outline.parts[1:])]
+        parts = [Microbatch(m, indices, one) for (m, indices), one in zip(outline.parts, data, strict=True)]
+        return [*ready, dataclasses.replace(outline.batch, parts=parts)], False
+
+
+_END = object()

@@ -1,0 +1,20 @@
+"""What others may do along with training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from unisono.training.step import StepResult
+    from unisono.training.trainer import Trainer
+
+
+class Callback:
+    """Override what you need. Every worker calls every method at the same moment, so a callback that changes the model must
+    do the same on all of them, and only one that is *local* may ask for the rank (``trainer.collective.rank``)."""
+
+    def on_step(self, trainer: Trainer, result: StepResult) -> None:
+        """After each optimizer step."""
+
+    def on_epoch(self, trainer: Trainer, epoch: int) -> None:
+        """After the last step of epoch number ``epoch`` (from 0)."""

@@ -1,0 +1,23 @@
+"""Random numbers that depend on what is computed, never on who computes it. Everything here is *local*."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+
+def seed_generators(seed: int, device: torch.device | None = None) -> None:
+    """Seeds the process-wide generators of torch (CPU, and ``device`` if it is a GPU), numpy and random.
+
+    Args:
+        seed: 64 bits.
+        device: The device whose generator dropout and its like draw from.
+    """
+    # The generators' own methods: torch.manual_seed() costs 70 microseconds for looking after devices nobody uses.
+    torch.default_generator.manual_seed(seed)
+    if device is not None and device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFF_FFFF)

@@ -1,0 +1,261 @@
+"""What a run leaves behind: checkpoints, metrics, manifest, summary, and the final weights.
+
+A checkpoint is written by all workers, each its own part, while training goes on. Every step's header says which part is
+written; when all are, worker 0 makes the checkpoint complete. All workers take these decisions from the same headers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from unisono.checkpoint import fingerprint as fingerprints
+from unisono.checkpoint.checkpoints import Checkpoint, Checkpoints, FileEntry
+from unisono.checkpoint.format import digest, encode, snapshot, to_json
+from unisono.checkpoint.store import Store
+from unisono.checkpoint.writer import BackgroundWriter
+from unisono.collective import Collective
+from unisono.errors import CheckpointError, ConfigurationError, UnisonoError
+from unisono.observe.metrics import MetricsLog
+from unisono.observe.summary import SUMMARY_FILE, Summary
+from unisono.training.step import Signals
+from unisono.version import __version__
+
+MODEL_FILE = "model.safetensors"
+MANIFEST_FILE = "manifest.json"
+Entries = dict[str, FileEntry]
+
+
+class RunDirectory:
+    """One worker's view of the run directory. Made and used in unison by all workers.
+
+    Args:
+        url: A path, or any address that fsspec understands.
+        collective: The other workers.
+        settings: What makes this run this run; a checkpoint with other settings is refused.
+        fingerprint: What the bits depend on beside the settings.
+        keep: Checkpoints to keep.
+        strict: Whether another fingerprint is an error.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        collective: Collective,
+        *,
+        settings: Mapping[str, Any],
+        fingerprint: Mapping[str, str | int],
+        keep: int,
+        strict: bool,
+    ) -> None:
+        self.url = os.fspath(url)
+        self._collective = collective
+        self._settings = dict(settings)
+        self._fingerprint = dict(fingerprint)
+        self._strict = strict
+        self._store = Store(url)
+        self._checkpoints = Checkpoints(self._store, keep=keep)
+        self._writer: BackgroundWriter[Entries] = BackgroundWriter()
+        self._pending: int | None = None
+        self._pending_info: dict[str, Any] = {}
+        self._entries: Entries | None = None
+        self._failure: UnisonoError | None = None
+        self.notes: list[str] = []
+        self.saved_step: int | None = None
+        self.log = MetricsLog(self._store)
+
+    # ------------------------------------------------------------------ start
+
+    def open(self) -> Checkpoint | None:
+        """*collective*. The newest whole checkpoint, or None if the run has none.
+
+        Raises:
+            CheckpointError: There are checkpoints, but all are damaged.
+            ConfigurationError: The directory belongs to another run; the message says what differs.
+            FingerprintMismatch: ``strict``, and this machine or build is not the one that wrote the checkpoint.
+        """
+        found = self._from_main(self._find)
+        self.notes = list(found["notes"])
+        if found["step"] is None:
+            return None
+        checkpoint = self._checkpoints.open(found["step"])
+        self._check(checkpoint)
+        self.saved_step = checkpoint.step
+        return checkpoint
+
+    def begin(self, step: int) -> None:
+        """*local*. Trains from step ``step`` on: earlier lines of the log stay, later ones go; the manifest is written."""
+        if self._collective.rank == 0:
+            self.log.resume(step)
+            manifest: dict[str, Any] = {
+                "unisono": __version__,
+                "settings": self._settings,
+                "fingerprint": self._fingerprint,
+                "command": sys.argv,
+                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "workers": self._collective.size,
+                "resumed_from_step": step or None,
+            }
+            self._store.write(MANIFEST_FILE, to_json(manifest, indent=1))
+
+    def _find(self) -> dict[str, Any]:
+        self._store.clean()
+        checkpoint = self._checkpoints.newest()
+        return {"step": checkpoint.step if checkpoint else None, "notes": self._checkpoints.damaged}
+
+    def _check(self, checkpoint: Checkpoint) -> None:
+        saved = checkpoint.info["settings"]
+        mine = json.loads(json.dumps(self._settings))
+        different = [
+            f"{name}: {_short(saved.get(name, 'not set'))} there, {_short(mine.get(name, 'not set'))} here"
+            for name in {**mine, **saved}
+            if saved.get(name) != mine.get(name)
+        ]
+        if different:
+            raise ConfigurationError(
+                f"run_dir {self.url!r} holds another run: {'; '.join(different)}. Choose another run_dir, or restore these "
+                "settings to go on with that run"
+            )
+        if self._collective.rank == 0 or self._strict:
+            fingerprints.check(checkpoint.info["fingerprint"], self._fingerprint, strict=self._strict)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save(self, step: int, *, part: Any, model: Mapping[str, Tensor] | None, trainer: Any, info: dict[str, Any]) -> None:
+        """*collective*. Starts to write the checkpoint of ``step``; returns once everything is copied.
+
+        Args:
+            part: This worker's state.
+            model: The model's state dict (worker 0).
+            trainer: State that all workers share (worker 0).
+            info: Small facts for the manifest of the checkpoint.
+        """
+        self.finish()
+        part, model, trainer = snapshot(part), snapshot(dict(model or {})), snapshot(trainer)
+        rank = self._collective.rank
+
+        def write() -> Entries:
+            entries = self._checkpoints.write_part(step, f"optimizer-{rank}", part)
+            if rank == 0:
+                entries |= self._checkpoints.write_part(step, "trainer", trainer)
+                entries |= self._checkpoints.write_tensors(step, "model", model)
+            return entries
+
+        self._entries = None
+        self._pending = step
+        self._pending_info = {**info, "settings": self._settings, "fingerprint": self._fingerprint}
+        self._writer.submit(step, write)
+
+    def signals(self, stop: int) -> Signals:
+        """*local*. What to tell the others with the next step."""
+        self._look()
+        written = self._pending is not None and self._entries is not None
+        return Signals(
+            stop=stop,
+            written=self._pending if written and self._pending is not None else -1,
+            failed=self._failure is not None,
+        )
+
+    def told(self, signals: Sequence[Signals]) -> None:
+        """*collective*. Acts on what all workers signalled with a step."""
+        if any(signal.failed for signal in signals) or (
+            self._pending is not None and all(signal.written == self._pending for signal in signals)
+        ):
+            self.finish()
+
+    def finish(self) -> None:
+        """*collective*. Waits until the checkpoint under way, if any, is complete.
+
+        Raises:
+            CheckpointError: A worker could not write its part; the checkpoint before it is whole.
+        """
+        if self._pending is None:
+            return
+        self._look(wait=True)
+        message = {"entries": self._entries, "error": str(self._failure) if self._failure else None}
+        told = [json.loads(text) for text in self._collective.all_gather_bytes(json.dumps(message).encode())]
+        step, self._pending = self._pending, None
+        errors = [f"worker {rank}: {one['error']}" for rank, one in enumerate(told) if one["error"]]
+        if errors:
+            raise self._failure or CheckpointError("; ".join(errors))
+        files = {name: entry for one in told for name, entry in one["entries"].items()}
+
+        def commit() -> dict[str, Any]:
+            self._checkpoints.commit(step, files, self._pending_info)
+            return {}
+
+        self._from_main(commit)
+        self.saved_step = step
+
+    def _look(self, *, wait: bool = False) -> None:
+        try:
+            for _, entries in self._writer.wait() if wait else self._writer.done():
+                self._entries = entries
+        except UnisonoError as error:
+            self._failure = error
+
+    # ------------------------------------------------------------------ end
+
+    def publish(self, model: Mapping[str, Tensor] | None) -> str:
+        """*collective*. Writes ``model.safetensors`` (worker 0's ``model``) if it is not there already; its SHA-256."""
+
+        def write() -> dict[str, Any]:
+            data = encode(model or {})
+            sha256 = digest(data)
+            if not (self._store.exists(MODEL_FILE) and digest(self._store.read(MODEL_FILE)) == sha256):
+                self._store.write(MODEL_FILE, data)
+            return {"sha256": sha256}
+
+        return str(self._from_main(write)["sha256"])
+
+    def weights_digest(self, model: Mapping[str, Tensor] | None) -> str:
+        """*collective*. SHA-256 of the file that ``publish`` would write."""
+        return str(self._from_main(lambda: {"sha256": digest(encode(model or {}))})["sha256"])
+
+    def read_summary(self) -> Summary | None:
+        """*local*. The summary of an earlier start, if there is a readable one."""
+        if not self._store.exists(SUMMARY_FILE):
+            return None
+        try:
+            return Summary.from_json(self._store.read(SUMMARY_FILE))
+        except CheckpointError as error:
+            warnings.warn(str(error), stacklevel=2)
+            return None
+
+    def write_summary(self, summary: Summary) -> None:
+        """*local*. Writes ``summary.json`` (worker 0), unless it says the same already."""
+        text = summary.to_json().encode()
+        if self._collective.rank == 0 and not (self._store.exists(SUMMARY_FILE) and self._store.read(SUMMARY_FILE) == text):
+            self._store.write(SUMMARY_FILE, text)
+
+    # ------------------------------------------------------------------
+
+    def _from_main(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """*collective*. What ``work`` returns on worker 0; its error on every worker."""
+        answer: dict[str, Any] = {}
+        failure: UnisonoError | None = None
+        if self._collective.rank == 0:
+            try:
+                answer = {"ok": work()}
+            except UnisonoError as error:
+                failure = error
+                answer = {"error": str(error)}
+        answer = json.loads(self._collective.all_gather_bytes(json.dumps(answer).encode())[0])
+        if failure is not None:
+            raise failure
+        if "error" in answer:
+            raise CheckpointError(answer["error"])
+        result: dict[str, Any] = answer["ok"]
+        return result
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,0 +1,185 @@
+"""What happens once, before the first step: the device, the process, the other workers, equal replicas."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from unisono.collective import Collective, InProcess
+from unisono.errors import ConfigurationError
+from unisono.sync import Sync
+from unisono.training.optimizer import hyperparameters
+from unisono.world import World
+
+if TYPE_CHECKING:
+    from unisono.training.trainer import Trainer
+
+
+def check_model(model: Any) -> None:
+    """*local*. Whether ``model`` is a bare module that data parallelism can train exactly.
+
+    Raises:
+        ConfigurationError: It is not; the message says why.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    if isinstance(model, (DataParallel, DistributedDataParallel)):
+        raise ConfigurationError(f"model is wrapped in {type(model).__name__}: pass the bare module, model.module")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise ConfigurationError(
+                f"module {name!r} is a SyncBatchNorm, whose statistics depend on the number of workers: use BatchNorm, which "
+                "sees one microbatch on any number of workers"
+            )
+
+
+def choose_device(device: torch.device | str | None, world: World, model: nn.Module) -> torch.device:
+    """*local*. The device of this worker: the one asked for, else its own GPU, else the CPU."""
+    places = {parameter.device.type: name for name, parameter in model.named_parameters()}
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        raise ConfigurationError(
+            f"parameters lie on two devices ({', '.join(f'{name!r} on {place}' for place, name in places.items())}): data "
+            "parallelism needs the whole model on each worker's one device; move it with model.to(device)"
+        )
+    if device is not None:
+        chosen = torch.device(device)
+        return torch.device("cuda", world.local_rank) if chosen == torch.device("cuda") else chosen
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if world.local_size > torch.cuda.device_count():
+        raise ConfigurationError(
+            f"{world.local_size} workers on host {world.host}, but {torch.cuda.device_count()} GPUs: start one worker a GPU, or "
+            'pass device="cpu"'
+        )
+    return torch.device("cuda", world.local_rank)
+
+
+def prepare_process(world: World, device: torch.device) -> None:
+    """*local*. Sets what bits depend on: the thread count, and deterministic kernels where others exist."""
+    if torch.get_num_threads() != world.threads:
+        torch.set_num_threads(world.threads)
+    if device.type == "cuda" or world.threads > 1:
+        # On one CPU thread the kernels have a single order anyway. Both variables are read when CUDA starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = False
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def connect(world: World, device: torch.device) -> Collective:
+    """*collective*. The transport between the workers of ``world``."""
+    if world.size == 1:
+        return InProcess()
+    from unisono.collective.torch_distributed import TorchDistributed
+
+    collective = TorchDistributed.connect(
+        rank=world.rank, size=world.size, device=device, init_method=world.init_method or "env://"
+    )
+    atexit.register(collective.close)
+    return collective
+
+
+def describe_settings(
+    trainer: Trainer,
+    trainable: Sequence[tuple[str, nn.Parameter]],
+    max_grad_norm: float | None,
+    precision: str,
+    sync: Sync,
+) -> dict[str, Any]:
+    """*local*. What makes a run this run, as plain JSON: equal on all workers, and at every start."""
+    return {
+        "batch_size": trainer.batch_size,
+        "microbatches": trainer.microbatches,
+        "seed": trainer.seed,
+        "max_grad_norm": max_grad_norm,
+        "precision": precision,
+        "sync": type(sync).__name__,
+        "optimizer": type(trainer.optimizer).__name__,
+        "parameter_groups": [
+            {key: _plain(value) for key, value in group.items()} for group in hyperparameters(trainer.optimizer)
+        ],
+        "scheduler": type(trainer.scheduler).__name__ if trainer.scheduler is not None else None,
+        "parameters": {name: f"{_dtype(p)}{list(p.shape)}" for name, p in trainable},
+    }
+
+
+def unify_replicas(model: nn.Module, collective: Collective, settings: dict[str, Any]) -> None:
+    """*collective*. Makes all replicas equal to worker 0's, and says so if they were not.
+
+    Worker 0 wins because its model is the one that a run on a single worker would train.
+
+    Raises:
+        ConfigurationError: Workers have other settings, or models of another structure.
+    """
+    if collective.size == 1:
+        return
+    tensors = _state(model)
+    mine = {"settings": settings, "tensors": {name: _digest(tensor) for name, tensor in tensors.items()}}
+    everybodys = [json.loads(text) for text in collective.all_gather_bytes(json.dumps(mine).encode())]
+    first = everybodys[0]
+    different: dict[str, list[int]] = {}
+    for rank, other in enumerate(everybodys):
+        for name in first["settings"]:
+            if other["settings"][name] != first["settings"][name]:
+                raise ConfigurationError(
+                    f"worker {rank} has {name} = {other['settings'][name]}, worker 0 has {first['settings'][name]}: every worker "
+                    "must run the same script with the same settings"
+                )
+        if list(other["tensors"]) != list(first["tensors"]):
+            raise ConfigurationError(
+                f"the model of worker {rank} has other parameters or buffers than that of worker 0: build the same model "
+                "on every worker"
+            )
+        for name, digest in other["tensors"].items():
+            if digest != first["tensors"][name]:
+                different.setdefault(name, []).append(rank)
+    if not different:
+        return
+    if collective.rank == 0:
+        name, ranks = next(iter(different.items()))
+        warnings.warn(
+            f"the workers' models differ at the start ({len(different)} tensors, first {name!r} on workers {ranks}): worker "
+            "0's values are taken. Seed before you build the model, the same on every worker",
+            stacklevel=4,
+        )
+    with torch.no_grad():
+        for tensor in tensors.values():
+            value = tensor.detach().contiguous()
+            collective.broadcast(value)
+            tensor.copy_(value)
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers that hold anything, each once."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor for name, tensor in named if tensor.numel() and not tensor.is_meta}
+
+
+def _digest(tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{_dtype(tensor)}{list(tensor.shape)}:{hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()}"
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return getattr(value, "__qualname__", type(value).__qualname__)

@@ -1,0 +1,584 @@
+"""The trainer: what a user holds, and the loop that you read from top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from unisono.checkpoint.fingerprint import fingerprint
+from unisono.collective import Collective
+from unisono.errors import ConfigurationError
+from unisono.layout import Layout
+from unisono.observe.progress import Progress, ProgressDisplay, SilentProgress
+from unisono.observe.summary import Summary, show_summary
+from unisono.observe.timing import StepClock
+from unisono.order import Order, OrderLike, make_order
+from unisono.signals import StopRequest
+from unisono.sync import Exact, Sync
+from unisono.training.batches import BatchStream
+from unisono.training.buffers import Buffers
+from unisono.training.callbacks import Callback
+from unisono.training.evaluation import MetricFunction, evaluate
+from unisono.training.loader import Loader, dataset_length
+from unisono.training.optimizer import check_optimizer, hyperparameters, owned_state, set_hyperparameters, set_state
+from unisono.training.replica import LossFunction, Precision, TorchReplica
+from unisono.training.run_directory import RunDirectory
+from unisono.training.setup import (
+    check_model,
+    choose_device,
+    connect,
+    describe_settings,
+    prepare_process,
+    unify_replicas,
+)
+from unisono.training.step import Batch, Signals, Stepper, StepResult
+from unisono.world import World
+
+logger = logging.getLogger("unisono")
+
+
+@dataclasses.dataclass
+class Position:
+    """How far a run has come: the cursor in the data, and totals."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    epoch: int = 0
+    """Epoch of the next batch."""
+    batch: int = 0
+    """Number of the next batch in that epoch."""
+    samples: int = 0
+    """Samples trained; one seen in two epochs counts twice."""
+
+
+class Trainer:
+    """Trains a model on any number of workers, with one and the same result.
+
+    *Collective*: every worker makes one with equal arguments. Workers are those of the launcher that started this process
+    (``unisono run``, ``torchrun``, ``srun``); started alone, this process is the only one. If the run directory holds a
+    checkpoint of this run, the trainer continues from it.
+
+    Args:
+        model: The bare model. If its replicas differ at the start, worker 0's values win, with a warning.
+        optimizer: Any ``torch.optim`` optimizer that updates each parameter on its own, over the model's parameters.
+        loss: ``loss(model, batch)`` returns the microbatch's loss *sum* and the *count* to divide by, once, over the global
+            batch; or one scalar, which is a mean over samples.
+        batch_size: Samples of one optimizer step, over all workers.
+        microbatches: M, the fixed parts of a global batch, at least the number of workers. Part of the result: runs with
+            another M sum in another order.
+        seed: Of the sample order, augmentation and dropout. (The model's initial weights are yours: seed before making it.)
+        run_dir: Where checkpoints, metrics and weights go: a path or any fsspec address. None: nothing is written.
+        scheduler: An LR scheduler over ``optimizer``; stepped once per optimizer step, by the trainer alone.
+        max_grad_norm: Clip the L2 norm of the whole gradient to this.
+        precision: "fp32" or "bf16" (autocast; weights and sums stay as they are).
+        sync: How replicas are kept together.
+        checkpoint_every: Steps between checkpoints; None: at the end of each epoch.
+        keep: Newest checkpoints to keep.
+        device: This worker's device; None: its GPU if there is one, else the CPU.
+        strict: Another fingerprint at resume (PyTorch build, threads, ...) is an error, not a warning.
+        callbacks: Told about steps and epochs, on every worker.
+        loader: How samples are loaded, unless a call says otherwise.
+        world: Who takes part; None: what the launcher's environment says.
+        collective: The other workers, instead of those of ``world`` (see ``unisono.testing``).
+
+    Raises:
+        ConfigurationError: Settings, model, optimizer or run directory cannot work together.
+        CheckpointError: All checkpoints of the run are damaged.
+        FingerprintMismatch: ``strict``, and a checkpoint was written on other ground.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss: LossFunction,
+        *,
+        batch_size: int,
+        microbatches: int = 8,
+        seed: int = 0,
+        run_dir: str | os.PathLike[str] | None = None,
+        scheduler: Any = None,
+        max_grad_norm: float | None = None,
+        precision: Precision = "fp32",
+        sync: Sync | None = None,
+        checkpoint_every: int | None = None,
+        keep: int = 3,
+        device: torch.device | str | None = None,
+        strict: bool = False,
+        callbacks: Sequence[Callback] = (),
+        loader: Loader | None = None,
+        world: World | None = None,
+        collective: Collective | None = None,
+    ) -> None:
+        _check_arguments(batch_size, microbatches, max_grad_norm, precision, checkpoint_every)
+        self.batch_size, self.microbatches, self.seed = batch_size, microbatches, seed
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.callbacks = tuple(callbacks)
+        self.position = Position()
+        self._checkpoint_every = checkpoint_every
+        self._loader = loader or Loader()
+        self._sync = sync or Exact()
+
+        check_model(model)
+        trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        check_optimizer(optimizer, trainable, model)
+        self.world = (world or World.from_environment()).at_most(microbatches)
+        self.device = choose_device(device, self.world, model)
+        prepare_process(self.world, self.device)
+        self.collective = collective or connect(self.world, self.device)
+        if self.collective.size > microbatches:
+            raise ConfigurationError(
+                f"{self.collective.size} workers but only {microbatches} microbatches: start at most {microbatches} workers, or "
+                "raise microbatches"
+            )
+
+        model.to(self.device)
+        settings = describe_settings(self, trainable, max_grad_norm, precision, self._sync)
+        unify_replicas(model, self.collective, settings)
+        self._layout = Layout(trainable)
+        flats = self._layout.adopt(self.collective.allocate)
+        self._replica = TorchReplica(model, loss, device=self.device, precision=precision)
+        self._buffers = Buffers(model, microbatches)
+        self._reduction = self._sync.bind(self._layout, self.collective, microbatches)
+        self._clock = StepClock()
+        self._stepper = Stepper(
+            replica=self._replica,
+            layout=self._layout,
+            flats=flats,
+            buffers=self._buffers,
+            reduction=self._reduction,
+            optimizer=optimizer,
+            collective=self.collective,
+            leaves=microbatches,
+            seed=seed,
+            max_grad_norm=max_grad_norm,
+            overlap=self._sync.overlaps(self.device),
+            clock=self._clock,
+        )
+        self._stop: StopRequest | None = None
+        self._progress: ProgressDisplay = SilentProgress()
+        self._last: StepResult | None = None
+        self._seconds = 0.0
+        self._trained_samples = 0
+        self._trained_steps = 0
+        self._waited = 0.0
+        self._data_settings: dict[str, Any] | None = None
+        self._run: RunDirectory | None = None
+        if run_dir is not None:
+            self._run = RunDirectory(
+                run_dir,
+                self.collective,
+                settings=settings,
+                fingerprint=fingerprint(threads=self.world.threads, device=self.device),
+                keep=keep,
+                strict=strict,
+            )
+            self._resume(self._run)
+
+    # ------------------------------------------------------------------ training
+
+    def fit(
+        self,
+        dataset: Any,
+        epochs: int,
+        *,
+        order: OrderLike = "shuffle",
+        drop_last: bool = False,
+        loader: Loader | None = None,
+    ) -> Summary:
+        """*collective*. Trains until ``epochs`` epochs of the whole run are done, earlier starts included.
+
+        Shows progress; writes checkpoints, metrics and, at the end, ``model.safetensors`` and ``summary.json``. A run that is
+        done already is left as it is. SIGINT and SIGTERM end it after the current step, with a checkpoint.
+
+        Args:
+            dataset: Map-style: ``len(dataset)`` samples, read by number.
+            epochs: Epochs of the whole run.
+            order: "shuffle" (by seed and epoch), "sequential", a list of sample indices, a sampler, or a batch sampler.
+            drop_last: Leave out the short last batch of an epoch.
+            loader: How samples are loaded.
+
+        Raises:
+            DataError: A sample cannot be read, or a loss or gradient is not finite; the last step stands.
+            SystemExit: With status 128 + signal number, after a checkpoint, when asked to stop.
+        """
+        samples = self._make_order(dataset, order, drop_last)
+        if self._is_done(epochs):
+            return self._say_finished()
+        with self._display(samples, epochs) as self._progress:
+            try:
+                for batch in self._batches(dataset, samples, epochs, loader or self._loader):
+                    self.step(batch)
+            finally:
+                progress, self._progress = self._progress, SilentProgress()
+            progress.finish()
+        summary = self._summary(finished=True)
+        if self.collective.rank == 0 and self._run is not None:
+            show_summary(summary, self._run.url)
+        return summary
+
+    def batches(
+        self,
+        dataset: Any,
+        epochs: int,
+        *,
+        order: OrderLike = "shuffle",
+        drop_last: bool = False,
+        loader: Loader | None = None,
+    ) -> Iterator[Batch]:
+        """*collective*. The batches that are still to be trained, for those who own their loop; arguments as for ``fit``.
+
+        Pass each to ``step``. Leaving early is fine: the next call goes on after the last batch that was stepped. When the
+        last one is done the run is finished and its files are written.
+        """
+        return self._batches(dataset, self._make_order(dataset, order, drop_last), epochs, loader or self._loader)
+
+    def step(self, batch: Batch) -> StepResult:
+        """*collective*. One optimizer step on a batch from ``batches``.
+
+        Returns:
+            Loss, gradient norm and so on; the same on every worker.
+
+        Raises:
+            DataError: The loss or gradient is not finite, or the count is zero; nothing was updated.
+            SystemExit: After a checkpoint, when asked to stop.
+        """
+        self._check_batch(batch)
+        signals = self._signals()
+        result, told = self._stepper.run(batch, self.position.step + 1, signals)
+        self._advance(batch, result)
+        self._step_scheduler(result)
+        self._record(result)
+        for callback in self.callbacks:
+            callback.on_step(self, result)
+        if self._run is not None:
+            self._run.told(told)
+        stop = max(signal.stop for signal in told)
+        if batch.number + 1 == batch.of:
+            for callback in self.callbacks:
+                callback.on_epoch(self, batch.epoch)
+        if self._run is not None and (stop or self._checkpoint_is_due(batch)):
+            self.save()
+        if stop:
+            self._leave(stop)
+        return result
+
+    def evaluate(
+        self,
+        dataset: Any,
+        metrics: Mapping[str, MetricFunction] | None = None,
+        *,
+        batch_size: int | None = None,
+        loader: Loader | None = None,
+    ) -> dict[str, float]:
+        """*collective*. Metrics over a dataset, each sample counted once; the same for every number of workers.
+
+        Args:
+            metrics: Name -> ``metric(model, batch)``, which returns the microbatch's sum and count (or one scalar, a mean).
+                None: the loss, as "loss".
+            batch_size: Samples computed at a time; by default the size of a training microbatch.
+            loader: How samples are loaded.
+        """
+        size = batch_size or -(-self.batch_size // self.microbatches)
+        with self._clock.pause():
+            results = evaluate(
+                self._replica,
+                self.collective,
+                dataset,
+                {"loss": self._replica.loss} if metrics is None else metrics,
+                microbatch_size=size,
+                loader=loader or self._loader,
+                seed=self.seed,
+            )
+        self._keep_metrics(results)
+        return results
+
+    def save(self) -> None:
+        """*collective*. Starts to write a checkpoint of the current state, which is complete a few steps later, at the latest
+        when the run ends or stops.
+
+        Raises:
+            ConfigurationError: The trainer has no run directory.
+            CheckpointError: The checkpoint before could not be written.
+        """
+        if self._run is None:
+            raise ConfigurationError("there is no run directory to save to: pass run_dir=... to Trainer")
+        main = self.collective.rank == 0
+        self._run.save(
+            self.position.step,
+            part={"state": owned_state(self.optimizer, self._layout, self._owned)},
+            model=self.model.state_dict() if main else None,
+            trainer=self._shared_state() if main else None,
+            info={
+                "position": dataclasses.asdict(self.position),
+                "data": self._data_settings,
+                "workers": self.collective.size,
+                "last": dataclasses.asdict(self._last) if self._last else None,
+            },
+        )
+
+    # ------------------------------------------------------------------ the parts of a step
+
+    def _batches(self, dataset: Any, samples: Order, epochs: int, loader: Loader) -> Iterator[Batch]:
+        if self._is_done(epochs):
+            return
+        if self._run is not None:
+            self._run.begin(self.position.step)
+        stream = BatchStream(
+            dataset,
+            samples,
+            own=self._reduction.ranges[self.collective.rank],
+            batch_size=self.batch_size,
+            microbatches=self.microbatches,
+            loader=loader,
+            seed=self.seed,
+            device=self.device,
+            clock=self._clock,
+        )
+        with StopRequest() as self._stop:
+            try:
+                yield from stream.batches(self.position.epoch, self.position.batch, epochs)
+            finally:
+                self._stop = None
+        self._finish()
+
+    def _signals(self) -> Signals:
+        stop = int(self._stop.requested or 0) if self._stop is not None else 0
+        return self._run.signals(stop) if self._run is not None else Signals(stop=stop)
+
+    def _advance(self, batch: Batch, result: StepResult) -> None:
+        self.position.step += 1
+        self.position.samples += batch.samples
+        last = batch.number + 1 == batch.of
+        self.position.epoch, self.position.batch = (batch.epoch + 1, 0) if last else (batch.epoch, batch.number + 1)
+        self._last = result
+
+    def _step_scheduler(self, result: StepResult) -> None:
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(result.loss)
+        elif self.scheduler is not None:
+            self.scheduler.step()
+
+    def _record(self, result: StepResult) -> None:
+        seconds = self._clock.lap(result.samples)
+        self._seconds += seconds["step"]
+        self._waited += seconds["waiting"]
+        self._trained_samples += result.samples
+        self._trained_steps += 1
+        if self.collective.rank:
+            return
+        self._progress.update(
+            step=result.step,
+            epoch=result.epoch + 1,
+            loss=result.loss,
+            samples_per_second=self._clock.rate,
+            waiting_share=self._clock.waiting_share,
+        )
+        if self._run is not None:
+            record: dict[str, int | float | str] = {
+                "step": result.step,
+                "epoch": result.epoch + 1,
+                "loss": result.loss,
+                "gradient_norm": result.gradient_norm,
+                "samples": self.position.samples,
+                "samples_per_second": round(self._clock.rate, 1),
+                **{f"{name}_s": round(value, 6) for name, value in seconds.items()},
+            }
+            for number, rate in enumerate(result.learning_rates):
+                record[f"lr_{number}" if number else "lr"] = rate
+            self._run.log.append(record)
+
+    def _checkpoint_is_due(self, batch: Batch) -> bool:
+        if self._checkpoint_every is not None:
+            return self.position.step % self._checkpoint_every == 0
+        return batch.number + 1 == batch.of
+
+    # ------------------------------------------------------------------ end of a run
+
+    def _finish(self) -> None:
+        """All batches are done: the last checkpoint, the weights and the summary."""
+        if self._run is None:
+            return
+        self._settle()
+        self._run.publish(self.model.state_dict() if self.collective.rank == 0 else None)
+        self._run.log.close()
+        self._run.write_summary(self._summary(finished=True))
+
+    def _settle(self) -> None:
+        """The newest checkpoint is complete, and it is the one of now."""
+        assert self._run is not None
+        self._run.finish()
+        if self._run.saved_step != self.position.step:
+            self.save()
+            self._run.finish()
+
+    def _leave(self, stop: int) -> None:
+        note = f"stopped by {signal.Signals(stop).name} after step {self.position.step}"
+        if self._run is not None:
+            self._settle()
+            self._run.log.close()
+            self._run.write_summary(self._summary(finished=False))
+            note += f"; checkpoint written to {self._run.url}. Start the same command again to go on, on any number of workers"
+        if self.collective.rank == 0:
+            self._progress.note(note)
+            if isinstance(self._progress, SilentProgress):
+                print(note, flush=True)
+        raise SystemExit(128 + stop)
+
+    def _is_done(self, epochs: int) -> bool:
+        if epochs < 1:
+            raise ConfigurationError(f"epochs must be 1 or more, got {epochs}")
+        return self.position.epoch >= epochs
+
+    def _say_finished(self) -> Summary:
+        summary = self._summary(finished=True)
+        if self.collective.rank == 0:
+            where = f"the run in {self._run.url}" if self._run is not None else "this run"
+            print(
+                f"{where} is finished ({self.position.epoch} epochs, {self.position.step} steps): nothing to do",
+                flush=True,
+            )
+            if self._run is not None:
+                show_summary(summary, self._run.url)
+        return summary
+
+    def _summary(self, *, finished: bool) -> Summary:
+        """*collective*."""
+        weights = self.model.state_dict() if self.collective.rank == 0 else None
+        sha256 = self._run.weights_digest(weights) if self._run is not None else ""
+        earlier = self._run.read_summary() if self._run is not None else None
+        if earlier is not None and self._trained_steps == 0:
+            return earlier  # this start has trained nothing: what the one before it measured stands
+        return Summary(
+            steps=self.position.step,
+            epochs=self.position.epoch,
+            samples=self.position.samples,
+            samples_per_second=self._trained_samples / self._seconds if self._seconds else 0.0,
+            seconds=self._seconds,
+            workers=self.collective.size,
+            weights_sha256=sha256,
+            loss=self._last.loss if self._last else float("nan"),
+            metrics={},
+            waiting_share=self._waited / self._seconds if self._seconds else 0.0,
+            finished=finished,
+            parameters=sum(parameter.numel() for parameter in self._layout.parameters),
+            run_dir=self._run.url if self._run is not None else "",
+            bytes_sent_per_step=self.collective.bytes_sent / self._trained_steps if self._trained_steps else 0.0,
+        )
+
+    def _keep_metrics(self, results: dict[str, float]) -> None:
+        if self._run is None or self.collective.rank:
+            return
+        summary = self._run.read_summary()
+        if summary is not None and summary.steps == self.position.step:
+            self._run.write_summary(dataclasses.replace(summary, metrics={**summary.metrics, **results}))
+
+    # ------------------------------------------------------------------ resume
+
+    @property
+    def _owned(self) -> list[int]:
+        """Slot indices of the parameters that this worker updates."""
+        return [slot.index for segments in self._reduction.segments for slot in segments[self.collective.rank].slots]
+
+    def _shared_state(self) -> dict[str, Any]:
+        """What all workers have alike and the model's state dict does not hold."""
+        persistent = set(self.model.state_dict())
+        return {
+            "groups": hyperparameters(self.optimizer),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "buffers": {name: buffer for name, buffer in self.model.named_buffers() if name not in persistent},
+        }
+
+    def _resume(self, run: RunDirectory) -> None:
+        checkpoint = run.open()
+        if self.collective.rank == 0:
+            for note in run.notes:
+                warnings.warn(note, stacklevel=3)
+        if checkpoint is None:
+            return
+        self.model.load_state_dict(checkpoint.tensors("model"))
+        shared = checkpoint.part("trainer")
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                if name in shared["buffers"]:
+                    buffer.copy_(shared["buffers"][name])
+        set_hyperparameters(self.optimizer, shared["groups"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(shared["scheduler"])
+        state: dict[str, Any] = {}
+        for name in checkpoint.part_names("optimizer-"):
+            state.update(checkpoint.part(name)["state"])
+        set_state(self.optimizer, self._layout, state, self._owned)
+        self.position = Position(**checkpoint.info["position"])
+        self._data_settings = checkpoint.info["data"]
+        last = checkpoint.info["last"]
+        self._last = StepResult(**{**last, "learning_rates": tuple(last["learning_rates"])}) if last else None
+        logger.info("resumed from step %d of %s", self.position.step, run.url)
+
+    # ------------------------------------------------------------------ checks
+
+    def _make_order(self, dataset: Any, order: OrderLike, drop_last: bool) -> Order:
+        length = dataset_length(dataset)
+        data = {"samples": length, "order": order if isinstance(order, str) else "given", "drop_last": drop_last}
+        if self.position.batch and self._data_settings not in (None, data):
+            raise ConfigurationError(
+                f"the run stopped in the middle of epoch {self.position.epoch + 1} over other data ({self._data_settings}) than "
+                f"is given now ({data}): give it the same data, or choose another run_dir"
+            )
+        self._data_settings = data
+        return make_order(order, length=length, batch_size=self.batch_size, seed=self.seed, drop_last=drop_last)
+
+    def _check_batch(self, batch: Any) -> None:
+        if not isinstance(batch, Batch):
+            raise ConfigurationError(
+                f"step() takes the batches that trainer.batches(...) yields, not a {type(batch).__name__}: samples must be "
+                "divided into microbatches by the trainer"
+            )
+        if (batch.epoch, batch.number) != (self.position.epoch, self.position.batch):
+            raise ConfigurationError(
+                f"batch {batch.number} of epoch {batch.epoch} comes out of turn: the next one is batch {self.position.batch} of "
+                f"epoch {self.position.epoch}. Step each batch once, in order"
+            )
+
+    def _display(self, samples: Order, epochs: int) -> ProgressDisplay:
+        if self.collective.rank:
+            return SilentProgress()
+        total = samples.epoch(self.position.epoch).batches * epochs
+        display = Progress(
+            total_steps=total,
+            step=self.position.step,
+            epochs=epochs,
+            workers=self.collective.size,
+            batch_size=self.batch_size,
+        )
+        if self.position.step:
+            display.note(f"resumed after step {self.position.step}")
+        return display
+
+
+def _check_arguments(
+    batch_size: int, microbatches: int, max_grad_norm: float | None, precision: str, checkpoint_every: int | None
+) -> None:
+    if microbatches < 1:
+        raise ConfigurationError(f"microbatches must be 1 or more, got {microbatches}")
+    if batch_size < microbatches:
+        raise ConfigurationError(
+            f"batch_size {batch_size} is smaller than microbatches {microbatches}: each microbatch needs a sample. Raise "
+            "batch_size or lower microbatches"
+        )
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ConfigurationError(f"max_grad_norm must be positive, got {max_grad_norm}")
+    if precision not in ("fp32", "bf16"):
+        raise ConfigurationError(f'precision must be "fp32" or "bf16", got {precision!r}')
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ConfigurationError(f"checkpoint_every must be 1 or more steps, got {checkpoint_every}")

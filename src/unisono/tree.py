@@ -1,0 +1,169 @@
+"""The fixed binary tree over microbatches: the one order in which unisono sums anything.
+
+``tree(lo, hi)`` is a leaf when it holds one microbatch, else ``tree(lo, mid) + tree(mid, hi)`` with ``mid - lo`` the
+largest power of two below ``hi - lo``. The tree depends on the number of microbatches M alone, so any sum taken along it
+is the same for every number of workers. A worker computes a contiguous range of leaves; the maximal complete subtrees in
+that range are its *pieces*, and pieces of all workers are all that is needed to finish the tree.
+
+An absent leaf (an empty microbatch, an unused parameter) is ``None``: the sum of a node with an absent child is the other
+child, untouched.
+
+Pure Python; knows neither tensors nor processes. Everything here is *local*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+Span = tuple[int, int]
+"""Leaves ``lo <= m < hi`` as ``(lo, hi)``."""
+
+
+def middle(lo: int, hi: int) -> int:
+    """Where the node ``(lo, hi)`` of two or more leaves splits: ``lo`` plus the largest power of two below its size."""
+    return lo + (1 << ((hi - lo - 1).bit_length() - 1))
+
+
+def is_node(lo: int, hi: int, leaves: int) -> bool:
+    """Whether ``(lo, hi)`` is a node of the tree over ``leaves`` leaves.
+
+    The nodes are the aligned blocks of a power of two leaves, cut off at the tree's end.
+    """
+    width = 1 << (hi - lo - 1).bit_length()
+    return lo % width == 0 and (hi == lo + width or hi == leaves)
+
+
+def pieces(lo: int, hi: int, leaves: int) -> tuple[Span, ...]:
+    """The maximal nodes of the tree over ``leaves`` leaves that cover exactly the range ``(lo, hi)``, in order."""
+    found: list[Span] = []
+
+    def walk(node_lo: int, node_hi: int) -> None:
+        if hi <= node_lo or node_hi <= lo:
+            return
+        if lo <= node_lo and node_hi <= hi:
+            found.append((node_lo, node_hi))
+            return
+        mid = middle(node_lo, node_hi)
+        walk(node_lo, mid)
+        walk(mid, node_hi)
+
+    walk(0, leaves)
+    return tuple(found)
+
+
+@lru_cache(maxsize=64)
+def assignment(leaves: int, workers: int) -> tuple[Span, ...]:
+    """Contiguous ranges of leaves for ``workers`` workers: nobody has more than ``ceil(leaves / workers)``, everybody at
+    least one, and the total number of pieces, hence of bytes on the wire, is the least possible.
+
+    Raises:
+        ValueError: unless ``1 <= workers <= leaves``.
+    """
+    if not 1 <= workers <= leaves:
+        raise ValueError(f"{workers} workers cannot share {leaves} leaves: need 1 <= workers <= leaves")
+    most = -(-leaves // workers)
+    if leaves % workers == 0:
+        return tuple((rank * most, (rank + 1) * most) for rank in range(workers))
+
+    # Dynamic programme from the right: fewest[lo] = (pieces, range end) for the workers not yet served.
+    unreachable = (leaves + 1, 0)
+    fewest = {leaves: (0, leaves)}
+    ends: list[dict[int, int]] = []
+    for remaining in range(1, workers + 1):
+        best: dict[int, tuple[int, int]] = {}
+        for lo in range(max(0, leaves - remaining * most), leaves - remaining + 1):
+            candidates = (
+                (len(pieces(lo, hi, leaves)) + fewest[hi][0], hi) for hi in range(min(lo + most, leaves), lo, -1) if hi in fewest
+            )
+            choice = min(candidates, key=lambda candidate: candidate[0], default=unreachable)
+            if choice is not unreachable:
+                best[lo] = choice
+        fewest = best
+        ends.append({lo: hi for lo, (_, hi) in best.items()})
+    ranges: list[Span] = []
+    lo = 0
+    for by_start in reversed(ends):
+        ranges.append((lo, by_start[lo]))
+        lo = by_start[lo]
+    return tuple(ranges)
+
+
+def combine(
+    parts: Mapping[Span, T | None], leaves: int, add: Callable[[T, T], T], *, lo: int = 0, hi: int | None = None
+) -> T | None:
+    """Finishes the tree from pieces that cover it: ``add(left, right)`` at every node whose children are both present.
+
+    Args:
+        parts: Node -> its sum, or None where every leaf below it is absent.
+        leaves: Number of leaves of the whole tree.
+        add: The sum of two neighbours; may reuse the memory of either.
+
+    Returns:
+        The sum of the node ``(lo, hi)``, by default of all leaves; None if all are absent.
+    """
+    hi = leaves if hi is None else hi
+    if (lo, hi) in parts:
+        return parts[lo, hi]
+    mid = middle(lo, hi)
+    left = combine(parts, leaves, add, lo=lo, hi=mid)
+    right = combine(parts, leaves, add, lo=mid, hi=hi)
+    if left is None or right is None:
+        return right if left is None else left
+    return add(left, right)
+
+
+class Fold(Generic[T]):
+    """Sums leaves that arrive in order along the tree, holding at most one value per level.
+
+    Args:
+        leaves: Number of leaves of the whole tree.
+        add: ``add(left, right)``; the fold drops both operands and keeps the result.
+    """
+
+    def __init__(self, leaves: int, add: Callable[[T, T], T]) -> None:
+        self._leaves = leaves
+        self._add = add
+        self._stack: list[tuple[Span, T | None]] = []
+
+    def push(self, leaf: int, value: T | None) -> None:
+        """Takes the next leaf (None if absent) and merges every node that it completes."""
+        span: Span = (leaf, leaf + 1)
+        while self._stack and self._merges(self._stack[-1][0], span):
+            (lo, _), left = self._stack.pop()
+            span = (lo, span[1])
+            value = self._join(left, value)
+        self._stack.append((span, value))
+
+    def parts(self) -> dict[Span, T | None]:
+        """The pieces folded so far, by node."""
+        return dict(self._stack)
+
+    def _merges(self, left: Span, right: Span) -> bool:
+        return left[1] == right[0] and is_node(left[0], right[1], self._leaves) and middle(left[0], right[1]) == right[0]
+
+    def _join(self, left: T | None, right: T | None) -> T | None:
+        if left is None or right is None:
+            return right if left is None else left
+        return self._add(left, right)
+
+
+def merges_after(leaf: int, first: int, leaves: int) -> Iterator[tuple[Span, Span]]:
+    """The merges ``(left node, right node)``, in order, that leaf number ``leaf`` completes in a fold that began at
+    ``first``."""
+    span = (leaf, leaf + 1)
+    for left in reversed(pieces(first, leaf, leaves) if leaf > first else ()):
+        if not (is_node(left[0], span[1], leaves) and middle(left[0], span[1]) == span[0]):
+            return
+        yield left, span
+        span = (left[0], span[1])
+
+
+def fold_all(values: Sequence[T | None], add: Callable[[T, T], T]) -> T | None:
+    """The tree sum of one value per leaf."""
+    fold = Fold[T](len(values), add)
+    for leaf, value in enumerate(values):
+        fold.push(leaf, value)
+    return fold.parts().get((0, len(values))) if values else None

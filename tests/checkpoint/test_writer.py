@@ -1,0 +1,97 @@
+"""Jobs run beside the owner, one at a time, and none of their errors is lost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from unisono.checkpoint.writer import BackgroundWriter
+from unisono.errors import CheckpointError
+
+
+@pytest.fixture
+def writer() -> Iterator[BackgroundWriter[str]]:
+    writer: BackgroundWriter[str] = BackgroundWriter()
+    yield writer
+    writer.close()
+
+
+def fail(error: BaseException) -> str:
+    raise error
+
+
+def test_the_owner_goes_on_while_a_job_runs(writer: BackgroundWriter[str]) -> None:
+    release = threading.Event()
+    writer.submit(5, lambda: "written" if release.wait(30) else "late")
+    assert writer.done() == []
+    release.set()
+    assert writer.wait() == [(5, "written")]
+    assert writer.done() == []
+
+
+def test_one_job_is_in_flight_at_most(writer: BackgroundWriter[str]) -> None:
+    running, most = 0, 0
+
+    def job() -> str:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        running -= 1
+        return "x"
+
+    for step in range(20):
+        writer.submit(step, job)
+        # submit returned, so all before this one have finished
+        assert writer._job is None or writer._job[0] == step
+    assert [step for step, _ in writer.wait()] == list(range(20))
+    assert most == 1
+
+
+def test_a_failed_job_is_raised_once(writer: BackgroundWriter[str]) -> None:
+    writer.submit(1, lambda: "fine")
+    writer.submit(2, lambda: fail(OSError("bad disk")))
+    with pytest.raises(CheckpointError, match=r"step 2 .* OSError: bad disk") as caught:
+        writer.wait()
+    assert isinstance(caught.value.__cause__, OSError)
+    assert writer.wait() == [(1, "fine")]
+
+
+def test_a_checkpoint_error_keeps_its_own_message(writer: BackgroundWriter[str]) -> None:
+    error = CheckpointError("the disk is full", file="x")
+    writer.submit(2, lambda: fail(error))
+    with pytest.raises(CheckpointError) as caught:
+        writer.wait()
+    assert caught.value is error
+
+
+def test_a_job_that_exits_does_not_leave_the_owner_waiting(writer: BackgroundWriter[str]) -> None:
+    writer.submit(2, lambda: fail(SystemExit(3)))
+    with pytest.raises(CheckpointError, match="SystemExit"):
+        writer.wait()
+    writer.submit(3, lambda: "again")
+    assert writer.wait() == [(3, "again")]
+
+
+def test_closing_finishes_the_job_and_ends_the_thread() -> None:
+    writer: BackgroundWriter[str] = BackgroundWriter()
+    writer.submit(1, lambda: "last")
+    writer.close()
+    writer.close()
+    assert writer.done() == [(1, "last")]
+    assert not any(thread.name == "unisono-checkpoint" for thread in threading.enumerate())
+    with pytest.raises(RuntimeError, match="closed"):
+        writer.submit(2, lambda: "never")
+
+
+def test_a_stuck_job_does_not_keep_a_failing_process_alive() -> None:
+    script = (
+        "import threading; from unisono.checkpoint.writer import BackgroundWriter\n"
+        "started = threading.Event()\n"
+        "BackgroundWriter().submit(1, lambda: (started.set(), threading.Event().wait()))\n"
+        "started.wait(); raise SystemExit(7)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 7

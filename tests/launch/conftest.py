@@ -1,0 +1,138 @@
+"""Runs the real command on small scripts, which tell the test what happens through a named pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+LIMIT_S = 60.0
+
+PRELUDE = """
+import os, signal, sys
+rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+def tell(*words):
+    with open(os.environ["TELL"], "w") as pipe:
+        pipe.write(" ".join(map(str, words)) + "\\n")
+
+def gloo():
+    import torch.distributed as dist
+    dist.init_process_group("gloo")
+    return dist
+"""
+
+
+class Launch:
+    """A running command, its words, and its end."""
+
+    def __init__(self, command: list[str], folder: Path) -> None:
+        pipe = folder / "tell"
+        os.mkfifo(pipe)
+        self._heard = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+        self._text = b""
+        self.temporary = folder / "temporary"
+        self.temporary.mkdir()
+        env = {**os.environ, "TELL": str(pipe), "TMPDIR": str(self.temporary)}
+        for name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS"):
+            env.pop(name, None)
+        self.process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def hear(self) -> list[str]:
+        """The next line that a script told."""
+        deadline_s = time.monotonic() + LIMIT_S
+        while b"\n" not in self._text:
+            ended = self.process.poll() is not None
+            ready, _, _ = select.select([self._heard], [], [], 0.0 if ended else 0.1)
+            if ready:
+                self._text += os.read(self._heard, 4096)
+            elif ended or time.monotonic() > deadline_s:
+                raise AssertionError(f"nothing more heard: {self.finish() if ended else 'it still runs'}")
+        line, _, self._text = self._text.partition(b"\n")
+        return line.decode().split()
+
+    def hear_all(self, count: int) -> set[tuple[str, ...]]:
+        """The next lines, in any order."""
+        return {tuple(self.hear()) for _ in range(count)}
+
+    def hear_processes(self, count: int) -> list[psutil.Process]:
+        """The processes whose numbers stand in the next lines."""
+        return [psutil.Process(int(self.hear()[-1])) for _ in range(count)]
+
+    def signal_group(self, signum: signal.Signals) -> None:
+        """As a terminal does."""
+        os.killpg(self.process.pid, signum)
+
+    def finish(self, limit_s: float = LIMIT_S) -> tuple[int, str, str]:
+        """Exit status, stdout and stderr."""
+        out, err = self.process.communicate(timeout=limit_s)
+        return self.process.returncode, out, err
+
+    def close(self) -> None:
+        for process in psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.kill()
+        self.process.communicate()
+        os.close(self._heard)
+
+
+class Launcher:
+    """Starts commands on scripts written for the occasion."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._launches: list[Launch] = []
+
+    def write(self, script: str, name: str = "script.py") -> Path:
+        path = self.folder / name
+        path.write_text(PRELUDE + textwrap.dedent(script))
+        return path
+
+    def command(self, *command: str) -> Launch:
+        folder = self.folder / str(len(self._launches))
+        folder.mkdir()
+        launch = Launch([sys.executable, *command], folder)
+        self._launches.append(launch)
+        return launch
+
+    def run(self, script: str, *args: str, workers: int = 2, options: tuple[str, ...] = ()) -> Launch:
+        path = str(self.write(script))
+        return self.command("-m", "unisono.launch", "run", "--workers", str(workers), *options, path, *args)
+
+    def close(self) -> None:
+        for launch in self._launches:
+            launch.close()
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Iterator[Launcher]:
+    launcher = Launcher(tmp_path)
+    try:
+        yield launcher
+    finally:
+        launcher.close()
+
+
+def assert_gone(processes: list[psutil.Process], limit_s: float = 5.0) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=limit_s)
+    assert not alive

@@ -1,0 +1,100 @@
+"""What a person types: options, defaults, and mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from unisono.launch import cli, runner
+from unisono.world import usable_cores
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    path = tmp_path / "train.py"
+    path.write_text("")
+    return str(path)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[runner.Run]:
+    """What would have been run: no worker starts."""
+    seen: list[runner.Run] = []
+
+    def run(settings: runner.Run) -> int:
+        seen.append(settings)
+        return 5
+
+    monkeypatch.setattr(runner, "run", run)
+    for name in ("UNISONO_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    return seen
+
+
+def unisono(*args: str) -> Result:
+    return CliRunner().invoke(cli.main, args)
+
+
+def test_by_default_there_are_as_many_workers_as_usable_cores(script: str, runs: list[runner.Run]) -> None:
+    result = unisono("run", script)
+    assert (result.exit_code, result.output) == (5, "")
+    (settings,) = runs
+    assert (settings.workers, settings.workers_defaulted, settings.threads) == (usable_cores(), True, 1)
+
+
+def test_threads_share_the_cores(script: str, runs: list[runner.Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    unisono("run", "--threads", str(usable_cores()), script)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(usable_cores()))
+    unisono("run", script)
+    assert [(settings.workers, settings.threads) for settings in runs] == [(1, usable_cores())] * 2
+
+
+def test_more_threads_than_cores_are_allowed_and_said(script: str, runs: list[runner.Run]) -> None:
+    result = unisono("run", "--workers", "3", "--threads", str(usable_cores()), script)
+    assert "share" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert (runs[0].workers, runs[0].workers_defaulted) == (3, False)
+
+
+def test_options_behind_the_script_are_the_scripts(script: str, runs: list[runner.Run]) -> None:
+    unisono("run", "--workers", "1", script, "--workers", "7", "--help", "-x")
+    assert (runs[0].workers, runs[0].args) == (1, ("--workers", "7", "--help", "-x"))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["run"], "Missing argument 'SCRIPT'"),
+        (["run", "missing.py"], "'missing.py' does not exist"),
+        (["run", "/"], "is a directory"),
+        (["run", "--workers", "0", "SCRIPT"], "--workers"),
+        (["run", "--threads", "0", "SCRIPT"], "--threads"),
+        (["run", "--grace", "-1", "SCRIPT"], "--grace"),
+        (["run", "--wrokers", "2", "SCRIPT"], "No such option"),
+        (["demo", "nonsense"], "no demo 'nonsense'"),
+        (["rnu"], "No such command"),
+    ],
+)
+def test_mistakes_are_named(script: str, args: list[str], words: str) -> None:
+    result = unisono(*[script if arg == "SCRIPT" else arg for arg in args])
+    assert result.exit_code == 2
+    assert words in result.stderr
+
+
+def test_a_wrong_variable_is_named(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "many")
+    result = unisono("run", script)
+    assert result.exit_code == 2
+    assert "OMP_NUM_THREADS='many'" in result.stderr
+
+
+def test_a_demo_runs_as_a_script_does(tmp_path: Path, runs: list[runner.Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("digits.py", "__init__.py"):
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(cli, "_DEMOS", tmp_path)
+    unisono("demo", "digits", "--workers", "1", "--epochs", "3", "more")
+    assert (runs[0].script, runs[0].workers) == (str(tmp_path / "digits.py"), 1)
+    assert runs[0].args == ("--epochs", "3", "more")
+    assert "there are: digits\n" in unisono("demo", "letters").stderr

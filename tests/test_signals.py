@@ -1,0 +1,84 @@
+"""Stop requests: recorded first, obeyed later, never inescapable."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable
+
+import pytest
+
+from unisono.signals import StopRequest
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_only_recorded(signum: signal.Signals) -> None:
+    with StopRequest() as stop:
+        assert stop.requested is None
+        signal.raise_signal(signum)
+        assert stop.requested is signum
+
+
+def test_signals_close_together_are_one_event() -> None:
+    with StopRequest(same_event_s=60.0) as stop:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(signum)
+        assert stop.requested is signal.SIGINT
+
+
+def test_a_later_second_sigint_gets_out_at_once() -> None:
+    with StopRequest(same_event_s=0.0) as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested is signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_previous_handlers_come_back_also_after_an_error() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ValueError, match="in between"), StopRequest():
+        assert signal.getsignal(signal.SIGINT) is not before[0]
+        raise ValueError("in between")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_in_another_thread_it_does_nothing() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen: list[object] = []
+
+    def enter() -> None:
+        with StopRequest() as stop:
+            seen.extend([stop.requested, signal.getsignal(signal.SIGTERM)])
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [None, before]
+
+
+def status_of_child(do: Callable[[], None]) -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python warns of forks beside threads; this child only signals itself
+        pid = os.fork()
+    if pid == 0:
+        try:
+            do()
+        finally:
+            os._exit(7)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_forked_child_ignores_sigint_and_ends_at_sigterm() -> None:
+    with StopRequest(same_event_s=0.0) as stop:
+
+        def interrupted() -> None:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            os._exit(0 if stop.requested is None else 1)
+
+        assert status_of_child(interrupted) == 0
+        assert status_of_child(lambda: signal.raise_signal(signal.SIGTERM)) == 128 + signal.SIGTERM
+        assert stop.requested is None
