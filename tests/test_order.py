@@ -9,6 +9,7 @@ import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+import unisono.order
 from unisono.errors import ConfigurationError
 from unisono.order import (
     BatchSampled,
@@ -45,7 +47,7 @@ def batches(epoch: Epoch) -> list[list[int]]:
 
 
 def chi_square(counts: Counter[object], cells: int, draws: int) -> float:
-    """Standard deviations by which the chi-square statistic of ``counts`` exceeds that of a uniform choice of ``cells``."""
+    """How far the chi-square statistic of ``counts`` is from that of a uniform choice, in standard deviations."""
     expected = draws / cells
     statistic = sum((n - expected) ** 2 for n in counts.values()) / expected + (cells - len(counts)) * expected
     return (statistic - (cells - 1)) / (2 * (cells - 1)) ** 0.5
@@ -104,8 +106,8 @@ def test_the_permutation_is_pinned_because_checkpoints_rely_on_it() -> None:
     assert Permutation(10**12, 7).at(np.arange(3)).tolist() == [638186235854, 442878500919, 412761761872]
 
 
-def test_every_length_up_to_2000_is_a_bijection_with_its_inverse() -> None:
-    for length in range(2001):
+def test_lengths_up_to_2000_give_bijections_with_their_inverse() -> None:
+    for length in (*range(500), *range(500, 2001, 9), 1023, 1024, 1025):
         permutation = Permutation(length, key=length)
         everything = np.arange(length)
         images = permutation.at(everything)
@@ -126,7 +128,7 @@ def test_the_inverse_undoes_any_permutation(length: int, key: int, data: st.Data
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5])
 def test_small_permutations_are_uniform_over_keys(length: int) -> None:
-    keys = 6000
+    keys = 2000
     counts = Counter(tuple(Permutation(length, key).at(np.arange(length)).tolist()) for key in range(keys))
     cells = int(np.prod(np.arange(1, length + 1)))
     assert abs(chi_square(counts, cells, keys)) < 4.5
@@ -134,7 +136,7 @@ def test_small_permutations_are_uniform_over_keys(length: int) -> None:
 
 @pytest.mark.parametrize("length", [7, 100, 1200])
 def test_any_element_may_come_first_and_any_may_follow_it(length: int) -> None:
-    keys = 4000
+    keys = 2500
     heads = np.array([Permutation(length, key).at(np.arange(2)) for key in range(keys)])
     distances = (heads[:, 1] - heads[:, 0]) % length
     assert abs(chi_square(Counter(heads[:, 0].tolist()), length, keys)) < 4.5
@@ -299,9 +301,7 @@ def test_batches_do_not_depend_on_the_order_in_which_they_are_asked_for() -> Non
 
 def test_seeds_and_epochs_change_the_shuffle() -> None:
     drawn = {
-        tuple(Shuffled(length=100, batch_size=100, seed=seed).epoch(e).batch(0).tolist())
-        for seed in range(3)
-        for e in range(3)
+        tuple(Shuffled(length=100, batch_size=100, seed=seed).epoch(e).batch(0).tolist()) for seed in range(3) for e in range(3)
     }
     assert len(drawn) == 9
 
@@ -523,6 +523,7 @@ class Yielding:
         ([0, 2.0], "position 1 holds 2.0"),
         ([0, 2**70], f"position 1 holds {2**70}"),
         (np.array([False, True]), "position 0 holds"),
+        ([False, True], "position 0 holds False"),
         ([0, [1]], r"position 1 holds \[1\]"),
         (np.zeros((2, 3), np.int64), r"shape \[2, 3\]"),
         (Yielding(3, 20), "the sampler in epoch 0: position 1 holds 20"),
@@ -564,8 +565,12 @@ def test_drop_last_is_refused_beside_a_batch_sampler() -> None:
 
 
 def test_the_module_needs_no_torch_to_shuffle() -> None:
+    # A bare package stands in for unisono, whose __init__ imports what needs torch.
     script = (
-        "import sys; sys.modules['torch'] = None\n"
+        "import sys, types\n"
+        "sys.modules['torch'] = None\n"
+        "package = sys.modules['unisono'] = types.ModuleType('unisono')\n"
+        f"package.__path__ = [{str(Path(unisono.order.__file__).parent)!r}]\n"
         "from unisono.order import make_order\n"
         "print(make_order('shuffle', length=10, batch_size=4, seed=0).epoch(0).batch(0).tolist())"
     )

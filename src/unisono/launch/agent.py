@@ -28,6 +28,8 @@ _FAILURE_GRACE_S = 1.0
 """How long the others may take to end after a failure: all must be gone within 5 seconds."""
 _CAUSE_S = 1.0
 """How long to wait for the cause when workers have so far only lost contact with one that is still unwinding."""
+_ABANDONED_GRACE_S = 3.0
+"""How long workers may take to stop once another one has died of the stop, instead of taking part in it."""
 
 
 class Agent(SimpleElasticAgent):
@@ -125,6 +127,10 @@ class Agent(SimpleElasticAgent):
                 self._say(f"unisono: {signum.name}: the workers finish their step and stop; Ctrl-C again ends them now")
             self._processes.ask_to_stop(signum)
             self._stop_deadline_s = time.monotonic() + self._grace_s
+        if any(status is not None and status < 0 for status in self._processes.statuses):
+            # Plain scripts die of the signal where it finds them. The others may then wait for them for ever.
+            self._grace_s = min(self._grace_s, _ABANDONED_GRACE_S)
+            self._stop_deadline_s = min(self._stop_deadline_s, time.monotonic() + self._grace_s)
         if time.monotonic() < self._stop_deadline_s:
             return False
         self._say(f"unisono: workers still ran {self._grace_s:g} s after the stop and were ended (--grace)")

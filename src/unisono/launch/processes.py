@@ -128,9 +128,7 @@ class WorkerProcesses:
 
     def _has_failed(self, process: _Process) -> bool:
         status = process.status
-        if process.record is None and (
-            status is None or status == 0 or status in STOP_CODES or -status in process.sent
-        ):
+        if process.record is None and (status is None or status == 0 or status in STOP_CODES or -status in process.sent):
             return False
         return process.failed_s <= self._ending_s  # later failures come of being ended
 

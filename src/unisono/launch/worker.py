@@ -6,12 +6,15 @@ caused the others; and nothing starts if the launcher is gone already.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import faulthandler
 import os
 import runpy
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from unisono.launch.report import ERROR_FILE, describe, write_record
 
@@ -36,13 +39,15 @@ def main() -> None:
     faulthandler.enable()  # a crash in native code leaves a trace in the log
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED_SIGNALS)
-        status = _run(script)
+        _run(script)
     except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
-    sys.exit(status)
+        _clean_up()
+        # To die of the signal tells the launcher that this worker has saved nothing.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
 
 
-def _run(script: str) -> int:
+def _run(script: str) -> None:
     try:
         # Spawned loader workers import the main module again: run_path gives it the __file__ by which they find it.
         runpy.run_path(script, run_name="__main__")
@@ -50,15 +55,29 @@ def _run(script: str) -> int:
         raise
     except SystemExit as stop:
         # A status speaks for itself: the script has said what it had to say, or it stopped as it was asked to.
-        return stop.code or 0 if isinstance(stop.code, int | None) else _record(stop)
+        if isinstance(stop.code, int | None):
+            raise
+        _fail(stop)
     except BaseException as error:
-        return _record(error)
-    return 0
+        _fail(error)
 
 
-def _record(error: BaseException) -> int:
+def _fail(error: BaseException) -> NoReturn:
     write_record(describe(error), Path(os.environ[ERROR_FILE]))
-    return 1
+    _clean_up()
+    os._exit(1)
+
+
+def _clean_up() -> None:
+    """What the interpreter does at its end, but for taking itself apart.
+
+    A script that failed has left its process group open, with threads that talk to workers which may be gone: Python
+    would wait for some of them without end, and C++ aborts over others, with words that bury the report.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
 
 
 if __name__ == "__main__":

@@ -91,8 +91,11 @@ class Buffers:
             self._select()
         return unknown
 
-    def message(self) -> Tensor:
-        """*local*. What the other workers need: this worker's piece sums, then its integers as raw 8 bytes (float64)."""
+    def message(self, span: Span, filled: int) -> Tensor:
+        """*local*. What the other workers need from this one, which has microbatches ``span``: its piece sums, then its
+        integers as raw 8 bytes (float64)."""
+        for absent in range(max(filled, span[0]), span[1]):
+            self._fold.push(absent, None)
         parts = [value.cpu() for value in self._fold.parts().values() if value is not None]
         if self._exact is not None:
             parts.append(self._exact.cpu().view(torch.float64))

@@ -45,16 +45,19 @@ def evaluate(
     length = dataset_length(dataset)
     leaves = -(-length // microbatch_size)
     lo, hi = _range(leaves, collective.rank, collective.size)
-    model = replica.model
-    training = model.training
-    model.eval()
+    # Of each module: a frozen BatchNorm may be in evaluation mode inside a model that trains.
+    modes = [(module, module.training) for module in replica.model.modules()]
+    replica.model.eval()
     try:
         with torch.inference_mode():
             parts = _fold(replica, dataset, metrics, (lo, hi), leaves, length, microbatch_size, loader, seed)
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
+    results = _finish(parts, metrics, collective, leaves)
+    # Last, because workers that are threads share the generators.
     seed_generators(derive_seed("after evaluation", seed), replica.device)
-    return _finish(parts, metrics, collective, leaves)
+    return results
 
 
 def _fold(

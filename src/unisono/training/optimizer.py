@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
+from unisono.collective import Collective
 from unisono.errors import CheckpointError, ConfigurationError
 from unisono.layout import Layout
 
@@ -82,6 +85,39 @@ def owned_state(optimizer: Optimizer, layout: Layout, owned: Iterable[int]) -> d
         for index in owned
         if layout.parameters[index] in optimizer.state
     }
+
+
+def settle_state(optimizer: Optimizer, layout: Layout, owners: Sequence[Sequence[int]], collective: Collective) -> None:
+    """*collective*. Leaves each worker with the state of the parameters that it owns, and of no other trainable one.
+
+    An optimizer may come with state: made for every parameter at once (Adagrad), loaded, or left by an earlier Trainer, whose
+    owners were others. An owner who holds some keeps it, else the first worker who does hands it over.
+
+    Args:
+        owners: For each rank, the slot indices that it owns.
+    """
+    mine = [index for index, parameter in enumerate(layout.parameters) if parameter in optimizer.state]
+    holders = [set(json.loads(text)) for text in collective.all_gather_bytes(json.dumps(mine).encode())]
+    source = {
+        index: next(rank for rank, held in enumerate(holders) if index in held)
+        for owner, owned in enumerate(owners)
+        for index in owned
+        if index not in holders[owner] and any(index in held for held in holders)
+    }
+    if source:
+        buffer = io.BytesIO()
+        sent = {index: dict(optimizer.state[layout.parameters[index]]) for index in mine if source.get(index) == collective.rank}
+        torch.save(sent, buffer)
+        received: dict[int, Any] = {}
+        for data in collective.all_gather_bytes(buffer.getvalue()):
+            received |= torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        for index in set(owners[collective.rank]) & received.keys():
+            parameter = layout.parameters[index]
+            group = groups[id(parameter)]
+            optimizer.state[parameter] = {key: _placed(value, parameter, key, group) for key, value in received[index].items()}
+    for index in set(mine) - set(owners[collective.rank]):
+        del optimizer.state[layout.parameters[index]]
 
 
 def set_state(optimizer: Optimizer, layout: Layout, state: Mapping[str, Mapping[str, Any]], owned: Iterable[int]) -> None:

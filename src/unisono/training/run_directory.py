@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -113,15 +113,12 @@ class RunDirectory:
     def _check(self, checkpoint: Checkpoint) -> None:
         saved = checkpoint.info["settings"]
         mine = json.loads(json.dumps(self._settings))
-        different = [
-            f"{name}: {_short(saved.get(name, 'not set'))} there, {_short(mine.get(name, 'not set'))} here"
-            for name in {**mine, **saved}
-            if saved.get(name) != mine.get(name)
-        ]
+        different = list(_differences(saved, mine))
         if different:
+            more = f"; and {len(different) - 8} more" if len(different) > 8 else ""
             raise ConfigurationError(
-                f"run_dir {self.url!r} holds another run: {'; '.join(different)}. Choose another run_dir, or restore these "
-                "settings to go on with that run"
+                f"run_dir {self.url!r} holds another run: {'; '.join(different[:8])}{more}. Choose another run_dir, or restore "
+                "these settings to go on with that run"
             )
         if self._collective.rank == 0 or self._strict:
             fingerprints.check(checkpoint.info["fingerprint"], self._fingerprint, strict=self._strict)
@@ -188,6 +185,7 @@ class RunDirectory:
         files = {name: entry for one in told for name, entry in one["entries"].items()}
 
         def commit() -> dict[str, Any]:
+            self.log.flush()  # whoever resumes from this checkpoint expects the lines of all steps before it
             self._checkpoints.commit(step, files, self._pending_info)
             return {}
 
@@ -254,6 +252,19 @@ class RunDirectory:
             raise CheckpointError(answer["error"])
         result: dict[str, Any] = answer["ok"]
         return result
+
+
+def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
+    """What differs between two settings, down to the innermost ones, a text each."""
+    if there == here:
+        return
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        there, here = ({str(number): item for number, item in enumerate(items)} for items in (there, here))
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in {**here, **there}:
+            yield from _differences(there.get(key, "not set"), here.get(key, "not set"), f"{name}.{key}" if name else key)
+    else:
+        yield f"{name}: {_short(there)} there, {_short(here)} here"
 
 
 def _short(value: Any) -> str:

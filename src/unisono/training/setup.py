@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +16,36 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from unisono.collective import Collective, InProcess
 from unisono.errors import ConfigurationError
+from unisono.layout import Layout
 from unisono.sync import Sync
 from unisono.training.optimizer import hyperparameters
 from unisono.world import World
 
 if TYPE_CHECKING:
     from unisono.training.trainer import Trainer
+
+
+def check_arguments(
+    batch_size: int, microbatches: int, max_grad_norm: float | None, precision: str, checkpoint_every: int | None
+) -> None:
+    """*local*. Whether the trainer's plain settings are in range.
+
+    Raises:
+        ConfigurationError: One is not; the message names it.
+    """
+    if microbatches < 1:
+        raise ConfigurationError(f"microbatches must be 1 or more, got {microbatches}")
+    if batch_size < microbatches:
+        raise ConfigurationError(
+            f"batch_size {batch_size} is smaller than microbatches {microbatches}: each microbatch needs a sample. Raise "
+            "batch_size or lower microbatches"
+        )
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ConfigurationError(f"max_grad_norm must be positive, got {max_grad_norm}")
+    if precision not in ("fp32", "bf16"):
+        raise ConfigurationError(f'precision must be "fp32" or "bf16", got {precision!r}')
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ConfigurationError(f"checkpoint_every must be 1 or more steps, got {checkpoint_every}")
 
 
 def check_model(model: Any) -> None:
@@ -42,8 +66,29 @@ def check_model(model: Any) -> None:
             )
 
 
+def check_unchanged(model: nn.Module, layout: Layout) -> None:
+    """*local*. Whether the model still trains just the parameters that the trainer knows.
+
+    Raises:
+        ConfigurationError: It trains another one, too.
+    """
+    known = {id(parameter) for parameter in layout.parameters}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in known:
+            raise ConfigurationError(
+                f"parameter {name!r} now requires a gradient, but was frozen or not there when the Trainer was made: make a "
+                "new Trainer after unfreezing or replacing parameters"
+            )
+
+
 def choose_device(device: torch.device | str | None, world: World, model: nn.Module) -> torch.device:
     """*local*. The device of this worker: the one asked for, else its own GPU, else the CPU."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta and all(other.is_meta for other in model.parameters()):
+            raise ConfigurationError(
+                f"parameter {name!r} is on the meta device, where tensors have no values: give the model values first, with "
+                "model.to_empty(device=...) and its own initialization"
+            )
     places = {parameter.device.type: name for name, parameter in model.named_parameters()}
     if len({parameter.device for parameter in model.parameters()}) > 1:
         raise ConfigurationError(
@@ -114,35 +159,47 @@ def describe_settings(
     }
 
 
-def unify_replicas(model: nn.Module, collective: Collective, settings: dict[str, Any]) -> None:
+def check_alike(collective: Collective, settings: Mapping[str, Any]) -> None:
+    """*collective*. Whether all workers were given the same (plain JSON).
+
+    Raises:
+        ConfigurationError: They were not; the message names the first difference.
+    """
+    if collective.size == 1:
+        return
+    first, *others = [json.loads(text) for text in collective.all_gather_bytes(json.dumps(settings).encode())]
+    for rank, other in enumerate(others, start=1):
+        for name, value in first.items():
+            if other[name] != value:
+                raise ConfigurationError(
+                    f"worker {rank} has {name} = {other[name]}, worker 0 has {value}: every worker must run the same script with "
+                    "the same settings and the whole data (unisono itself divides it)"
+                )
+
+
+def unify_replicas(model: nn.Module, collective: Collective) -> None:
     """*collective*. Makes all replicas equal to worker 0's, and says so if they were not.
 
     Worker 0 wins because its model is the one that a run on a single worker would train.
 
     Raises:
-        ConfigurationError: Workers have other settings, or models of another structure.
+        ConfigurationError: Workers have models of another structure.
     """
     if collective.size == 1:
         return
     tensors = _state(model)
-    mine = {"settings": settings, "tensors": {name: _digest(tensor) for name, tensor in tensors.items()}}
+    mine = {name: _digest(tensor) for name, tensor in tensors.items()}
     everybodys = [json.loads(text) for text in collective.all_gather_bytes(json.dumps(mine).encode())]
     first = everybodys[0]
     different: dict[str, list[int]] = {}
     for rank, other in enumerate(everybodys):
-        for name in first["settings"]:
-            if other["settings"][name] != first["settings"][name]:
-                raise ConfigurationError(
-                    f"worker {rank} has {name} = {other['settings'][name]}, worker 0 has {first['settings'][name]}: every worker "
-                    "must run the same script with the same settings"
-                )
-        if list(other["tensors"]) != list(first["tensors"]):
+        if _structure(other) != _structure(first):
             raise ConfigurationError(
                 f"the model of worker {rank} has other parameters or buffers than that of worker 0: build the same model "
                 "on every worker"
             )
-        for name, digest in other["tensors"].items():
-            if digest != first["tensors"][name]:
+        for name, digest in other.items():
+            if digest != first[name]:
                 different.setdefault(name, []).append(rank)
     if not different:
         return
@@ -158,6 +215,10 @@ def unify_replicas(model: nn.Module, collective: Collective, settings: dict[str,
             value = tensor.detach().contiguous()
             collective.broadcast(value)
             tensor.copy_(value)
+
+
+def _structure(digests: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [(name, digest.partition(":")[0]) for name, digest in digests.items()]
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

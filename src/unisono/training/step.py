@@ -136,9 +136,8 @@ class Stepper:
         self._overlap = overlap
         self._clock = clock
         self._addresses = [parameter.data_ptr() for parameter in layout.parameters]
-        self._frozen = [
-            parameter for group in optimizer.param_groups for parameter in group["params"] if not parameter.requires_grad
-        ]
+        self._held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._frozen = [parameter for parameter in self._held if not parameter.requires_grad]
         self._header_type = np.dtype(
             [
                 ("losses", "f8", (leaves,)),
@@ -162,6 +161,8 @@ class Stepper:
             DataError: The loss or gradient is not finite, or the count is zero; no weight, buffer or state has changed.
         """
         self._check_model()
+        for parameter in self._held:
+            parameter.grad = None  # what a backward of the user's own may have left behind
         self._buffers.begin()
         headers, gradients = self._gradients(batch, step, signals)
         with self._clock.phase("compute"):
@@ -268,7 +269,7 @@ class Stepper:
     def _agree(self, norms: Tensor, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """All owners' norms, and all workers' buffers."""
         ranges, size = self._reduction.ranges, self._collective.size
-        mine = torch.cat([norms, self._buffers.message()])
+        mine = torch.cat([norms, self._buffers.message(ranges[self._collective.rank], batch.filled)])
         sizes = [norms.numel() + self._buffers.message_size(span, batch.filled) for span in ranges]
         received = self._collective.exchange(
             [[mine]] * size, [[(numel, torch.float64, mine.device)] for numel in sizes], name="agree"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
 import signal
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from unisono.checkpoint.fingerprint import fingerprint
 from unisono.collective import Collective
-from unisono.errors import ConfigurationError
+from unisono.errors import CheckpointError, ConfigurationError
 from unisono.layout import Layout
 from unisono.observe.progress import Progress, ProgressDisplay, SilentProgress
 from unisono.observe.summary import Summary, show_summary
@@ -30,11 +31,21 @@ from unisono.training.buffers import Buffers
 from unisono.training.callbacks import Callback
 from unisono.training.evaluation import MetricFunction, evaluate
 from unisono.training.loader import Loader, dataset_length
-from unisono.training.optimizer import check_optimizer, hyperparameters, owned_state, set_hyperparameters, set_state
+from unisono.training.optimizer import (
+    check_optimizer,
+    hyperparameters,
+    owned_state,
+    set_hyperparameters,
+    set_state,
+    settle_state,
+)
 from unisono.training.replica import LossFunction, Precision, TorchReplica
 from unisono.training.run_directory import RunDirectory
 from unisono.training.setup import (
+    check_alike,
+    check_arguments,
     check_model,
+    check_unchanged,
     choose_device,
     connect,
     describe_settings,
@@ -120,7 +131,7 @@ class Trainer:
         world: World | None = None,
         collective: Collective | None = None,
     ) -> None:
-        _check_arguments(batch_size, microbatches, max_grad_norm, precision, checkpoint_every)
+        check_arguments(batch_size, microbatches, max_grad_norm, precision, checkpoint_every)
         self.batch_size, self.microbatches, self.seed = batch_size, microbatches, seed
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.callbacks = tuple(callbacks)
@@ -144,12 +155,16 @@ class Trainer:
 
         model.to(self.device)
         settings = describe_settings(self, trainable, max_grad_norm, precision, self._sync)
-        unify_replicas(model, self.collective, settings)
+        check_alike(
+            self.collective, {**settings, "checkpoint_every": checkpoint_every, "run_dir": None if run_dir is None else "given"}
+        )
+        unify_replicas(model, self.collective)
         self._layout = Layout(trainable)
         flats = self._layout.adopt(self.collective.allocate)
         self._replica = TorchReplica(model, loss, device=self.device, precision=precision)
         self._buffers = Buffers(model, microbatches)
         self._reduction = self._sync.bind(self._layout, self.collective, microbatches)
+        settle_state(optimizer, self._layout, [self._owned_by(rank) for rank in range(self.collective.size)], self.collective)
         self._clock = StepClock()
         self._stepper = Stepper(
             replica=self._replica,
@@ -172,6 +187,7 @@ class Trainer:
         self._trained_samples = 0
         self._trained_steps = 0
         self._waited = 0.0
+        self._bytes_sent = 0
         self._data_settings: dict[str, Any] | None = None
         self._run: RunDirectory | None = None
         if run_dir is not None:
@@ -212,13 +228,16 @@ class Trainer:
             DataError: A sample cannot be read, or a loss or gradient is not finite; the last step stands.
             SystemExit: With status 128 + signal number, after a checkpoint, when asked to stop.
         """
-        samples = self._make_order(dataset, order, drop_last)
+        samples = self._make_order(dataset, order, drop_last, epochs)
         if self._is_done(epochs):
+            self._complete(epochs)
             return self._say_finished()
         with self._display(samples, epochs) as self._progress:
             try:
-                for batch in self._batches(dataset, samples, epochs, loader or self._loader):
-                    self.step(batch)
+                # Closed also after an error, so that the log is written as far as training came.
+                with contextlib.closing(self._batches(dataset, samples, epochs, loader or self._loader)) as batches:
+                    for batch in batches:
+                        self.step(batch)
             finally:
                 progress, self._progress = self._progress, SilentProgress()
             progress.finish()
@@ -241,7 +260,7 @@ class Trainer:
         Pass each to ``step``. Leaving early is fine: the next call goes on after the last batch that was stepped. When the
         last one is done the run is finished and its files are written.
         """
-        return self._batches(dataset, self._make_order(dataset, order, drop_last), epochs, loader or self._loader)
+        return self._batches(dataset, self._make_order(dataset, order, drop_last, epochs), epochs, loader or self._loader)
 
     def step(self, batch: Batch) -> StepResult:
         """*collective*. One optimizer step on a batch from ``batches``.
@@ -255,7 +274,9 @@ class Trainer:
         """
         self._check_batch(batch)
         signals = self._signals()
+        sent = self.collective.bytes_sent
         result, told = self._stepper.run(batch, self.position.step + 1, signals)
+        self._bytes_sent += self.collective.bytes_sent - sent
         self._advance(batch, result)
         self._step_scheduler(result)
         self._record(result)
@@ -290,6 +311,7 @@ class Trainer:
             loader: How samples are loaded.
         """
         size = batch_size or -(-self.batch_size // self.microbatches)
+        check_alike(self.collective, {"samples": dataset_length(dataset), "batch_size": size})
         with self._clock.pause():
             results = evaluate(
                 self._replica,
@@ -329,9 +351,11 @@ class Trainer:
 
     # ------------------------------------------------------------------ the parts of a step
 
-    def _batches(self, dataset: Any, samples: Order, epochs: int, loader: Loader) -> Iterator[Batch]:
+    def _batches(self, dataset: Any, samples: Order, epochs: int, loader: Loader) -> Generator[Batch]:
         if self._is_done(epochs):
+            self._complete(epochs)
             return
+        check_unchanged(self.model, self._layout)
         if self._run is not None:
             self._run.begin(self.position.step)
         stream = BatchStream(
@@ -350,6 +374,9 @@ class Trainer:
                 yield from stream.batches(self.position.epoch, self.position.batch, epochs)
             finally:
                 self._stop = None
+                if self._run is not None:
+                    with contextlib.suppress(CheckpointError):  # an error on its way is more important
+                        self._run.log.flush()
         self._finish()
 
     def _signals(self) -> Signals:
@@ -411,8 +438,13 @@ class Trainer:
             return
         self._settle()
         self._run.publish(self.model.state_dict() if self.collective.rank == 0 else None)
-        self._run.log.close()
+        self._run.log.flush()
         self._run.write_summary(self._summary(finished=True))
+
+    def _complete(self, epochs: int) -> None:
+        """A run may have stopped after its last step, before its files were written. (One that went on further has others.)"""
+        if (self.position.epoch, self.position.batch) == (epochs, 0):
+            self._finish()
 
     def _settle(self) -> None:
         """The newest checkpoint is complete, and it is the one of now."""
@@ -426,7 +458,7 @@ class Trainer:
         note = f"stopped by {signal.Signals(stop).name} after step {self.position.step}"
         if self._run is not None:
             self._settle()
-            self._run.log.close()
+            self._run.log.flush()
             self._run.write_summary(self._summary(finished=False))
             note += f"; checkpoint written to {self._run.url}. Start the same command again to go on, on any number of workers"
         if self.collective.rank == 0:
@@ -457,8 +489,11 @@ class Trainer:
         weights = self.model.state_dict() if self.collective.rank == 0 else None
         sha256 = self._run.weights_digest(weights) if self._run is not None else ""
         earlier = self._run.read_summary() if self._run is not None else None
+        if earlier is not None and (earlier.steps, earlier.weights_sha256) != (self.position.step, sha256):
+            earlier = None
         if earlier is not None and self._trained_steps == 0:
-            return earlier  # this start has trained nothing: what the one before it measured stands
+            # This start has trained nothing: what the one before it measured stands.
+            return dataclasses.replace(earlier, finished=finished)
         return Summary(
             steps=self.position.step,
             epochs=self.position.epoch,
@@ -468,12 +503,12 @@ class Trainer:
             workers=self.collective.size,
             weights_sha256=sha256,
             loss=self._last.loss if self._last else float("nan"),
-            metrics={},
+            metrics=earlier.metrics if earlier is not None else {},
             waiting_share=self._waited / self._seconds if self._seconds else 0.0,
             finished=finished,
             parameters=sum(parameter.numel() for parameter in self._layout.parameters),
             run_dir=self._run.url if self._run is not None else "",
-            bytes_sent_per_step=self.collective.bytes_sent / self._trained_steps if self._trained_steps else 0.0,
+            bytes_sent_per_step=self._bytes_sent / self._trained_steps if self._trained_steps else 0.0,
         )
 
     def _keep_metrics(self, results: dict[str, float]) -> None:
@@ -488,7 +523,10 @@ class Trainer:
     @property
     def _owned(self) -> list[int]:
         """Slot indices of the parameters that this worker updates."""
-        return [slot.index for segments in self._reduction.segments for slot in segments[self.collective.rank].slots]
+        return self._owned_by(self.collective.rank)
+
+    def _owned_by(self, rank: int) -> list[int]:
+        return [slot.index for segments in self._reduction.segments for slot in segments[rank].slots]
 
     def _shared_state(self) -> dict[str, Any]:
         """What all workers have alike and the model's state dict does not hold."""
@@ -527,9 +565,10 @@ class Trainer:
 
     # ------------------------------------------------------------------ checks
 
-    def _make_order(self, dataset: Any, order: OrderLike, drop_last: bool) -> Order:
+    def _make_order(self, dataset: Any, order: OrderLike, drop_last: bool, epochs: int) -> Order:
         length = dataset_length(dataset)
         data = {"samples": length, "order": order if isinstance(order, str) else "given", "drop_last": drop_last}
+        check_alike(self.collective, {**data, "epochs": epochs})
         if self.position.batch and self._data_settings not in (None, data):
             raise ConfigurationError(
                 f"the run stopped in the middle of epoch {self.position.epoch + 1} over other data ({self._data_settings}) than "
@@ -564,21 +603,3 @@ class Trainer:
         if self.position.step:
             display.note(f"resumed after step {self.position.step}")
         return display
-
-
-def _check_arguments(
-    batch_size: int, microbatches: int, max_grad_norm: float | None, precision: str, checkpoint_every: int | None
-) -> None:
-    if microbatches < 1:
-        raise ConfigurationError(f"microbatches must be 1 or more, got {microbatches}")
-    if batch_size < microbatches:
-        raise ConfigurationError(
-            f"batch_size {batch_size} is smaller than microbatches {microbatches}: each microbatch needs a sample. Raise "
-            "batch_size or lower microbatches"
-        )
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ConfigurationError(f"max_grad_norm must be positive, got {max_grad_norm}")
-    if precision not in ("fp32", "bf16"):
-        raise ConfigurationError(f'precision must be "fp32" or "bf16", got {precision!r}')
-    if checkpoint_every is not None and checkpoint_every < 1:
-        raise ConfigurationError(f"checkpoint_every must be 1 or more steps, got {checkpoint_every}")
