@@ -45,9 +45,7 @@ def script(tmp_path: Path) -> Path:
 
 def run(command: list[str], folder: Path, **more: str) -> str:
     folder.mkdir()
-    done = subprocess.run(
-        command, cwd=folder, env=environment(**more), capture_output=True, text=True, timeout=100, check=False
-    )
+    done = subprocess.run(command, cwd=folder, env=environment(**more), capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

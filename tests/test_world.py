@@ -224,6 +224,8 @@ dist.init_process_group("gloo", init_method=world.init_method, rank=world.rank, 
 total = torch.tensor([world.rank + 1])
 dist.all_reduce(total)
 print(world.rank, world.size, world.local_size, total.item())
+dist.barrier()
+dist.destroy_process_group()
 """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

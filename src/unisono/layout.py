@@ -196,10 +196,7 @@ def _divide(block: Block, workers: int) -> tuple[Segment, ...]:
             low = capacity + 1
     stops = [0, *_fill(ends, workers, low)]
     borders = [0, *accumulate(sizes)]
-    return tuple(
-        Segment(lo=borders[start], hi=borders[stop], slots=block.slots[start:stop])
-        for start, stop in pairwise(stops)
-    )
+    return tuple(Segment(lo=borders[start], hi=borders[stop], slots=block.slots[start:stop]) for start, stop in pairwise(stops))
 
 
 def _fill(ends: Sequence[int], workers: int, capacity: int) -> list[int]:

@@ -13,7 +13,7 @@ Pure Python; knows neither tensors nor processes. Everything here is *local*.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Generic, TypeVar
 
@@ -148,17 +148,6 @@ class Fold(Generic[T]):
         if left is None or right is None:
             return right if left is None else left
         return self._add(left, right)
-
-
-def merges_after(leaf: int, first: int, leaves: int) -> Iterator[tuple[Span, Span]]:
-    """The merges ``(left node, right node)``, in order, that leaf number ``leaf`` completes in a fold that began at
-    ``first``."""
-    span = (leaf, leaf + 1)
-    for left in reversed(pieces(first, leaf, leaves) if leaf > first else ()):
-        if not (is_node(left[0], span[1], leaves) and middle(left[0], span[1]) == span[0]):
-            return
-        yield left, span
-        span = (left[0], span[1])
 
 
 def fold_all(values: Sequence[T | None], add: Callable[[T, T], T]) -> T | None:

@@ -190,9 +190,7 @@ def test_if_all_are_damaged_nothing_starts_from_scratch(tmp_path: Path) -> None:
     for step in (1, 2):
         write(checkpoints, step)
         damage_truncate(tmp_path / "checkpoints" / f"step-{step}" / "model.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"every checkpoint .* is damaged.*remove the checkpoints folder"
-    ) as caught:
+    with pytest.raises(CheckpointError, match=r"every checkpoint .* is damaged.*remove the checkpoints folder") as caught:
         checkpoints.newest()
     assert "step-1/model.safetensors has" in str(caught.value)
     assert "step-2/model.safetensors has" in str(caught.value)
@@ -296,8 +294,6 @@ except CheckpointError as error:
     print(error)
 assert checkpoints.newest().tensors("model")["w"].equal(torch.ones(10))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=100, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     assert re.search(r"step-2/model.safetensors: the disk is full .* 4,000,\d+ bytes were needed", done.stdout)

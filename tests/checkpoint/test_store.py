@@ -104,9 +104,7 @@ def test_bytes_reach_the_disk_before_the_name_and_the_name_before_the_return(
     assert calls[2:] == ["replace name", "fsync new"]
 
 
-def test_a_failed_write_leaves_the_old_content_and_no_temporary_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_content_and_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path)
     store.write("file", b"old")
 

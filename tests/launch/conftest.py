@@ -41,6 +41,7 @@ class Launch:
         os.mkfifo(pipe)
         self._heard = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
         self._text = b""
+        self._known: list[psutil.Process] = []
         self.temporary = folder / "temporary"
         self.temporary.mkdir()
         env = {**os.environ, "TELL": str(pipe), "TMPDIR": str(self.temporary)}
@@ -76,7 +77,9 @@ class Launch:
 
     def hear_processes(self, count: int) -> list[psutil.Process]:
         """The processes whose numbers stand in the next lines."""
-        return [psutil.Process(int(self.hear()[-1])) for _ in range(count)]
+        processes = [psutil.Process(int(self.hear()[-1])) for _ in range(count)]
+        self._known += processes
+        return processes
 
     def signal_group(self, signum: signal.Signals) -> None:
         """As a terminal does."""
@@ -88,10 +91,12 @@ class Launch:
         return self.process.returncode, out, err
 
     def close(self) -> None:
-        for process in psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []:
+        if self.process.poll() is None:
+            self._known += psutil.Process(self.process.pid).children(recursive=True)
+        self.process.kill()
+        for process in self._known:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        self.process.kill()
         self.process.communicate()
         os.close(self._heard)
 

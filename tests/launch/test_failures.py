@@ -69,16 +69,13 @@ def test_a_killed_worker_is_named_and_not_those_that_lost_contact_with_it(launch
 def test_a_cause_that_is_recorded_after_its_consequence_is_still_found(launcher: Launcher) -> None:
     launch = launcher.run(
         """
-        from pathlib import Path
         from unisono.errors import WorkerFailure
         if rank == 0:
             raise WorkerFailure("worker 0 lost contact with another worker")
         try:
             raise ValueError("the cause")
-        finally:
-            folder = Path(os.environ["UNISONO_ERROR_FILE"]).parent
-            while not (folder / "error-0.json").exists():
-                pass
+        finally:  # a slow farewell, while the others notice first
+            signal.sigtimedwait([signal.SIGUSR1], 0.5)
         """
     )
     status, _, err = launch.finish()
@@ -135,8 +132,9 @@ def test_the_message_of_an_exit_is_told_once(launcher: Launcher) -> None:
 def test_a_worker_that_hangs_on_its_way_out_is_ended(launcher: Launcher) -> None:
     launch = launcher.run(
         """
-        import threading
+        import atexit, threading
         threading.Thread(target=signal.sigwait, args=[{signal.SIGUSR1}]).start()
+        atexit.register(signal.sigtimedwait, [signal.SIGUSR1], 60)
         raise ValueError("the cause")
         """,
         workers=1,

@@ -59,11 +59,24 @@ def test_plain_scripts_stop_without_a_traceback(launcher: Launcher) -> None:
     assert_gone(workers)
 
 
+def test_a_worker_that_waits_for_one_that_died_of_the_stop_is_ended(launcher: Launcher) -> None:
+    launch = launcher.run(
+        """
+        if rank == 0:
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        tell(os.getpid())
+        signal.pause()
+        """
+    )
+    workers = launch.hear_processes(2)
+    launch.process.send_signal(signal.SIGINT)
+    assert launch.finish(limit_s=20.0)[0] == 128 + signal.SIGINT
+    assert_gone(workers)
+
+
 def test_a_failure_while_stopping_is_reported(launcher: Launcher) -> None:
     launch = launcher.run(
-        SAVES.replace(
-            "    raise SystemExit(", "    if rank:\n        raise OSError('disk full')\n    raise SystemExit("
-        )
+        SAVES.replace("    raise SystemExit(", "    if rank:\n        raise OSError('disk full')\n    raise SystemExit(")
     )
     launch.hear_processes(2)
     launch.process.terminate()

@@ -293,9 +293,7 @@ def test_the_picture_never_cuts_a_fact(width: int) -> None:
     assert "  ".join(facts) == "epoch 2/5  loss 0.1234  18,400 samples/s  waiting 4%  4 workers"
 
 
-def test_what_the_script_prints_to_a_file_stays_out_of_the_display(
-    terminal: Console, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_script_prints_to_a_file_stays_out_of_the_display(terminal: Console, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stdout", stream)
     run = Run(terminal)
@@ -304,9 +302,7 @@ def test_what_the_script_prints_to_a_file_stays_out_of_the_display(
     assert stream.getvalue() == "result 42\n"
 
 
-def test_what_the_script_prints_to_the_terminal_goes_above_the_bar(
-    terminal: Console, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_script_prints_to_the_terminal_goes_above_the_bar(terminal: Console, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", Terminal())
     run = Run(terminal)
     with run.progress:
@@ -359,9 +355,7 @@ def test_an_update_costs_less_than_20_microseconds(terminal: Console) -> None:
             for repeat in range(5):
                 began = time.perf_counter()
                 for step in range(2000):
-                    progress.update(
-                        step=repeat * 2000 + step, epoch=1, loss=0.5, samples_per_second=1e5, waiting_share=0.0
-                    )
+                    progress.update(step=repeat * 2000 + step, epoch=1, loss=0.5, samples_per_second=1e5, waiting_share=0.0)
                 best = min(best, (time.perf_counter() - began) / 2000)
         assert best < 20e-6
 

@@ -69,9 +69,7 @@ class Checkpoint:
 
     def part_names(self, prefix: str = "") -> list[str]:
         """Names of the parts that begin with `prefix`, sorted."""
-        return sorted(
-            file.removesuffix(_JSON) for file in self._files if file.startswith(prefix) and file.endswith(_JSON)
-        )
+        return sorted(file.removesuffix(_JSON) for file in self._files if file.startswith(prefix) and file.endswith(_JSON))
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of each file, by its name in the checkpoint's folder."""

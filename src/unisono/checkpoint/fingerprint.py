@@ -89,9 +89,7 @@ def check(old: Mapping[str, str | int], new: Mapping[str, str | int], *, strict:
         "may differ from those of a run without this change. "
     )
     if strict:
-        raise FingerprintMismatch(
-            message + "Restore what changed, or resume with strict=False.", fields=_differing(old, new)
-        )
+        raise FingerprintMismatch(message + "Restore what changed, or resume with strict=False.", fields=_differing(old, new))
     warnings.warn(message + "Restore what changed if they must not; strict=True makes this an error.", stacklevel=2)
 
 

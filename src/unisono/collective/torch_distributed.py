@@ -6,6 +6,7 @@ faster than its collectives for small messages (116 against 622 microseconds for
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 from collections.abc import Iterator, Sequence
@@ -72,6 +73,8 @@ class TorchDistributed(Collective):
                 world_size=size,
                 timeout=datetime.timedelta(seconds=timeout_s),
             )
+            # Left open, Gloo's threads outlive the interpreter and abort the process now and then.
+            atexit.register(_close)
         if (dist.get_rank(), dist.get_world_size()) != (rank, size):
             raise WorkerFailure(
                 f"the process group says rank {dist.get_rank()} of {dist.get_world_size()}, the launcher rank {rank} of "
@@ -132,8 +135,7 @@ class TorchDistributed(Collective):
             dist.broadcast(tensor, source)
 
     def close(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _close()
 
     def _start(self, operations: list[dist.P2POp]) -> list[Any]:
         if not operations:
@@ -151,3 +153,9 @@ class TorchDistributed(Collective):
         if key not in self._buffers:
             self._buffers[key] = self.allocate(*what)
         return self._buffers[key]
+
+
+def _close() -> None:
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):  # the other workers may be gone
+            dist.destroy_process_group()

@@ -84,9 +84,7 @@ class ProgressDisplay(Protocol):
     def __enter__(self) -> ProgressDisplay:
         """Begin to display."""
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Leave the terminal as it was."""
 
     def update(self, *, step: int, epoch: int, loss: Loss, samples_per_second: float, waiting_share: float) -> None:
@@ -174,9 +172,7 @@ class Progress:
         self._view.start(Reading(step=self._first_step, total_steps=self._total_steps, epochs=self._epochs))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None:
             self.finish()
         else:
@@ -259,9 +255,7 @@ class SilentProgress:
     def __enter__(self) -> SilentProgress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Nothing to end."""
 
     def update(self, *, step: int, epoch: int, loss: Loss, samples_per_second: float, waiting_share: float) -> None:

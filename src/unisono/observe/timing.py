@@ -133,7 +133,5 @@ class _PhaseContext:
     def __enter__(self) -> None:
         self._owner.start(self._name)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._owner.stop()

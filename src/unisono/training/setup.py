@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
 import os
@@ -128,11 +127,7 @@ def connect(world: World, device: torch.device) -> Collective:
         return InProcess()
     from unisono.collective.torch_distributed import TorchDistributed
 
-    collective = TorchDistributed.connect(
-        rank=world.rank, size=world.size, device=device, init_method=world.init_method or "env://"
-    )
-    atexit.register(collective.close)
-    return collective
+    return TorchDistributed.connect(rank=world.rank, size=world.size, device=device, init_method=world.init_method or "env://")
 
 
 def describe_settings(

@@ -39,6 +39,7 @@ from unisono.training.optimizer import (
     set_state,
     settle_state,
 )
+from unisono.training.record import Position, Record, log_line, show
 from unisono.training.replica import LossFunction, Precision, TorchReplica
 from unisono.training.run_directory import RunDirectory
 from unisono.training.setup import (
@@ -56,20 +57,6 @@ from unisono.training.step import Batch, Signals, Stepper, StepResult
 from unisono.world import World
 
 logger = logging.getLogger("unisono")
-
-
-@dataclasses.dataclass
-class Position:
-    """How far a run has come: the cursor in the data, and totals."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    epoch: int = 0
-    """Epoch of the next batch."""
-    batch: int = 0
-    """Number of the next batch in that epoch."""
-    samples: int = 0
-    """Samples trained; one seen in two epochs counts twice."""
 
 
 class Trainer:
@@ -182,12 +169,7 @@ class Trainer:
         )
         self._stop: StopRequest | None = None
         self._progress: ProgressDisplay = SilentProgress()
-        self._last: StepResult | None = None
-        self._seconds = 0.0
-        self._trained_samples = 0
-        self._trained_steps = 0
-        self._waited = 0.0
-        self._bytes_sent = 0
+        self._record = Record()
         self._data_settings: dict[str, Any] | None = None
         self._run: RunDirectory | None = None
         if run_dir is not None:
@@ -276,10 +258,9 @@ class Trainer:
         signals = self._signals()
         sent = self.collective.bytes_sent
         result, told = self._stepper.run(batch, self.position.step + 1, signals)
-        self._bytes_sent += self.collective.bytes_sent - sent
-        self._advance(batch, result)
+        self._advance(batch)
         self._step_scheduler(result)
-        self._record(result)
+        self._note(result, self.collective.bytes_sent - sent)
         for callback in self.callbacks:
             callback.on_step(self, result)
         if self._run is not None:
@@ -288,8 +269,8 @@ class Trainer:
         if batch.number + 1 == batch.of:
             for callback in self.callbacks:
                 callback.on_epoch(self, batch.epoch)
-        if self._run is not None and (stop or self._checkpoint_is_due(batch)):
-            self.save()
+        if self._run is not None and self._checkpoint_is_due(batch):
+            self._begin_checkpoint(self._run)
         if stop:
             self._leave(stop)
         return result
@@ -326,28 +307,16 @@ class Trainer:
         return results
 
     def save(self) -> None:
-        """*collective*. Starts to write a checkpoint of the current state, which is complete a few steps later, at the latest
-        when the run ends or stops.
+        """*collective*. Writes a checkpoint of the current state, and returns when it is complete.
 
         Raises:
             ConfigurationError: The trainer has no run directory.
-            CheckpointError: The checkpoint before could not be written.
+            CheckpointError: A checkpoint could not be written; the one before it is whole.
         """
         if self._run is None:
             raise ConfigurationError("there is no run directory to save to: pass run_dir=... to Trainer")
-        main = self.collective.rank == 0
-        self._run.save(
-            self.position.step,
-            part={"state": owned_state(self.optimizer, self._layout, self._owned)},
-            model=self.model.state_dict() if main else None,
-            trainer=self._shared_state() if main else None,
-            info={
-                "position": dataclasses.asdict(self.position),
-                "data": self._data_settings,
-                "workers": self.collective.size,
-                "last": dataclasses.asdict(self._last) if self._last else None,
-            },
-        )
+        self._begin_checkpoint(self._run)
+        self._run.finish()
 
     # ------------------------------------------------------------------ the parts of a step
 
@@ -383,12 +352,11 @@ class Trainer:
         stop = int(self._stop.requested or 0) if self._stop is not None else 0
         return self._run.signals(stop) if self._run is not None else Signals(stop=stop)
 
-    def _advance(self, batch: Batch, result: StepResult) -> None:
+    def _advance(self, batch: Batch) -> None:
         self.position.step += 1
         self.position.samples += batch.samples
         last = batch.number + 1 == batch.of
         self.position.epoch, self.position.batch = (batch.epoch + 1, 0) if last else (batch.epoch, batch.number + 1)
-        self._last = result
 
     def _step_scheduler(self, result: StepResult) -> None:
         if isinstance(self.scheduler, ReduceLROnPlateau):
@@ -396,34 +364,28 @@ class Trainer:
         elif self.scheduler is not None:
             self.scheduler.step()
 
-    def _record(self, result: StepResult) -> None:
-        seconds = self._clock.lap(result.samples)
-        self._seconds += seconds["step"]
-        self._waited += seconds["waiting"]
-        self._trained_samples += result.samples
-        self._trained_steps += 1
-        if self.collective.rank:
-            return
-        self._progress.update(
-            step=result.step,
-            epoch=result.epoch + 1,
-            loss=result.loss,
-            samples_per_second=self._clock.rate,
-            waiting_share=self._clock.waiting_share,
+    def _note(self, result: StepResult, bytes_sent: int) -> None:
+        seconds = self._record.add(result, self._clock, bytes_sent)
+        if self.collective.rank == 0:
+            show(self._progress, result, self._clock)
+            if self._run is not None:
+                self._run.log.append(log_line(result, self.position, self._clock, seconds))
+
+    def _begin_checkpoint(self, run: RunDirectory) -> None:
+        """Copies the current state; it is written while training goes on, and complete a few steps later."""
+        main = self.collective.rank == 0
+        run.save(
+            self.position.step,
+            part={"state": owned_state(self.optimizer, self._layout, self._owned)},
+            model=self.model.state_dict() if main else None,
+            trainer=self._shared_state() if main else None,
+            info={
+                "position": dataclasses.asdict(self.position),
+                "data": self._data_settings,
+                "workers": self.collective.size,
+                "last": dataclasses.asdict(self._record.last) if self._record.last else None,
+            },
         )
-        if self._run is not None:
-            record: dict[str, int | float | str] = {
-                "step": result.step,
-                "epoch": result.epoch + 1,
-                "loss": result.loss,
-                "gradient_norm": result.gradient_norm,
-                "samples": self.position.samples,
-                "samples_per_second": round(self._clock.rate, 1),
-                **{f"{name}_s": round(value, 6) for name, value in seconds.items()},
-            }
-            for number, rate in enumerate(result.learning_rates):
-                record[f"lr_{number}" if number else "lr"] = rate
-            self._run.log.append(record)
 
     def _checkpoint_is_due(self, batch: Batch) -> bool:
         if self._checkpoint_every is not None:
@@ -452,7 +414,6 @@ class Trainer:
         self._run.finish()
         if self._run.saved_step != self.position.step:
             self.save()
-            self._run.finish()
 
     def _leave(self, stop: int) -> None:
         note = f"stopped by {signal.Signals(stop).name} after step {self.position.step}"
@@ -491,24 +452,21 @@ class Trainer:
         earlier = self._run.read_summary() if self._run is not None else None
         if earlier is not None and (earlier.steps, earlier.weights_sha256) != (self.position.step, sha256):
             earlier = None
-        if earlier is not None and self._trained_steps == 0:
+        if earlier is not None and self._record.steps == 0:
             # This start has trained nothing: what the one before it measured stands.
             return dataclasses.replace(earlier, finished=finished)
         return Summary(
             steps=self.position.step,
             epochs=self.position.epoch,
             samples=self.position.samples,
-            samples_per_second=self._trained_samples / self._seconds if self._seconds else 0.0,
-            seconds=self._seconds,
             workers=self.collective.size,
             weights_sha256=sha256,
-            loss=self._last.loss if self._last else float("nan"),
+            loss=self._record.last.loss if self._record.last else float("nan"),
             metrics=earlier.metrics if earlier is not None else {},
-            waiting_share=self._waited / self._seconds if self._seconds else 0.0,
             finished=finished,
             parameters=sum(parameter.numel() for parameter in self._layout.parameters),
             run_dir=self._run.url if self._run is not None else "",
-            bytes_sent_per_step=self._bytes_sent / self._trained_steps if self._trained_steps else 0.0,
+            **self._record.rates(),
         )
 
     def _keep_metrics(self, results: dict[str, float]) -> None:
@@ -560,7 +518,7 @@ class Trainer:
         self.position = Position(**checkpoint.info["position"])
         self._data_settings = checkpoint.info["data"]
         last = checkpoint.info["last"]
-        self._last = StepResult(**{**last, "learning_rates": tuple(last["learning_rates"])}) if last else None
+        self._record.last = StepResult(**{**last, "learning_rates": tuple(last["learning_rates"])}) if last else None
         logger.info("resumed from step %d of %s", self.position.step, run.url)
 
     # ------------------------------------------------------------------ checks
