@@ -145,8 +145,8 @@ def draw(path: Path, results: dict[str, Times]) -> None:
     peers = list(PEERS)
     for number, peer in enumerate(peers):
         ratios = [{row[0]: row[4] for row in rows(times)}[peer] for times in results.values()]
-        places = [case + (number - len(peers) / 2 + 0.5) * 0.16 for case in range(len(results))]
-        bars = axes.bar(places, ratios, width=0.15, label=peer)
+        places = [case + (number - len(peers) / 2 + 0.5) * 0.12 for case in range(len(results))]
+        bars = axes.bar(places, ratios, width=0.11, label=peer)
         axes.bar_label(bars, fmt="%.2f", fontsize=6)
     axes.axhline(1.0, color="black", linewidth=0.6)
     axes.set_xticks(range(len(results)), list(results))
@@ -165,7 +165,7 @@ def main() -> None:
     for workload in arguments.cases:
         results[workload] = measure(workload, arguments.rounds)
         for peer, middle, low, high, ratio in rows(results[workload]):
-            print(f"{workload:12} {peer:18} {middle:8.2f} ms ({low:.2f} to {high:.2f})   {ratio:5.2f} x DDP", flush=True)
+            print(f"{workload:12} {peer:24} {middle:8.2f} ms ({low:.2f} to {high:.2f})   {ratio:5.2f} x DDP", flush=True)
     if arguments.save:
         save(arguments.save, results, arguments.rounds)
 

@@ -28,11 +28,13 @@ def ddp(workload: Workload, rank: int, workers: int) -> Step:
     return _loop(workload, model, inputs, targets)
 
 
-def unisono(workload: Workload, rank: int, workers: int, microbatches: int = 2) -> Step:
-    """unisono, each worker with its microbatches."""
+def unisono(workload: Workload, rank: int, workers: int, microbatches: int = 2, shared: bool = True) -> Step:
+    """unisono, each worker with its microbatches; over shared memory (its default on one host) or over Gloo."""
     import numpy as np
 
     import unisono
+    from unisono.collective import Collective
+    from unisono.collective.shared_memory import SharedMemory
     from unisono.collective.torch_distributed import TorchDistributed
     from unisono.order import microbatch_bounds
     from unisono.training.step import Microbatch
@@ -40,6 +42,12 @@ def unisono(workload: Workload, rank: int, workers: int, microbatches: int = 2) 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
         return workload.loss(model(batch[0]), batch[1]), workload.count(batch[1])
 
+    collective: Collective = TorchDistributed()
+    if shared:
+        met = SharedMemory.meet(rank, workers, collective.all_gather_bytes)
+        if isinstance(met, str):
+            raise RuntimeError(met)
+        collective = met
     model = workload.model()
     inputs, targets = workload.batch()
     trainer = unisono.Trainer(
@@ -48,7 +56,7 @@ def unisono(workload: Workload, rank: int, workers: int, microbatches: int = 2) 
         loss,
         batch_size=workload.batch_size,
         microbatches=microbatches,
-        collective=TorchDistributed(),
+        collective=collective,
     )
     if trainer.collective.size != workers:
         raise RuntimeError(f"{trainer.collective.size} workers instead of {workers}")
@@ -96,6 +104,8 @@ PEERS: dict[str, tuple[Callable[[Workload, int, int], Step], int, int]] = {
     "DDP": (ddp, 2, 1),
     "unisono, M = 2": (unisono, 2, 1),
     "unisono, M = 8": (lambda *arguments: unisono(*arguments, microbatches=8), 2, 1),
+    "unisono over Gloo, M = 2": (lambda *arguments: unisono(*arguments, shared=False), 2, 1),
+    "unisono over Gloo, M = 8": (lambda *arguments: unisono(*arguments, microbatches=8, shared=False), 2, 1),
 }
 
 

@@ -153,6 +153,14 @@ def _check(named: Sequence[tuple[str, nn.Parameter]]) -> None:
             raise ConfigurationError(f"parameter {name!r} is on the meta device: materialise the model before Trainer(...)")
         if parameter.layout != torch.strided:
             raise ConfigurationError(f"parameter {name!r} has layout {parameter.layout}: only dense parameters can be trained")
+    first_at: dict[int, str] = {}
+    for name, parameter in named:
+        other = first_at.setdefault(parameter.data_ptr(), name) if parameter.numel() else name
+        if other != name:
+            raise ConfigurationError(
+                f"parameters {other!r} and {name!r} share memory, but are two Parameter objects, which would be torn apart. Tie "
+                "them by assigning the Parameter itself (decoder.weight = encoder.weight), not its .data"
+            )
     first_name, first = named[0]
     for name, parameter in named:
         if parameter.device != first.device:

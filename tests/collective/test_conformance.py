@@ -18,6 +18,7 @@ from unisono.collective import Collective, Expected, InProcess
 from unisono.errors import WorkerFailure
 from unisono.layout import ALIGNMENT_BYTES
 from unisono.testing import run_threads, run_workers
+from unisono.testing.processes import Transport
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.uint8, torch.int64)
@@ -254,10 +255,18 @@ def end_by_an_error_on_the_last_worker(collective: Collective) -> None:
     collective.barrier()
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+WORLDS: list[tuple[Transport, str, int]] = [
+    ("gloo", "TorchDistributed", 2),
+    ("gloo", "TorchDistributed", 3),
+    ("shared memory", "SharedMemory", 2),
+    ("shared memory", "SharedMemory", 5),
+]
+
+
+@pytest.fixture(scope="module", params=WORLDS, ids=lambda world: f"{world[0]} {world[2]}")
 def process_world(request: pytest.FixtureRequest) -> tuple[int, list[dict[str, str]]]:
-    size: int = request.param
-    return size, run_workers(size, failed_checks, size, "TorchDistributed")
+    transport, kind, size = request.param
+    return size, run_workers(size, failed_checks, size, kind, transport=transport)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -272,7 +281,7 @@ def test_threads(name: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("name", list(CHECKS))
-def test_processes_over_gloo(name: str, process_world: tuple[int, list[dict[str, str]]]) -> None:
+def test_processes(name: str, process_world: tuple[int, list[dict[str, str]]]) -> None:
     size, outcomes = process_world
 
     assert len(outcomes) == size
@@ -332,11 +341,12 @@ def test_threads_that_expect_something_else_say_so() -> None:
         run_threads(2, work)
 
 
-def test_when_a_process_fails_the_others_get_a_worker_failure_and_its_error_is_shown() -> None:
+@pytest.mark.parametrize("transport", ["gloo", "shared memory"])
+def test_when_a_process_fails_the_others_get_a_worker_failure_and_its_error_is_shown(transport: Transport) -> None:
     begin = time.monotonic()
 
     with pytest.raises(WorkerFailure) as caught:
-        run_workers(2, end_by_an_error_on_the_last_worker)
+        run_workers(2, end_by_an_error_on_the_last_worker, transport=transport)
 
     assert time.monotonic() - begin < 30, "without waiting for any time limit"
     text = str(caught.value)

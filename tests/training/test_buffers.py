@@ -296,7 +296,7 @@ def to_double(module: Any, x: Tensor) -> None:
 
 @pytest.mark.parametrize("change", [grow, to_double])
 def test_a_buffer_replaced_by_one_of_another_kind_is_an_error_that_names_it(change: Callable[[Any, Tensor], None]) -> None:
-    with pytest.raises(ConfigurationError, match="buffer 'kept' was replaced in forward by one of another shape or dtype"):
+    with pytest.raises(ConfigurationError, match="buffer 'kept' was replaced by one of another shape or dtype"):
         trained(1, lambda: Custom(torch.zeros(3), change), inputs(32))
 
 

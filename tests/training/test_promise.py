@@ -9,6 +9,7 @@ import pytest
 from tests.training.hard_problem import Digests, Net, digest, make_trainer, merged, shared, train
 from unisono.collective import InProcess
 from unisono.testing import run_threads, run_workers
+from unisono.testing.processes import Transport
 
 # At least one of them with loader processes.
 EIGHT = [(1, 0), (2, 2), (3, 0), (4, 0), (5, 1), (7, 0), (8, 0)]
@@ -34,9 +35,9 @@ def test_threads_end_with_the_bits_of_one_process(microbatches: int, workers: in
     assert differing(merged(found), alone(microbatches)) == []
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_processes_over_gloo_end_with_the_bits_of_one_process(workers: int) -> None:
-    found = run_workers(workers, train, 8, workers)
+@pytest.mark.parametrize(("transport", "workers"), [("gloo", 2), ("gloo", 3), ("shared memory", 2), ("shared memory", 3)])
+def test_processes_end_with_the_bits_of_one_process(transport: Transport, workers: int) -> None:
+    found = run_workers(workers, train, 8, workers, transport=transport)
 
     assert differing(merged(found), alone(8)) == []
 

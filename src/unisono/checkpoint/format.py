@@ -253,6 +253,11 @@ def _unpack_tagged(node: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _plain(name: str, tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise CheckpointError(
+            f"cannot save {name!r} of the state dict: it is a {type(tensor).__name__}, and safetensors holds tensors only. "
+            "Return a tensor from get_extra_state(), or leave it away."
+        )
     if name == _RESERVED:
         raise CheckpointError(f"a tensor cannot be called {name!r}: the safetensors format uses this name. Rename it.")
     if tensor.layout is not torch.strided or tensor.device.type == "meta" or tensor.dtype not in _DTYPES:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from unisono.collective.base import Collective, Expected
-from unisono.errors import WorkerFailure
+from unisono.errors import ConfigurationError, WorkerFailure
 
 _SMALL_BYTES = 64 * 1024
 
@@ -81,6 +81,16 @@ class TorchDistributed(Collective):
                 f"{size}: call init_process_group() for all workers, or leave it to unisono",
                 rank=rank,
             )
+        served = {kind.type for kind in dist.group.WORLD._device_types} if dist.group.WORLD is not None else set()
+        if not {"cpu", device.type} <= served:
+            raise ConfigurationError(
+                f"the script's process group serves {', '.join(sorted(served))}, but unisono sends tensors of "
+                f"{' and '.join(sorted({'cpu', device.type}))}: call init_process_group() without a backend, or leave it to "
+                "unisono"
+            )
+        if device.type == "cuda":
+            # NCCL connects with the first operation, which all workers must take part in; of an exchange some may have no part.
+            dist.broadcast(torch.zeros(1, device=device), 0)
         return cls()
 
     @contextlib.contextmanager
@@ -103,23 +113,23 @@ class TorchDistributed(Collective):
                 received.append(list(outgoing[peer]))
                 continue
             tensors = [self._buffer(name, peer, number, what) for number, what in enumerate(expected)]
-            operations += [dist.P2POp(dist.irecv, t, peer) for t in tensors if t.numel()]
+            operations += [dist.P2POp(dist.irecv, _real(t), peer) for t in tensors if t.numel()]
             received.append(tensors)
         for peer, sent in enumerate(outgoing):
             if peer != self.rank:
-                operations += [dist.P2POp(dist.isend, t, peer) for t in sent if t.numel()]
+                operations += [dist.P2POp(dist.isend, _real(t), peer) for t in sent if t.numel()]
                 self.bytes_sent += sum(t.nbytes for t in sent)
         return _Exchange(self, self._start(operations), received, outgoing)
 
     def publish(self, flat: Tensor, bounds: Sequence[tuple[int, int]]) -> None:
         lo, hi = bounds[self.rank]
-        mine = flat[lo:hi]
+        mine = _real(flat[lo:hi])
         operations: list[dist.P2POp] = []
         for peer, (peer_lo, peer_hi) in enumerate(bounds):
             if peer == self.rank:
                 continue
             if peer_hi > peer_lo:
-                operations.append(dist.P2POp(dist.irecv, flat[peer_lo:peer_hi], peer))
+                operations.append(dist.P2POp(dist.irecv, _real(flat[peer_lo:peer_hi]), peer))
             if hi > lo:
                 operations.append(dist.P2POp(dist.isend, mine, peer))
                 self.bytes_sent += mine.nbytes
@@ -132,7 +142,8 @@ class TorchDistributed(Collective):
         if self.rank == source:
             self.bytes_sent += tensor.nbytes * (self.size - 1)
         with self.contact():
-            dist.broadcast(tensor, source)
+            # As bytes: backends broadcast some dtypes only (Gloo no int16, no float8), and call the others a lost connection.
+            dist.broadcast(tensor.view(-1).view(torch.uint8), source)
 
     def close(self) -> None:
         _close()
@@ -153,6 +164,11 @@ class TorchDistributed(Collective):
         if key not in self._buffers:
             self._buffers[key] = self.allocate(*what)
         return self._buffers[key]
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """The same memory in a dtype that NCCL knows."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _close() -> None:

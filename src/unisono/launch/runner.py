@@ -160,7 +160,8 @@ def _is_consequence_of_stop(failure: Failure) -> bool:
 
 def _say(text: str) -> None:
     with contextlib.suppress(OSError):  # the terminal may be gone
-        print(text, file=sys.stderr, flush=True)
+        # A worker's progress display may have left the cursor behind its last line.
+        print(("\n" if sys.stderr.isatty() else "") + text, file=sys.stderr, flush=True)
 
 
 def _restore_terminal() -> None:

@@ -221,16 +221,18 @@ class ExactReduction(Reduction):
             grad = self._layout.parameters[slot.index].grad
             if grad is not None:
                 self.present[slot.index] = 1
-                grads.append(self._densified(grad, slot))
-                places.append(view)
+                grads.append(_real(self._densified(grad, slot)))
+                places.append(_real(view))
             elif plan.fresh:
                 # -0.0 is what adding leaves untouched, sign of zero included: the sum of an absent leaf and x is x.
-                view.fill_(-0.0)
+                _real(view).fill_(-0.0)
         with torch.no_grad():
             if places:
                 (torch._foreach_copy_ if plan.fresh else torch._foreach_add_)(places, grads)
             for left, right in plan.merges:
-                left.flats[bucket.block][bucket.lo : bucket.hi].add_(right.flats[bucket.block][bucket.lo : bucket.hi])
+                _real(left.flats[bucket.block][bucket.lo : bucket.hi]).add_(
+                    _real(right.flats[bucket.block][bucket.lo : bucket.hi])
+                )
 
     def _densified(self, grad: Tensor, slot: Slot) -> Tensor:
         if grad.layout == torch.strided:
@@ -284,11 +286,13 @@ class ExactReduction(Reduction):
 
         def add(left: Tensor, right: Tensor) -> Tensor:
             # a + b and b + a are the same bits, so the sum may go to whichever of the two is ours.
-            if left.data_ptr() in changeable:
-                return left.add_(right)
-            if right.data_ptr() in changeable:
-                return right.add_(left)
-            return torch.add(left, right, out=scratch(left))
+            for mine, other in ((left, right), (right, left)):
+                if mine.data_ptr() in changeable:
+                    _real(mine).add_(_real(other))
+                    return mine
+            total = scratch(left)
+            torch.add(_real(left), _real(right), out=_real(total))
+            return total
 
         root = combine(parts, self._leaves, add)
         if root is None:
@@ -321,6 +325,11 @@ class ExactReduction(Reduction):
             for slot in bucket.slots:
                 self._layout.parameters[slot.index].grad = None
         self._state.folded = bucket.number + 1
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones: their own sum multiplies by 1 + 0i first, which may change the sign of a zero."""
+    return torch.view_as_real(tensor.resolve_conj().resolve_neg()) if tensor.is_complex() else tensor
 
 
 def _buckets(layout: Layout, limit_bytes: float | None) -> list[_Bucket]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Iterator
+from hashlib import blake2b
 from typing import Any
 
 import torch
 
 from unisono.observe.timing import StepClock
-from unisono.order import Indices, Order, microbatch_bounds
+from unisono.order import Indices, Order, derive_seed, microbatch_bounds
 from unisono.training.loader import Loader, Request, load
+from unisono.training.randomness import seed_generators
 from unisono.training.step import Batch, Microbatch
 from unisono.tree import Span
 
@@ -76,7 +78,10 @@ class BatchStream:
         while not done:
             with self._clock.phase("data"):
                 ready, done = self._next(loaded, outlines)
-            yield from ready
+            for batch in ready:
+                # Reading samples seeds, too. What the user's loop draws must not depend on which ones this worker has read.
+                seed_generators(derive_seed("batch", self._seed, batch.epoch, batch.number), self._device)
+                yield batch
 
     def _requests(self, epoch: int, number: int, epochs: int, outlines: deque[_Outline]) -> Iterator[Request]:
         """What to load, in order; it runs ahead of the batches, so their outlines queue up in ``outlines``."""
@@ -87,7 +92,15 @@ class BatchStream:
                 bounds = microbatch_bounds(len(indices), self._batch_size, self._microbatches)
                 filled = sum(hi > lo for lo, hi in bounds)
                 parts = [(m, indices[slice(*bounds[m])]) for m in self._own if m < filled]
-                batch = Batch(epoch=current, number=k, of=plan.batches, samples=len(indices), filled=filled, parts=())
+                batch = Batch(
+                    epoch=current,
+                    number=k,
+                    of=plan.batches,
+                    samples=len(indices),
+                    filled=filled,
+                    parts=(),
+                    digest=_digest(indices, current, k, plan.batches),
+                )
                 outlines.append(_Outline(batch, parts))
                 for _, part in parts:
                     yield Request(current, part)
@@ -104,6 +117,12 @@ class BatchStream:
         data = [first, *(next(loaded) for _ in outline.parts[1:])]
         parts = [Microbatch(m, indices, one) for (m, indices), one in zip(outline.parts, data, strict=True)]
         return [*ready, dataclasses.replace(outline.batch, parts=parts)], False
+
+
+def _digest(indices: Indices, *position: int) -> int:
+    """64 bits that tell batches of other samples, or at another place, apart."""
+    whole = blake2b(indices.tobytes(), digest_size=8).digest()
+    return derive_seed(int.from_bytes(whole, "little"), *position)
 
 
 _END = object()

@@ -34,6 +34,8 @@ class Buffers:
 
     def __init__(self, model: nn.Module, leaves: int) -> None:
         self._leaves = leaves
+        self._model = model
+        self._modules = list(model.modules())
         self._places = list(_places(model))
         self.names = [name for name, _, _ in self._places]
         self._tensors = [tensor for _, module, key in self._places if (tensor := module._buffers[key]) is not None]
@@ -41,14 +43,23 @@ class Buffers:
         self._versions = [tensor._version for tensor in self._tensors]
         self._tracked = np.zeros(len(self._tensors), dtype=np.uint8)
         self.changed = np.zeros(len(self._tensors), dtype=np.uint8)
+        self._known = self._count()
         self._select()
 
     def begin(self) -> None:
         """*local*. The values of now are the step's start."""
-        for index, tensor in enumerate(self._tensors):
-            if tensor._version != self._versions[index]:  # changed between steps: loaded, or edited by a callback
-                self._start[index].copy_(tensor)
-                self._versions[index] = tensor._version
+        self._rebind()
+        # Changed between steps: loaded, edited by a callback, or by a forward of the user's own, in which batch norm's kernels
+        # write statistics without counting a version.
+        moved = [
+            index
+            for index, tensor in enumerate(self._tensors)
+            if tensor.is_floating_point() or tensor._version != self._versions[index]
+        ]
+        if moved:
+            torch._foreach_copy_([self._start[i] for i in moved], [self._tensors[i].detach() for i in moved])
+            for i in moved:
+                self._versions[i] = self._tensors[i]._version
         self.restart()
 
     def restart(self) -> None:
@@ -82,6 +93,32 @@ class Buffers:
                 torch._foreach_copy_([self._tensors[i] for i in moved], [self._start[i] for i in moved])
             for i in moved:
                 self._versions[i] = self._tensors[i]._version
+
+    def put_back(self) -> None:
+        """*local*. Undoes whatever happened to the buffers since ``begin``, outside a step."""
+        for tensor, (_, module, key) in zip(self._tensors, self._places, strict=True):
+            if key not in module._buffers or module._buffers[key] is not tensor:
+                module._buffers[key] = tensor
+        if self._tensors:
+            with torch.no_grad():
+                torch._foreach_copy_(self._tensors, self._start)
+            self._versions = [tensor._version for tensor in self._tensors]
+
+    def check_known(self) -> None:
+        """*local*. Whether the model has just the buffers that it had at the beginning.
+
+        Raises:
+            ConfigurationError: A forward has made another one, which nobody keeps equal on all workers.
+        """
+        if self._count() != self._known:
+            new = [name for name, _, _ in _places(self._model) if name not in self.names]
+            raise ConfigurationError(
+                f"buffers of the model came or went after the Trainer was made{': ' + ', '.join(new[:3]) if new else ''}. "
+                "Register them when the model is made (or run it once before Trainer(...)); keep a cache in a plain attribute"
+            )
+
+    def _count(self) -> int:
+        return sum(tensor is not None for module in self._modules for tensor in module._buffers.values())
 
     def track(self, changed: npt.NDArray[np.uint8]) -> bool:
         """*local*. Whether any buffer in ``changed`` (over all workers) was not followed in this step; it is from now on."""
@@ -185,19 +222,25 @@ class Buffers:
                     "averaged), or change it by the same amount in every forward"
                 )
 
-    def _find_changes(self) -> None:
+    def _rebind(self) -> None:
+        """Takes the values of buffers that were replaced, and puts the tensors that others may hold back in their places."""
         for index, (name, module, key) in enumerate(self._places):
             tensor = self._tensors[index]
-            now = module._buffers[key]
+            now = module._buffers[key] if key in module._buffers else None  # noqa: SIM401 - a ScriptModule's have no get
             if now is not tensor:
                 if now is None or now.shape != tensor.shape or now.dtype != tensor.dtype:
                     raise ConfigurationError(
-                        f"buffer {name!r} was replaced in forward by one of another shape or dtype: keep such a cache in a "
-                        "plain attribute, not in a buffer"
+                        f"buffer {name!r} was replaced by one of another shape or dtype: keep such a cache in a plain attribute, "
+                        "not in a buffer"
                     )
                 with torch.no_grad():
                     tensor.copy_(now)
                 module._buffers[key] = tensor
+
+    def _find_changes(self) -> None:
+        self._rebind()
+        for index, (name, _, _) in enumerate(self._places):
+            tensor = self._tensors[index]
             if self._silent[index] or self._has_changed(index):
                 if tensor.is_complex():
                     raise ConfigurationError(f"buffer {name!r} is complex and changes in forward: use two real buffers")

@@ -49,7 +49,8 @@ def evaluate(
     modes = [(module, module.training) for module in replica.model.modules()]
     replica.model.eval()
     try:
-        with torch.inference_mode():
+        # Not inference_mode: what a model caches in it could never be used in training.
+        with torch.no_grad():
             parts = _fold(replica, dataset, metrics, (lo, hi), leaves, length, microbatch_size, loader, seed)
     finally:
         for module, training in modes:

@@ -59,8 +59,10 @@ class TorchReplica:
         self.loss = loss
         self.device = device
         self._autocast = precision == "bf16"
+        self._parameters = list(model.named_parameters())
 
     def gradient(self, data: Any, *, samples: int, seed: int) -> Leaf:
+        versions = [parameter._version for _, parameter in self._parameters]
         total, count = self._evaluate(data, samples=samples, seed=seed)
         if total.requires_grad:
             total.backward()  # type: ignore[no-untyped-call]
@@ -69,7 +71,17 @@ class TorchReplica:
                 "the loss does not depend on any trainable parameter: return it as computed from the model's output, "
                 "without .detach(), .item() or torch.no_grad()"
             )
+        self._check_parameters(versions)
         return Leaf(total.detach(), count)
+
+    def _check_parameters(self, versions: list[int]) -> None:
+        for (name, parameter), version in zip(self._parameters, versions, strict=True):
+            if parameter._version != version:
+                raise ConfigurationError(
+                    f"parameter {name!r} is changed in place by forward or backward, so it would depend on which microbatches a "
+                    "worker computes. Embedding(max_norm=...) does this; so do statistics that a model keeps in frozen "
+                    "parameters: make these buffers, and change weights between steps, on every worker, in a callback"
+                )
 
     def _evaluate(self, data: Any, *, samples: int, seed: int) -> tuple[Tensor, float]:
         batch = to_device(data, self.device)

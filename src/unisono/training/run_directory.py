@@ -181,7 +181,8 @@ class RunDirectory:
         step, self._pending = self._pending, None
         errors = [f"worker {rank}: {one['error']}" for rank, one in enumerate(told) if one["error"]]
         if errors:
-            raise self._failure or CheckpointError("; ".join(errors))
+            failure, self._failure = self._failure, None  # told once: whoever mends the cause may go on
+            raise failure or CheckpointError("; ".join(errors))
         files = {name: entry for one in told for name, entry in one["entries"].items()}
 
         def commit() -> dict[str, Any]:

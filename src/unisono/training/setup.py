@@ -99,12 +99,24 @@ def choose_device(device: torch.device | str | None, world: World, model: nn.Mod
         return torch.device("cuda", world.local_rank) if chosen == torch.device("cuda") else chosen
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    if world.launcher == "slurm" and torch.cuda.device_count() == 1:
+        return torch.device("cuda", 0)  # Slurm shows each task its own GPU only
     if world.local_size > torch.cuda.device_count():
         raise ConfigurationError(
             f"{world.local_size} workers on host {world.host}, but {torch.cuda.device_count()} GPUs: start one worker a GPU, or "
             'pass device="cpu"'
         )
     return torch.device("cuda", world.local_rank)
+
+
+def enter(world: World, microbatches: int) -> World:
+    """*local*. The world without surplus workers, who leave here (see ``World.at_most``). The environment then says so, too:
+    a second Trainer of the same process must neither wait for those who left nor send more of them away."""
+    smaller = world.at_most(microbatches)
+    if world.size_defaulted and world.size > 1:
+        os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"] = str(smaller.size), str(smaller.local_size)
+        os.environ.pop("UNISONO_WORKERS_DEFAULTED", None)
+    return smaller
 
 
 def prepare_process(world: World, device: torch.device) -> None:
@@ -116,7 +128,8 @@ def prepare_process(world: World, device: torch.device) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        torch.backends.cudnn.benchmark = False
+        if torch.backends.cudnn.benchmark:  # else left alone: flags may be frozen (torch's own test helpers do that)
+            torch.backends.cudnn.benchmark = False
     if device.type == "cuda":
         torch.cuda.set_device(device)
 

@@ -55,6 +55,9 @@ class Batch:
     filled: int
     """Microbatches that hold samples: numbers below this one."""
     parts: Sequence[Microbatch]
+    digest: int = 0
+    """Of the sample indices of the global batch and of its place in the run: equal on all workers, or they have not been
+    given the same order."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,6 +145,7 @@ class Stepper:
             [
                 ("losses", "f8", (leaves,)),
                 ("counts", "f8", (leaves,)),
+                ("digest", "u8"),
                 ("written", "i8"),
                 ("stop", "u1"),
                 ("failed", "u1"),
@@ -173,7 +177,7 @@ class Stepper:
             present = np.bitwise_or.reduce([header["present"] for header in headers])
             changed = np.bitwise_or.reduce([header["changed"] for header in headers])
             gradients = [(slot, gradient) for slot, gradient in gradients if present[slot.index]]
-            _divide([gradient for _, gradient in gradients], count)
+            _divide(gradients, count)
             norms = self._norms(gradients)
         with self._clock.phase("communication"):
             norms, messages = self._agree(norms, batch)
@@ -209,13 +213,18 @@ class Stepper:
         overlap = self._overlap
         while True:
             with self._clock.phase("compute"):
-                header = self._compute(batch, step, overlap=overlap)
+                try:
+                    header = self._compute(batch, step, overlap=overlap)
+                except BaseException:
+                    self._reduction.begin(0, overlap=False)  # a later backward of the user's own must send nothing
+                    raise
             header["stop"], header["written"], header["failed"] = signals.stop, signals.written, signals.failed
             self._reduction.launch()
             with self._clock.phase("waiting"):
                 headers = self._gather(header)
             with self._clock.phase("communication"):
                 gradients = self._reduction.finish()
+            self._check_same_batch(headers, step)
             torn = any(bool(header["torn"]) for header in headers)
             new_buffer = self._buffers.track(np.bitwise_or.reduce([header["changed"] for header in headers]))
             if not (torn or new_buffer):
@@ -243,6 +252,8 @@ class Stepper:
             # One look at the device a step: every .item() would wait for it.
             first = batch.parts[0].number
             header["losses"][first : first + len(losses)] = torch.stack([loss.double() for loss in losses]).cpu().numpy()
+        self._buffers.check_known()
+        header["digest"] = batch.digest
         header["present"] = self._reduction.present
         header["changed"] = self._buffers.changed
         header["torn"] = self._reduction.torn
@@ -258,8 +269,9 @@ class Stepper:
         """The L2 norm of each slot's gradient, float64; 0 for slots of other owners."""
         norms = torch.zeros(len(self._layout.parameters), dtype=torch.float64)
         if gradients:
-            values = torch.stack([norm.double() for norm in torch._foreach_norm([gradient for _, gradient in gradients])])
-            norms[[slot.index for slot, _ in gradients]] = values.cpu()
+            for alike in _by_dtype(gradients):
+                values = torch.stack([norm.double() for norm in torch._foreach_norm([gradient for _, gradient in alike])])
+                norms[[slot.index for slot, _ in alike]] = values.cpu()
             if not torch.isfinite(norms).all():
                 for slot, gradient in gradients:  # squares overflow long before the values do
                     if not math.isfinite(norms[slot.index]):
@@ -279,10 +291,11 @@ class Stepper:
         return all_norms, [message[0][norms.numel() :].clone() for message in received]
 
     def _update(self, gradients: Sequence[tuple[Slot, Tensor]], norm: float) -> None:
-        if self._max_grad_norm is not None and gradients:
+        if self._max_grad_norm is not None:
             scale = self._max_grad_norm / (norm + 1e-6)
             if scale < 1:
-                torch._foreach_mul_([gradient for _, gradient in gradients], scale)
+                for alike in _by_dtype(gradients):
+                    torch._foreach_mul_([gradient for _, gradient in alike], scale)
         for slot, gradient in gradients:
             self._layout.parameters[slot.index].grad = gradient
         try:
@@ -310,6 +323,15 @@ class Stepper:
                 "a parameter that was frozen when the Trainer was made now requires a gradient: make a new Trainer after "
                 "unfreezing"
             )
+
+    def _check_same_batch(self, headers: Sequence[npt.NDArray[Any]], step: int) -> None:
+        for rank, header in enumerate(headers):
+            if header["digest"] != headers[0]["digest"]:
+                raise ConfigurationError(
+                    f"step {step}: worker {rank} was given other samples, or another place among them, than worker 0. Nothing "
+                    "was updated. Every worker must be given the same order: seed the shuffle or sampler that makes it, alike on "
+                    "all of them"
+                )
 
     def _check_losses(self, losses: npt.NDArray[np.float64], counts: npt.NDArray[np.float64], batch: Batch, step: int) -> None:
         for leaf in map(int, np.flatnonzero(~np.isfinite(losses))):
@@ -360,9 +382,19 @@ def _tree_sum(values: npt.NDArray[np.float64]) -> float:
     return fold_all([float(value) for value in values], add) or 0.0
 
 
-def _divide(gradients: list[Tensor], count: float) -> None:
-    if gradients and count != 1:
-        torch._foreach_div_(gradients, count)
+def _by_dtype(gradients: Sequence[tuple[Slot, Tensor]]) -> list[list[tuple[Slot, Tensor]]]:
+    """Lists of one dtype each. On CUDA a list of several dtypes takes kernels that round differently, and which dtypes are
+    together depends on who owns what."""
+    groups: dict[torch.dtype, list[tuple[Slot, Tensor]]] = {}
+    for slot, gradient in gradients:
+        groups.setdefault(gradient.dtype, []).append((slot, gradient))
+    return list(groups.values())
+
+
+def _divide(gradients: Sequence[tuple[Slot, Tensor]], count: float) -> None:
+    if count != 1:
+        for alike in _by_dtype(gradients):
+            torch._foreach_div_([gradient for _, gradient in alike], count)
 
 
 def _total_norm(norms: Tensor) -> float:

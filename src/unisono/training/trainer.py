@@ -50,6 +50,7 @@ from unisono.training.setup import (
     choose_device,
     connect,
     describe_settings,
+    enter,
     prepare_process,
     unify_replicas,
 )
@@ -130,7 +131,7 @@ class Trainer:
         check_model(model)
         trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         check_optimizer(optimizer, trainable, model)
-        self.world = (world or World.from_environment()).at_most(microbatches)
+        self.world = enter(world or World.from_environment(), microbatches)
         self.device = choose_device(device, self.world, model)
         prepare_process(self.world, self.device)
         self.collective = collective or connect(self.world, self.device)
@@ -283,7 +284,8 @@ class Trainer:
         batch_size: int | None = None,
         loader: Loader | None = None,
     ) -> dict[str, float]:
-        """*collective*. Metrics over a dataset, each sample counted once; the same for every number of workers.
+        """*collective*. Metrics over a dataset, each sample counted once; the same for every number of workers. What
+        forward did to the model's buffers is undone afterwards.
 
         Args:
             metrics: Name -> ``metric(model, batch)``, which returns the microbatch's sum and count (or one scalar, a mean).
@@ -294,15 +296,19 @@ class Trainer:
         size = batch_size or -(-self.batch_size // self.microbatches)
         check_alike(self.collective, {"samples": dataset_length(dataset), "batch_size": size})
         with self._clock.pause():
-            results = evaluate(
-                self._replica,
-                self.collective,
-                dataset,
-                {"loss": self._replica.loss} if metrics is None else metrics,
-                microbatch_size=size,
-                loader=loader or self._loader,
-                seed=self.seed,
-            )
+            self._buffers.begin()
+            try:
+                results = evaluate(
+                    self._replica,
+                    self.collective,
+                    dataset,
+                    {"loss": self._replica.loss} if metrics is None else metrics,
+                    microbatch_size=size,
+                    loader=loader or self._loader,
+                    seed=self.seed,
+                )
+            finally:
+                self._buffers.put_back()
         self._keep_metrics(results)
         return results
 
@@ -548,9 +554,10 @@ class Trainer:
             )
 
     def _display(self, samples: Order, epochs: int) -> ProgressDisplay:
+        # Before the look at the rank: a sampler that counts how often it is read must count alike on all workers.
+        total = samples.epoch(self.position.epoch).batches * epochs
         if self.collective.rank:
             return SilentProgress()
-        total = samples.epoch(self.position.epoch).batches * epochs
         display = Progress(
             total_steps=total,
             step=self.position.step,
