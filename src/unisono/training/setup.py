@@ -140,7 +140,17 @@ def connect(world: World, device: torch.device) -> Collective:
         return InProcess()
     from unisono.collective.torch_distributed import TorchDistributed
 
-    return TorchDistributed.connect(rank=world.rank, size=world.size, device=device, init_method=world.init_method or "env://")
+    group = TorchDistributed.connect(rank=world.rank, size=world.size, device=device, init_method=world.init_method or "env://")
+    if device.type != "cpu" or world.local_size != world.size:
+        return group
+    from unisono.collective.shared_memory import SharedMemory
+
+    shared = SharedMemory.meet(world.rank, world.size, group.all_gather_bytes)
+    if isinstance(shared, SharedMemory):
+        return shared
+    if world.is_main:
+        warnings.warn(f"workers talk over Gloo, since they cannot share memory: {shared}", stacklevel=4)
+    return group
 
 
 def describe_settings(
