@@ -360,7 +360,7 @@ class Campaign:
         start.seconds = launched.seconds
         start.trained = launched.trained
         start.checkpoint = newest_checkpoint(run_dir)
-        start.problems = list(self._problems(start, hung=status is None, orphans=left, before=before))
+        start.problems = list(self._problems(start, hung=status is None, orphans=left, before=before, run_dir=run_dir))
         if start.stopped and start.kind is not None:
             self._planned.pop()
         self._report.starts.append(start)
@@ -369,7 +369,7 @@ class Campaign:
         if start.problems:
             self._say("".join(launched.output))
 
-    def _problems(self, start: Start, *, hung: bool, orphans: list[psutil.Process], before: int) -> Iterator[str]:
+    def _problems(self, start: Start, *, hung: bool, orphans: list[psutil.Process], before: int, run_dir: Path) -> Iterator[str]:
         if hung:
             yield f"hung for {LIMIT_S} s"
         elif orphans:
@@ -377,6 +377,9 @@ class Campaign:
         expected = {0}
         if start.kind in GRACEFUL:
             expected = {0, GRACEFUL[start.kind]}
+            if not start.trained or (run_dir / "model.safetensors").exists():
+                # Before the launcher listens, and once it has nothing left to save, the signal itself may end it.
+                expected.add(128 - GRACEFUL[start.kind])
         elif start.kind is not None:
             expected = {0, 128 + signal.SIGKILL, -signal.SIGKILL}
         if start.status not in expected:
