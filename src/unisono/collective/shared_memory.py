@@ -130,7 +130,7 @@ class SharedMemory(Collective):
         elif listener is not None:
             try:
                 _connect_all(rank, [hello[hello.index("\0") :] for hello in hellos], listener, sockets)
-                _Region.make(mmap.PAGESIZE)  # whether there is such memory at all
+                os.close(_Region.make(mmap.PAGESIZE).fd)  # whether there is such memory at all
             except (OSError, AttributeError) as error:
                 problem = str(error) or type(error).__name__
         if listener is not None:
@@ -259,7 +259,7 @@ class SharedMemory(Collective):
         by_descriptor = {s.fileno(): peer for peer, s in enumerate(self._sockets) if s is not None}
         for descriptor in by_descriptor:
             poll.register(descriptor, select.POLLIN | (select.POLLOUT if descriptor == blocked.fileno() else 0))
-        for descriptor, events in poll.poll():
+        for descriptor, events in poll.poll(1000 * _TIMEOUT_S):
             if events & (select.POLLIN | select.POLLHUP):
                 self._read(by_descriptor[descriptor])
 
