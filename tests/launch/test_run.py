@@ -115,15 +115,22 @@ def test_spawned_loader_workers_find_the_classes_of_the_script(launcher: Launche
     assert launch.finish()[0] == 0
 
 
-def test_what_a_worker_leaves_running_is_ended(launcher: Launcher) -> None:
+def test_what_a_worker_leaves_running_is_ended(launcher: Launcher, tmp_path: Path) -> None:
+    gates = [tmp_path / f"gate-{rank}" for rank in range(2)]
+    for gate in gates:
+        os.mkfifo(gate)
     launch = launcher.run(
         """
         import subprocess
         child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
         tell(child.pid)
-        """
+        open(f"{sys.argv[1]}/gate-{os.environ['RANK']}").read()  # until the test has seen the child
+        """,
+        str(tmp_path),
     )
     children = launch.hear_processes(2)
+    for gate in gates:
+        gate.open("w").close()
     assert launch.finish()[0] == 0
     assert_gone(children, limit_s=1.0)
 
