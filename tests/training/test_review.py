@@ -357,3 +357,29 @@ def test_a_tensor_of_any_dtype_can_be_broadcast(dtype: torch.dtype) -> None:
             assert torch.equal(tensor.to(torch.complex64), torch.ones(shape, dtype=torch.complex64))
     finally:
         dist.destroy_process_group()
+
+
+def test_after_an_error_in_an_overlapped_step_a_backward_of_ones_own_is_left_alone() -> None:
+    def failing(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        raise ArithmeticError("the loss has a fault")
+
+    def work(collective: Collective) -> Tensor | None:
+        model = nn.Linear(4, 1)
+        trainer = unisono.Trainer(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            failing,
+            batch_size=2,
+            microbatches=1,
+            sync=Exact(overlap=True),
+            collective=collective,
+        )
+        data = TensorDataset(torch.ones(2, 4), torch.ones(2, 1))
+        with pytest.raises(ArithmeticError):
+            trainer.step(next(iter(trainer.batches(data, epochs=1))))
+        model(torch.ones(1, 4)).sum().backward()
+        return model.weight.grad
+
+    (gradient,) = run_threads(1, work)
+    assert gradient is not None
+    assert torch.equal(gradient, torch.ones(1, 4))

@@ -8,8 +8,8 @@ Nothing has a name: neither the memory nor (beyond the moment of meeting) the so
 worker ends, a small ``/dev/shm`` does not matter, and nobody else can open anything. A worker that dies closes its sockets,
 which the others notice at once.
 
-A packet exchange between two workers that both compute in between costs about 30 microseconds, of which no core is burnt
-while waiting; Gloo needs its own thread to run on a busy core first (measured: 600 to 2,300 microseconds).
+A worker that waits burns no core, and nobody else has to run before it can go on, as Gloo's thread must: between two workers
+that compute in between, 4 KB cost 61 microseconds against 906 (``benchmarks/message_latency.py``).
 """
 
 from __future__ import annotations
