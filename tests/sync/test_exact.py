@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -15,6 +14,7 @@ from torch.utils.data import TensorDataset
 from unisono import ConfigurationError, Exact, Trainer
 from unisono.collective import Collective
 from unisono.layout import Layout
+from unisono.sync import finish
 from unisono.sync.exact import ExactReduction
 from unisono.testing import run_threads
 from unisono.tree import assignment, pieces
@@ -82,15 +82,22 @@ def bits(value: Tensor) -> bytes:
 
 
 def reduced(
-    workers: int, steps: Sequence[tuple[Gradients, int]], *, settings: Exact | None = None, overlap: bool = False
+    workers: int,
+    steps: Sequence[tuple[Gradients, int]],
+    *,
+    bucket_mib: float = 25.0,
+    overlap: bool = False,
+    replicated: bool = False,
 ) -> list[dict[str, Tensor]]:
-    """What the owners get in each of several steps ``(gradients, filled)``, and that each parameter has one owner."""
+    """What those who update get in each of several steps ``(gradients, filled)``: each parameter one worker, or all of them."""
+    settings = Exact(bucket_mib=bucket_mib, replicate_kib=256 if replicated else 0)
 
     def work(collective: Collective) -> list[tuple[dict[str, Tensor], set[str]]]:
         model = Parameters()
         layout = Layout(model.named_parameters())
         layout.adopt(collective.allocate)
-        reduction = (settings or Exact()).bind(layout, collective, len(steps[0][0]))
+        reduction = settings.bind(layout, collective, len(steps[0][0]))
+        assert reduction.replicated == (replicated and workers > 1)
         lo, hi = reduction.ranges[collective.rank]
         results = []
         for gradients, filled in steps:
@@ -101,7 +108,9 @@ def reduced(
                 reduction.add(leaf)
                 assert all(parameter.grad is None for parameter in model.parameters())
             reduction.launch()
-            sums = {slot.name: value.clone() for slot, value in reduction.finish()}
+            assert reduction.notes() == [[]] * workers
+            found = reduction.finish(1.0, bytes([1] * len(layout.names)))
+            sums = {slot.name: value.clone() for slot, value in zip(found.slots, found.gradients, strict=True)}
             assert not reduction.torn
             collective.barrier()
             present = {name for name, there in zip(layout.names, reduction.present, strict=True) if there}
@@ -114,7 +123,9 @@ def reduced(
         present = set().union(*(results[number][1] for results in everybodys))
         owned = [name for results in everybodys for name in results[number][0]]
         assert set(owned) >= set(SHAPES) - {"empty"}, "every parameter that holds anything has an owner"
-        assert len(owned) == len(set(owned)), "and only one"
+        assert len(owned) == len(set(owned)) * (workers if replicated else 1), "one alone, or every worker"
+        if replicated:
+            assert len({tuple(map(bits, results[number][0].values())) for results in everybodys}) == 1
         merged.append({name: value for results in everybodys for name, value in results[number][0].items() if name in present})
     return merged
 
@@ -127,21 +138,34 @@ def assert_same_bits(found: dict[str, Tensor], right: dict[str, Tensor]) -> None
 # ---- sums ----
 
 
+@pytest.fixture(params=[64, None], ids=["in stretches", "in one go"])
+def stretches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stretches of 64 elements, most of these small parameters are large ones: kept, and finished bit by bit."""
+    if request.param:
+        monkeypatch.setattr(finish, "_STRETCH", request.param)
+
+
+@pytest.mark.usefixtures("stretches")
+@pytest.mark.parametrize("replicated", [False, True])
 @pytest.mark.parametrize(("leaves", "workers"), EVERYWHERE)
-def test_the_reduction_is_the_naive_tree_sum_in_full_and_short_batches(leaves: int, workers: int) -> None:
+def test_the_reduction_is_the_naive_tree_sum_in_full_and_short_batches(leaves: int, workers: int, replicated: bool) -> None:
     steps = [(drawn(leaves, seed=filled), filled) for filled in [*range(leaves, 0, -1), leaves]]
 
-    for found, (gradients, filled) in zip(reduced(workers, steps), steps, strict=True):
+    for found, (gradients, filled) in zip(reduced(workers, steps, replicated=replicated), steps, strict=True):
         assert_same_bits(found, wanted(gradients, filled))
 
 
+@pytest.mark.usefixtures("stretches")
+@pytest.mark.parametrize("replicated", [False, True])
 @pytest.mark.parametrize("bucket_mib", [1e-6, 0.004, 25.0])
 @pytest.mark.parametrize(("leaves", "workers"), [(8, 1), (8, 3), (8, 8), (7, 4), (6, 2), (1, 1)])
-def test_gradients_that_leave_during_backward_have_the_same_sum(leaves: int, workers: int, bucket_mib: float) -> None:
+def test_gradients_that_leave_during_backward_have_the_same_sum(
+    leaves: int, workers: int, bucket_mib: float, replicated: bool
+) -> None:
     steps = [(drawn(leaves, seed=filled), filled) for filled in range(leaves, 0, -1)]
 
     for found, (gradients, filled) in zip(
-        reduced(workers, steps, settings=Exact(bucket_mib=bucket_mib), overlap=True), steps, strict=True
+        reduced(workers, steps, bucket_mib=bucket_mib, overlap=True, replicated=replicated), steps, strict=True
     ):
         assert_same_bits(found, wanted(gradients, filled))
 
@@ -158,12 +182,14 @@ def test_a_gradient_that_one_microbatch_alone_has_keeps_its_bits(leaf: int, work
     assert bits(found["row"]) == bits(torch.full((37,), -0.0))
 
 
+@pytest.mark.usefixtures("stretches")
+@pytest.mark.parametrize("replicated", [False, True])
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_gradient_of_the_step_before_leaves_no_trace(workers: int) -> None:
+def test_a_gradient_of_the_step_before_leaves_no_trace(workers: int, replicated: bool) -> None:
     nan = {name: torch.full(shape, torch.nan, dtype=dtype_of(name)) for name, shape in SHAPES.items()}
     steps = [([nan] * 6, 6), (drawn(6, seed=1), 5), ([nan] * 6, 3), (drawn(6, seed=2), 6)]
 
-    found = reduced(workers, steps)
+    found = reduced(workers, steps, replicated=replicated)
 
     assert_same_bits(found[1], wanted(*steps[1]))
     assert_same_bits(found[3], wanted(*steps[3]))
@@ -230,25 +256,50 @@ def trained(
     return weights, [computed for _, computed in everybodys]
 
 
-def test_sparse_gradients_are_made_dense_and_said_once() -> None:
+def tables(sparse: bool) -> nn.Module:
+    return nn.ModuleDict(
+        {"films": nn.Embedding(30, 7, sparse=sparse), "users": nn.Embedding(9, 7, sparse=sparse), "head": nn.Linear(7, 3)}
+    )
+
+
+def rated(model: nn.Module, tokens: Tensor) -> Tensor:
+    assert isinstance(model, nn.ModuleDict)
+    rated: Tensor = model["head"](model["films"](tokens) * model["users"](tokens % 9))
+    return rated
+
+
+@pytest.mark.parametrize("replicate_kib", [0, 256])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_gradients_of_few_rows_give_the_same_bits_on_every_number_of_workers(replicate_kib: float, overlap: bool) -> None:
+    tokens = torch.randint(0, 30, (40, 5), generator=torch.Generator().manual_seed(0))
+    settings = Exact(replicate_kib=replicate_kib, overlap=overlap)
+
+    dense, _ = trained(1, lambda: tables(False), tokens, forward=rated)
+    alone, _ = trained(1, lambda: tables(True), tokens, forward=rated)
+
+    for workers in (2, 3, 4, 5, 7, 8):
+        assert trained(workers, lambda: tables(True), tokens, forward=rated, settings=settings)[0] == alone
+    # An index that occurs twice in a microbatch is added up in another order than the dense kernel's.
+    for one, other in zip(alone, dense, strict=True):
+        left, right = (torch.frombuffer(bytearray(raw), dtype=torch.float32) for raw in (one, other))
+        torch.testing.assert_close(left, right)
+
+
+def test_a_sparse_gradient_that_turns_dense_is_noticed_by_all_and_the_step_done_again() -> None:
     tokens = torch.randint(0, 30, (40, 5), generator=torch.Generator().manual_seed(0))
 
-    def make(sparse: bool) -> nn.Module:
-        return nn.Sequential(nn.Embedding(30, 7, sparse=sparse), nn.Linear(7, 3))
+    def forward(model: nn.Module, tokens: Tensor) -> Tensor:
+        assert isinstance(model, nn.ModuleDict)
+        out = rated(model, tokens)
+        # In some microbatches only: the others must follow.
+        return out + model["users"].weight.sum() if int(tokens.sum()) % 3 == 0 else out
 
-    dense, _ = trained(1, lambda: make(False), tokens)
-    for workers in (1, 2, 3):
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            sparse, _ = trained(workers, lambda: make(True), tokens)
-        assert ["parameter '0.weight' has sparse gradients" in str(warning.message) for warning in said] == [True]
-        # An index that occurs twice in a microbatch is added up in another order than the dense kernel's.
-        for one, other in zip(sparse, dense, strict=True):
-            left, right = (torch.frombuffer(bytearray(raw), dtype=torch.float32) for raw in (one, other))
-            torch.testing.assert_close(left, right)
-        if workers == 1:
-            alone = sparse
-        assert sparse == alone
+    def work(settings: Exact, workers: int) -> list[bytes]:
+        return trained(workers, lambda: tables(True), tokens, forward=forward, settings=settings)[0]
+
+    alone = work(Exact(), 1)
+    for workers in (2, 3, 5, 8):
+        assert work(Exact(replicate_kib=0), workers) == work(Exact(), workers) == alone
 
 
 def deep() -> nn.Module:
@@ -355,7 +406,9 @@ def test_a_worker_alone_sends_nothing() -> None:
 # ---- contract of the reduction ----
 
 
-def test_the_sums_are_the_owners_to_change() -> None:
+@pytest.mark.usefixtures("stretches")
+@pytest.mark.parametrize("replicate_kib", [0, 256])
+def test_the_sums_are_the_owners_to_change(replicate_kib: float) -> None:
     """Clipping scales them in place: neither the next step nor another worker may see that."""
     gradients = drawn(6, seed=5)
 
@@ -363,7 +416,7 @@ def test_the_sums_are_the_owners_to_change() -> None:
         model = Parameters()
         layout = Layout(model.named_parameters())
         layout.adopt(collective.allocate)
-        reduction = ExactReduction(Exact(), layout, collective, 6)
+        reduction = ExactReduction(Exact(replicate_kib=replicate_kib), layout, collective, 6)
         lo, hi = reduction.ranges[collective.rank]
         seen = []
         for _ in range(3):
@@ -373,9 +426,10 @@ def test_the_sums_are_the_owners_to_change() -> None:
                 model.backward(gradients[leaf])
                 reduction.add(leaf)
             reduction.launch()
-            owned = reduction.finish()
-            seen.append({slot.name: bits(value) for slot, value in owned if reduction.present[slot.index]})
-            for _, value in owned:
+            reduction.notes()
+            found = reduction.finish(3.0, reduction.present)
+            seen.append({slot.name: bits(value) for slot, value in zip(found.slots, found.gradients, strict=True)})
+            for value in found.gradients:
                 value.mul_(7)
             collective.barrier()
         return seen

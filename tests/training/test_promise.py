@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 
@@ -14,6 +14,8 @@ from unisono.testing.processes import Transport
 # At least one of them with loader processes.
 EIGHT = [(1, 0), (2, 2), (3, 0), (4, 0), (5, 1), (7, 0), (8, 0)]
 SIX = [(1, 0), (2, 0), (3, 1), (4, 0), (5, 0), (6, 0)]
+
+REPLICATED = [(8, 2), (8, 3), (8, 4), (8, 5), (8, 7), (8, 8), (6, 2), (6, 3), (6, 5)]
 
 
 @cache
@@ -35,11 +37,19 @@ def test_threads_end_with_the_bits_of_one_process(microbatches: int, workers: in
     assert differing(merged(found), alone(microbatches)) == []
 
 
+@pytest.mark.parametrize("replicated", [False, True])
 @pytest.mark.parametrize(("transport", "workers"), [("gloo", 2), ("gloo", 3), ("shared memory", 2), ("shared memory", 3)])
-def test_processes_end_with_the_bits_of_one_process(transport: Transport, workers: int) -> None:
-    found = run_workers(workers, train, 8, workers, transport=transport)
+def test_processes_end_with_the_bits_of_one_process(transport: Transport, workers: int, replicated: bool) -> None:
+    found = run_workers(workers, partial(train, replicated=replicated), 8, workers, transport=transport)
 
     assert differing(merged(found), alone(8)) == []
+
+
+@pytest.mark.parametrize(("microbatches", "workers"), REPLICATED)
+def test_models_that_every_worker_updates_end_with_the_same_bits(microbatches: int, workers: int) -> None:
+    found = run_threads(workers, lambda collective: train(collective, microbatches, workers, replicated=True))
+
+    assert differing(merged(found), alone(microbatches)) == []
 
 
 @pytest.mark.parametrize("workers", [2, 3, 5, 8])

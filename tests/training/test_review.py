@@ -244,14 +244,15 @@ def test_an_absent_complex_gradient_leaves_every_bit_alone() -> None:
         parameter = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
         layout = Layout([("weight", parameter)])
         layout.adopt(collective.allocate)
-        reduction = Exact().bind(layout, collective, 2)
+        reduction = Exact(replicate_kib=0).bind(layout, collective, 2)
         reduction.begin(2, overlap=False)
         for leaf in range(*reduction.ranges[collective.rank]):
             # The first leaf has none, so the sum is that of the second.
             parameter.grad = torch.full((2,), complex(-0.0, -0.0), dtype=torch.complex64) if leaf else None
             reduction.add(leaf)
         reduction.launch()
-        return [torch.view_as_real(gradient).clone() for _, gradient in reduction.finish()]
+        reduction.notes()
+        return [torch.view_as_real(gradient).clone() for gradient in reduction.finish(1.0, b"\1").gradients]
 
     for workers in (1, 2):
         found = [gradient for worker in run_threads(workers, work) for gradient in worker]

@@ -1,6 +1,6 @@
 """How replicas are kept together."""
 
-from unisono.sync.base import Reduction, Sync
+from unisono.sync.base import Reduced, Reduction, Sync
 from unisono.sync.exact import Exact
 
-__all__ = ["Exact", "Reduction", "Sync"]
+__all__ = ["Exact", "Reduced", "Reduction", "Sync"]

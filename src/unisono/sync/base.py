@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Sequence, Set
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from unisono.collective import Collective
+from unisono.collective import Collective, Expected
 from unisono.layout import Layout, Segment, Slot
 from unisono.tree import Span
 
@@ -19,28 +18,65 @@ class Sync(abc.ABC):
     """How replicas are kept together: settings that become a ``Reduction`` once model and workers are known."""
 
     @abc.abstractmethod
-    def bind(self, layout: Layout, collective: Collective, leaves: int) -> Reduction:
-        """*local*. The reduction of gradients laid out by ``layout`` over ``leaves`` microbatches a step."""
+    def bind(self, layout: Layout, collective: Collective, leaves: int, *, sparse: Collection[int] = ()) -> Reduction:
+        """*local*. The reduction of gradients laid out by ``layout`` over ``leaves`` microbatches a step.
+
+        Args:
+            sparse: Slots (by index) whose gradients have few rows.
+        """
 
     @abc.abstractmethod
     def overlaps(self, device: torch.device) -> bool:
         """*local*. Whether gradients leave while the last microbatch's backward still runs, on such a device."""
 
 
-class Reduction(abc.ABC):
-    """From the gradients of this worker's microbatches to the global sum of the parameters that this worker owns.
+@dataclasses.dataclass(frozen=True)
+class Reduced:
+    """The gradients that this worker updates with; its own to change until the next step."""
 
-    A step calls ``begin``, then ``add`` for each own microbatch in order, then ``launch`` and ``finish``.
+    slots: Sequence[Slot]
+    gradients: Sequence[Tensor]
+    """Of each of these slots: summed over the global batch and divided by the count."""
+    norms: Sequence[float]
+    """L2 norm of each."""
+
+
+class Reduction(abc.ABC):
+    """From the gradients of this worker's microbatches to the global sum of the parameters that this worker updates.
+
+    A step calls ``begin``, then ``add`` for each own microbatch in order, then ``launch``, ``notes``, and either ``finish`` or,
+    if the step must be done again, ``drop``.
 
     Attributes:
         ranges: Each worker's microbatches.
-        segments: For each block of the layout, each worker's segment.
-        present: For each slot, 1 if any own microbatch of this step had a gradient for it (uint8).
+        segments: For each block of the layout, each worker's segment: what it saves, and what it publishes.
+        replicated: Whether every worker updates every parameter, so that nothing has to be published.
+        densified: Slots that were said to get few rows, but got a dense gradient at some step.
+        present: For each slot, 1 if any own microbatch of this step had a gradient for it.
     """
 
     ranges: Sequence[Span]
     segments: Sequence[Sequence[Segment]]
-    present: npt.NDArray[np.uint8]
+    replicated: bool
+    densified: Set[int]
+
+    @property
+    @abc.abstractmethod
+    def present(self) -> bytes: ...
+
+    def owned_by(self, rank: int) -> list[int]:
+        """*local*. The slots (by index) whose optimizer state worker ``rank`` saves."""
+        return [slot.index for segments in self.segments for slot in segments[rank].slots]
+
+    def updated_by(self, rank: int) -> list[int]:
+        """*local*. The slots (by index) that worker ``rank`` updates."""
+        if not self.replicated:
+            return self.owned_by(rank)
+        return [slot.index for segments in self.segments for segment in segments for slot in segment.slots]
+
+    @abc.abstractmethod
+    def densify(self, slots: Collection[int]) -> None:
+        """*local*, alike on all workers. From now on the gradients of these slots are dense."""
 
     @abc.abstractmethod
     def begin(self, filled: int, *, overlap: bool) -> None:
@@ -56,13 +92,34 @@ class Reduction(abc.ABC):
         """*local*. Takes the gradients of microbatch ``leaf`` from the parameters' ``.grad`` and clears them."""
 
     @abc.abstractmethod
-    def launch(self) -> None:
-        """*collective*. Sends what has not been sent yet; does not wait."""
+    def launch(self, notes: Sequence[Tensor] = (), expected: Sequence[Sequence[Expected]] | None = None) -> None:
+        """*collective*. Sends what has not been sent yet, and ``notes`` along with it; does not wait.
+
+        Args:
+            notes: 1-D CPU tensors for every worker.
+            expected: What each worker's notes will be.
+        """
 
     @abc.abstractmethod
-    def finish(self) -> list[tuple[Slot, Tensor]]:
-        """*collective*. Waits for the other workers' pieces: each owned slot with its summed gradient, which is this
-        worker's to change until the next step."""
+    def notes(self) -> list[list[Tensor]]:
+        """*collective*. Waits for the other workers' notes: for each worker, its own included, in order of rank."""
+
+    @property
+    @abc.abstractmethod
+    def unfit(self) -> bool:
+        """Whether, as all workers know once they have the notes, the step must be done again in another way."""
+
+    @abc.abstractmethod
+    def drop(self) -> None:
+        """*collective*. Waits for what is under way and forgets it: the step will be done again."""
+
+    @abc.abstractmethod
+    def finish(self, count: float, present: bytes) -> Reduced:
+        """*collective*. Waits for the other workers' pieces, sums them up and divides by ``count``.
+
+        Args:
+            present: Which slots have a gradient from any microbatch of any worker.
+        """
 
     @property
     @abc.abstractmethod

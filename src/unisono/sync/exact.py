@@ -10,19 +10,20 @@ Where gradients are sent during backward, they go in buckets, last layers first,
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from unisono.collective import Collective, Pending
+from unisono.collective import Collective, Expected, Pending
 from unisono.errors import ConfigurationError
-from unisono.layout import Layout, Segment, Slot
-from unisono.sync.base import Reduction, Sync
-from unisono.tree import Span, combine, is_node, middle, pieces
+from unisono.layout import Layout, Segment, Slot, allocate
+from unisono.sync.base import Reduced, Reduction, Sync
+from unisono.sync.finish import Finisher, Norms, Run, is_large, runs
+from unisono.sync.fold import LeafPlan, LocalFold, real
+from unisono.sync.row_exchange import RowExchange
 from unisono.tree import assignment as assign
+from unisono.tree import pieces
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,25 +37,26 @@ class Exact(Sync):
     """Whether gradients leave while the last microbatch's backward runs. None: on CUDA, where computing and sending use
     different hardware; on a CPU sending takes the cycles that backward needs."""
 
+    replicate_kib: float = 256.0
+    """Models of up to this many KiB of parameters are updated by every worker as a whole: one round of messages a step instead
+    of three, for a little more arithmetic and bytes."""
+
+    share_weights: bool | None = None
+    """Whether the workers of a host that can share memory keep one copy of the weights among them. None: while ``fit`` runs,
+    unless a callback may edit weights. True: in loops of your own, too; then nothing but the trainer may change weights between
+    steps, since a change made by every worker would be made several times."""
+
     def __post_init__(self) -> None:
         if not self.bucket_mib > 0:
             raise ConfigurationError(f"bucket_mib must be positive, got {self.bucket_mib}")
+        if not self.replicate_kib >= 0:
+            raise ConfigurationError(f"replicate_kib must be 0 or more, got {self.replicate_kib}")
 
-    def bind(self, layout: Layout, collective: Collective, leaves: int) -> ExactReduction:
-        return ExactReduction(self, layout, collective, leaves)
+    def bind(self, layout: Layout, collective: Collective, leaves: int, *, sparse: Collection[int] = ()) -> ExactReduction:
+        return ExactReduction(self, layout, collective, leaves, sparse=sparse)
 
     def overlaps(self, device: torch.device) -> bool:
         return device.type == "cuda" if self.overlap is None else self.overlap
-
-
-class _Sums:
-    """A gradient, or a sum of gradients, of all parameters: flat tensors and each slot's view into them."""
-
-    def __init__(self, layout: Layout, collective: Collective) -> None:
-        self.flats = [collective.allocate(block.numel, block.dtype, block.device) for block in layout.blocks]
-        for flat in self.flats:
-            flat.zero_()  # the padding between slots must never hold a NaN
-        self.views = [view for block, flat in zip(layout.blocks, self.flats, strict=True) for view in block.views(flat)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +74,6 @@ class _Bucket:
         return max(self.lo, segment.lo), min(self.hi, segment.hi)
 
 
-@dataclasses.dataclass(frozen=True)
-class _LeafPlan:
-    """What a leaf does to the stack of sums: copy or add the gradients to ``target``, then merge neighbours."""
-
-    target: _Sums
-    fresh: bool
-    merges: tuple[tuple[_Sums, _Sums], ...]
-
-
 @dataclasses.dataclass
 class _StepState:
     """How far the step under way has come."""
@@ -88,9 +81,7 @@ class _StepState:
     filled: int
     """Microbatches that hold samples."""
     overlap: bool
-    last_leaf: int | None
-    """This worker's last microbatch that holds samples."""
-    plan: _LeafPlan | None = None
+    plan: LeafPlan | None = None
     """The last microbatch's, while its gradients leave during backward."""
     missing: list[int] | None = None
     """Gradients that each bucket still waits for, during that backward."""
@@ -98,206 +89,202 @@ class _StepState:
     """Buckets that are complete, in order."""
     torn: bool = False
     pending: list[Pending] = dataclasses.field(default_factory=list)
+    received: dict[int, list[list[Tensor]]] = dataclasses.field(default_factory=dict)
+    """What the exchanges that have been waited for brought, by number."""
 
 
 class ExactReduction(Reduction):
     """See the module. *Collective* as a whole: every worker makes one, with equal arguments."""
 
-    def __init__(self, settings: Exact, layout: Layout, collective: Collective, leaves: int) -> None:
+    def __init__(
+        self, settings: Exact, layout: Layout, collective: Collective, leaves: int, *, sparse: Collection[int] = ()
+    ) -> None:
+        self._settings = settings
         self._layout = layout
         self._collective = collective
-        self._leaves = leaves
         self.ranges = assign(leaves, collective.size)
         self.segments = layout.segments(collective.size)
+        self.replicated = collective.size > 1 and layout.nbytes <= settings.replicate_kib * 1024
         self._pieces = [pieces(lo, hi, leaves) for lo, hi in self.ranges]
-        self._whole = _buckets(layout, None)
-        self._small = _buckets(layout, settings.bucket_mib * 2**20)
-        self._bucket_of = {slot.index: bucket for bucket in self._small for slot in bucket.slots}
-        self._pool: list[_Sums] = []
-        self._scratch: dict[tuple[int, int], Tensor] = {}
-        self.present = np.zeros(len(layout.parameters), dtype=np.uint8)
-        self._stack: list[tuple[Span, _Sums | None]] = []
-        self._told_sparse = False
+        self._slots = [slot for block in layout.blocks for slot in block.slots]
+        self._rows = RowExchange(
+            [slot for slot in self._slots if slot.index in sparse], layout, collective, self._pieces, leaves, self.updated_by
+        )
+        # Where every worker reads every piece, nobody may write to its own, or keep it elsewhere.
+        large = [] if self.replicated else [i for i in self.owned_by(collective.rank) if is_large(self._slots[i])]
+        self._fold = LocalFold(
+            layout,
+            self.ranges[collective.rank],
+            leaves,
+            collective.allocate,
+            kept=large,
+            sparse=sparse,
+            resting=self.replicated,
+        )
+        self._finisher = Finisher(
+            layout, self._pieces, collective.rank, leaves, allocate=allocate, own_changes=not self.replicated
+        )
+        self.densified: set[int] = set()
         self._hooks_installed = False
-        self._state = _StepState(filled=0, overlap=False, last_leaf=None)
+        self._state = _StepState(filled=0, overlap=False)
+        self._divide()
+
+    def _divide(self) -> None:
+        """Buckets, and what of them this worker finishes, over all slots but the sparse ones."""
+        layout, skip = self._layout, self._fold.sparse
+        self._whole = _buckets(layout, None, skip)
+        self._small = _buckets(layout, self._settings.bucket_mib * 2**20, skip)
+        self._bucket_of = {slot.index: bucket for bucket in self._small for slot in bucket.slots}
+        ends = {slot.index: end for block in layout.blocks for slot, end in zip(block.slots, block.ends, strict=True)}
+        mine = set(self.updated_by(self._collective.rank))
+
+        def finished(buckets: Sequence[_Bucket]) -> list[list[Run]]:
+            return [
+                runs(
+                    b.block, [slot for slot in b.slots if slot.index in mine and b.hi > b.lo], ends, layout.blocks[b.block].device
+                )
+                for b in buckets
+            ]
+
+        self._runs = {True: finished(self._small), False: finished(self._whole)}
+
+    def densify(self, slots: Collection[int]) -> None:
+        self.densified |= set(slots)
+        self._fold.densify(slots)
+        self._rows.densify(slots)
+        self._divide()
 
     # ------------------------------------------------------------------ one step
 
-    def begin(self, filled: int, *, overlap: bool) -> None:
-        self._pool += [sums for _, sums in self._stack if sums is not None]
-        self._stack.clear()
-        self.present[:] = 0
-        lo, hi = self.ranges[self._collective.rank]
-        self._state = _StepState(filled=filled, overlap=overlap, last_leaf=min(hi, filled) - 1 if filled > lo else None)
-        if overlap and not self._hooks_installed:
-            self._install_hooks()
-
-    def before_backward(self, leaf: int) -> None:
-        if self._state.overlap and leaf == self._state.last_leaf:
-            self._state.plan = self._plan_leaf(leaf)
-            self._state.missing = [len(bucket.slots) for bucket in self._small]
-
-    def add(self, leaf: int) -> None:
-        if self._state.plan is not None:
-            for bucket in self._small[self._state.folded :]:
-                self._fold_bucket(bucket)
-            if any(parameter.grad is not None for parameter in self._layout.parameters):
-                self._state.torn = True
-            self._state.missing = None
-        else:
-            plan = self._plan_leaf(leaf)
-            for bucket in self._whole:
-                self._fold(plan, bucket)
-        for parameter in self._layout.parameters:
-            parameter.grad = None
-
-    def launch(self) -> None:
-        for bucket in self._buckets[len(self._state.pending) :]:
-            self._send(bucket)
-
-    def finish(self) -> list[tuple[Slot, Tensor]]:
-        mine: list[tuple[Slot, Tensor]] = []
-        for bucket, pending in zip(self._buckets, self._state.pending, strict=True):
-            segment = self.segments[bucket.block][self._collective.rank]
-            lo, hi = bucket.part(segment)
-            received = pending.wait()
-            if hi <= lo:
-                continue
-            total = self._finish_tree(bucket, received)
-            mine += [(slot, slot.view(total, lo)) for slot in bucket.slots if lo <= slot.offset < hi]
-        return sorted(mine, key=lambda owned: owned[0].index)
+    @property
+    def present(self) -> bytes:
+        return bytes(self._fold.present)
 
     @property
     def torn(self) -> bool:
         return self._state.torn
 
-    # ------------------------------------------------------------------ fold: this worker's leaves into its pieces
+    @property
+    def unfit(self) -> bool:
+        return bool(self._rows.strays)
 
-    def _plan_leaf(self, leaf: int) -> _LeafPlan:
-        """Puts the leaf on the stack, and the absent ones behind the last; the sums themselves follow in ``_fold``."""
-        span = (leaf, leaf + 1)
-        left = self._sibling(span)
-        fresh = left is None
-        if left is None:
-            target = self._pool.pop() if self._pool else _Sums(self._layout, self._collective)
+    def begin(self, filled: int, *, overlap: bool) -> None:
+        self._fold.begin(filled)
+        self._rows.begin(filled)
+        self._state = _StepState(filled=filled, overlap=overlap)
+        if overlap and not self._hooks_installed:
+            self._install_hooks()
+
+    def before_backward(self, leaf: int) -> None:
+        if self._state.overlap and leaf == self._fold.last_leaf:
+            self._state.plan = self._fold.plan(leaf)
+            self._state.missing = [len(bucket.slots) for bucket in self._small]
+
+    def add(self, leaf: int) -> None:
+        plan = self._state.plan
+        if plan is not None:
+            for bucket in self._small[self._state.folded :]:
+                self._fold_bucket(bucket)
+            self._fold.fold(plan, self._rows.slots)
+            for parameter in self._layout.parameters:
+                if parameter.grad is not None:
+                    self._state.torn = True
+                    parameter.grad = None
+            self._state.missing = None
         else:
-            # Adding a leaf to its sibling's memory is the tree's own sum: a + b, in place.
-            target = left
-            span = (self._stack.pop()[0][0], span[1])
-        merges, span, sums = self._merge(span, target)
-        self._stack.append((span, sums))
-        if leaf == self._state.last_leaf:
-            for absent in range(leaf + 1, self.ranges[self._collective.rank][1]):
-                more, span, rest = self._merge((absent, absent + 1), None)
-                merges += more
-                self._stack.append((span, rest))
-        return _LeafPlan(target, fresh, tuple(merges))
+            plan = self._fold.plan(leaf)
+            for bucket in self._whole:
+                self._fold.fold(plan, bucket.slots)
+            if self._rows.slots:
+                self._fold.fold(plan, self._rows.slots)
 
-    def _merge(self, span: Span, sums: _Sums | None) -> tuple[list[tuple[_Sums, _Sums]], Span, _Sums | None]:
-        merges: list[tuple[_Sums, _Sums]] = []
-        while self._completes(span):
-            (lo, _), left = self._stack.pop()
-            span = (lo, span[1])
-            if left is not None and sums is not None:
-                merges.append((left, sums))
-                self._pool.append(sums)
-            sums = sums if left is None else left
-        return merges, span, sums
+    def launch(self, notes: Sequence[Tensor] = (), expected: Sequence[Sequence[Expected]] | None = None) -> None:
+        size = self._collective.size
+        notes = [*notes, *self._rows.note(self._fold)]
+        expected = [[*(expected[peer] if expected else ()), *self._rows.expected(peer)] for peer in range(size)]
+        todo = self._buckets[len(self._state.pending) :]
+        # A backend sends tensors of one device at a time.
+        along = bool(todo) and self._layout.blocks[0].device.type == "cpu"
+        for bucket in todo[: len(todo) - along]:
+            self._send(bucket)
+        if along:
+            self._send(todo[-1], notes, expected)
+        else:
+            self._state.pending.append(self._collective.start_exchange([notes] * size, expected, name="notes"))
 
-    def _completes(self, span: Span) -> bool:
-        if not self._stack:
-            return False
-        lo, hi = self._stack[-1][0][0], span[1]
-        return is_node(lo, hi, self._leaves) and middle(lo, hi) == span[0]
+    def notes(self) -> list[list[Tensor]]:
+        last = len(self._state.pending) - 1
+        received = self._received(last)
+        if last < len(self._buckets):
+            received = [tensors[self._pieces_in(worker, self._buckets[last]) :] for worker, tensors in enumerate(received)]
+        if self._rows.slots:
+            self._rows.read([tensors[-1] for tensors in received])
+            received = [tensors[:-1] for tensors in received]
+        return received
 
-    def _sibling(self, span: Span) -> _Sums | None:
-        return self._stack[-1][1] if self._completes(span) else None
+    def drop(self) -> None:
+        for number in range(len(self._state.pending)):
+            self._received(number)
+        if self._rows.strays:
+            self.densify(self._rows.strays)
 
-    def _fold(self, plan: _LeafPlan, bucket: _Bucket) -> None:
-        views = [plan.target.views[slot.index] for slot in bucket.slots]
-        grads: list[Tensor] = []
-        places: list[Tensor] = []
-        for slot, view in zip(bucket.slots, views, strict=True):
-            grad = self._layout.parameters[slot.index].grad
-            if grad is not None:
-                self.present[slot.index] = 1
-                grads.append(_real(self._densified(grad, slot)))
-                places.append(_real(view))
-            elif plan.fresh:
-                # -0.0 is what adding leaves untouched, sign of zero included: the sum of an absent leaf and x is x.
-                _real(view).fill_(-0.0)
-        with torch.no_grad():
-            if places:
-                (torch._foreach_copy_ if plan.fresh else torch._foreach_add_)(places, grads)
-            for left, right in plan.merges:
-                _real(left.flats[bucket.block][bucket.lo : bucket.hi]).add_(
-                    _real(right.flats[bucket.block][bucket.lo : bucket.hi])
-                )
+    def finish(self, count: float, present: bytes) -> Reduced:
+        norms = Norms()
+        found: dict[int, Tensor] = {}
+        own = self._fold.pieces()
+        for number, bucket in enumerate(self._buckets):
+            received = [tensors[: self._pieces_in(worker, bucket)] for worker, tensors in enumerate(self._received(number))]
+            origin, _ = self._wanted(bucket, self._collective.rank)
+            for run in self._runs[self._state.overlap][number]:
+                holder = self._finisher.finish(run, own, received, origin, self._state.filled, count)
+                norms.add(run, holder)
+                found.update((slot.index, holder.views[slot.index]) for slot in run.slots)
+        for slot, rows, gradient in self._rows.finish(own, count):
+            norms.add_tensors([slot.index], [real(rows.values)])
+            found[slot.index] = gradient
+        measured = norms.values()
+        slots = [slot for slot in self._slots if slot.index in found and present[slot.index]]
+        return Reduced(slots, [found[slot.index] for slot in slots], [measured[slot.index] for slot in slots])
 
-    def _densified(self, grad: Tensor, slot: Slot) -> Tensor:
-        if grad.layout == torch.strided:
-            return grad
-        if not self._told_sparse:
-            self._told_sparse = True
-            if self._collective.rank == 0:
-                warnings.warn(
-                    f"parameter {slot.name!r} has sparse gradients: they are made dense before they are summed (correct, "
-                    "but it costs the bytes of the whole parameter)",
-                    stacklevel=2,
-                )
-        return grad.to_dense()
-
-    # ------------------------------------------------------------------ reduce: pieces to owners
+    # ------------------------------------------------------------------ pieces to those who update
 
     @property
     def _buckets(self) -> Sequence[_Bucket]:
         return self._small if self._state.overlap else self._whole
 
-    def _send(self, bucket: _Bucket) -> None:
-        segments = self.segments[bucket.block]
+    def _send(self, bucket: _Bucket, notes: Sequence[Tensor] = (), expected: Sequence[Sequence[Expected]] | None = None) -> None:
+        rank, size = self._collective.rank, self._collective.size
         block = self._layout.blocks[bucket.block]
-        mine = [sums.flats[bucket.block] for _, sums in self._stack if sums is not None]
-        outgoing = [[flat[lo:hi] for flat in mine] if hi > lo else [] for lo, hi in map(bucket.part, segments)]
-        lo, hi = bucket.part(segments[self._collective.rank])
-        expected = (hi - lo, block.dtype, block.device)
-        incoming = [[expected] * len(self._filled_pieces(peer)) if hi > lo else [] for peer in range(len(segments))]
+        flats = [sums.flats[bucket.block] for sums in self._fold.pieces()]
+        outgoing: list[list[Tensor]] = []
+        incoming: list[list[Expected]] = []
+        mine_lo, mine_hi = self._wanted(bucket, rank)
+        for peer in range(size):
+            lo, hi = self._wanted(bucket, peer)
+            outgoing.append([*([flat[lo:hi] for flat in flats] if peer != rank and hi > lo else ()), *notes])
+            piece = (mine_hi - mine_lo, block.dtype, block.device)
+            incoming.append([*[piece] * self._pieces_in(peer, bucket), *(expected[peer] if expected else ())])
         name = f"reduce {bucket.number} of {len(self._buckets)}"
         self._state.pending.append(self._collective.start_exchange(outgoing, incoming, name=name))
 
-    def _filled_pieces(self, worker: int) -> list[Span]:
-        return [span for span in self._pieces[worker] if span[0] < self._state.filled]
+    def _received(self, number: int) -> list[list[Tensor]]:
+        """What each worker sent in the exchange of this number; waits for it the first time."""
+        if number not in self._state.received:
+            self._state.received[number] = self._state.pending[number].wait()
+        return self._state.received[number]
 
-    def _finish_tree(self, bucket: _Bucket, received: list[list[Tensor]]) -> Tensor:
-        """The tree's root over the pieces of all workers, in memory that this worker may change."""
-        parts: dict[Span, Tensor | None] = {span: None for spans in self._pieces for span in spans}
-        for worker, tensors in enumerate(received):
-            parts.update(zip(self._filled_pieces(worker), tensors, strict=True))
-        changeable = {tensor.data_ptr() for tensor in received[self._collective.rank]}
-        used = 0
+    def _wanted(self, bucket: _Bucket, worker: int) -> tuple[int, int]:
+        """The elements of the bucket that this worker updates."""
+        if self.replicated:
+            return bucket.lo, bucket.hi
+        return bucket.part(self.segments[bucket.block][worker])
 
-        def scratch(like: Tensor) -> Tensor:
-            nonlocal used
-            key = (bucket.number if self._state.overlap else -1 - bucket.number, used)
-            used += 1
-            if key not in self._scratch or self._scratch[key].numel() != like.numel():
-                self._scratch[key] = self._collective.allocate(like.numel(), like.dtype, like.device)
-            changeable.add(self._scratch[key].data_ptr())
-            return self._scratch[key]
-
-        def add(left: Tensor, right: Tensor) -> Tensor:
-            # a + b and b + a are the same bits, so the sum may go to whichever of the two is ours.
-            for mine, other in ((left, right), (right, left)):
-                if mine.data_ptr() in changeable:
-                    _real(mine).add_(_real(other))
-                    return mine
-            total = scratch(left)
-            torch.add(_real(left), _real(right), out=_real(total))
-            return total
-
-        root = combine(parts, self._leaves, add)
-        if root is None:
-            raise ConfigurationError("a step without a single sample has no gradient")  # pragma: no cover - never planned
-        return root if root.data_ptr() in changeable else scratch(root).copy_(root)
+    def _pieces_in(self, worker: int, bucket: _Bucket) -> int:
+        """How many pieces that worker sends here with the bucket."""
+        lo, hi = self._wanted(bucket, self._collective.rank)
+        if worker == self._collective.rank or hi <= lo:
+            return 0
+        return sum(span[0] < self._state.filled for span in self._pieces[worker])
 
     # ------------------------------------------------------------------ overlap with backward
 
@@ -307,33 +294,27 @@ class ExactReduction(Reduction):
         self._hooks_installed = True
 
     def _arrived(self, index: int) -> Callable[[Tensor], None]:
-        bucket = self._bucket_of[index]
-
         def hook(_: Tensor) -> None:
-            if self._state.missing is None or bucket.number < self._state.folded:
+            bucket = self._bucket_of.get(index)
+            if bucket is None or self._state.missing is None or bucket.number < self._state.folded:
                 return  # not the last microbatch; or too late, which add() notices by the gradient that is left over
             self._state.missing[bucket.number] -= 1
             while self._state.folded < len(self._small) and self._state.missing[self._state.folded] == 0:
                 self._fold_bucket(self._small[self._state.folded])
-                self._send(self._small[self._state.folded - 1])
+                if self._state.folded < len(self._small):
+                    self._send(self._small[self._state.folded - 1])
 
         return hook
 
     def _fold_bucket(self, bucket: _Bucket) -> None:
         if self._state.plan is not None:
-            self._fold(self._state.plan, bucket)
-            for slot in bucket.slots:
-                self._layout.parameters[slot.index].grad = None
+            self._fold.fold(self._state.plan, bucket.slots)
         self._state.folded = bucket.number + 1
 
 
-def _real(tensor: Tensor) -> Tensor:
-    """Complex numbers as pairs of real ones: their own sum multiplies by 1 + 0i first, which may change the sign of a zero."""
-    return torch.view_as_real(tensor.resolve_conj().resolve_neg()) if tensor.is_complex() else tensor
-
-
-def _buckets(layout: Layout, limit_bytes: float | None) -> list[_Bucket]:
-    """Runs of slots of at most ``limit_bytes`` (or one slot), from the last layer to the first; one a block if None."""
+def _buckets(layout: Layout, limit_bytes: float | None, skip: Collection[int]) -> list[_Bucket]:
+    """Runs of neighbouring slots, none of them in ``skip``, of at most ``limit_bytes`` (or one slot), from the last layer to the
+    first; None: as long as they can be."""
     found: list[_Bucket] = []
     for number in reversed(range(len(layout.blocks))):
         block = layout.blocks[number]
@@ -341,8 +322,15 @@ def _buckets(layout: Layout, limit_bytes: float | None) -> list[_Bucket]:
         stop = len(block.slots)
         while stop:
             start = stop - 1
-            while start and (
-                limit_bytes is None or (ends[stop - 1] - block.slots[start - 1].offset) * block.dtype.itemsize <= limit_bytes
+            if block.slots[start].index in skip:
+                stop = start
+                continue
+            while (
+                start
+                and block.slots[start - 1].index not in skip
+                and (
+                    limit_bytes is None or (ends[stop - 1] - block.slots[start - 1].offset) * block.dtype.itemsize <= limit_bytes
+                )
             ):
                 start -= 1
             found.append(_Bucket(len(found), number, block.slots[start:stop], lo=block.slots[start].offset, hi=ends[stop - 1]))

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -120,11 +119,14 @@ class Buffers:
     def _count(self) -> int:
         return sum(tensor is not None for module in self._modules for tensor in module._buffers.values())
 
-    def track(self, changed: npt.NDArray[np.uint8]) -> bool:
+    def track(self, changed: bytes) -> bool:
         """*local*. Whether any buffer in ``changed`` (over all workers) was not followed in this step; it is from now on."""
-        unknown = bool(np.any(changed & ~self._tracked & 1))
+        if not any(changed):
+            return False
+        flags = np.frombuffer(changed, dtype=np.uint8)
+        unknown = bool(np.any(flags & ~self._tracked & 1))
         if unknown:
-            self._tracked |= changed
+            self._tracked |= flags
             self._select()
         return unknown
 
@@ -149,7 +151,7 @@ class Buffers:
         messages: list[Tensor],
         ranges: Sequence[Span],
         filled: int,
-        changed: npt.NDArray[np.uint8],
+        changed: bytes,
     ) -> None:
         """*local*. Sets every buffer in ``changed`` to its result, given all workers' messages.
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from unisono.errors import ConfigurationError, DataError
 from unisono.layout import ALIGNMENT_BYTES
 from unisono.training.randomness import seed_generators
+from unisono.training.tables import Tables
 
 LossFunction = Callable[[Any, Any], Any]
 """``loss(model, batch)``: the microbatch's loss *sum* (scalar tensor) and the *count* to divide by once, globally; or one
@@ -58,15 +59,17 @@ class TorchReplica:
         self.model = model
         self.loss = loss
         self.device = device
+        self.tables = Tables(model)
         self._autocast = precision == "bf16"
         self._parameters = list(model.named_parameters())
 
     def gradient(self, data: Any, *, samples: int, seed: int) -> Leaf:
         versions = [parameter._version for _, parameter in self._parameters]
-        total, count = self._evaluate(data, samples=samples, seed=seed)
-        if total.requires_grad:
-            total.backward()  # type: ignore[no-untyped-call]
-        elif count:
+        with self.tables.switched():
+            total, count = self._evaluate(data, samples=samples, seed=seed)
+            if total.requires_grad:
+                total.backward()  # type: ignore[no-untyped-call]
+        if count and not total.requires_grad:
             raise ConfigurationError(
                 "the loss does not depend on any trainable parameter: return it as computed from the model's output, "
                 "without .detach(), .item() or torch.no_grad()"

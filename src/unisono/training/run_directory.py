@@ -25,7 +25,7 @@ from unisono.collective import Collective
 from unisono.errors import CheckpointError, ConfigurationError, UnisonoError
 from unisono.observe.metrics import MetricsLog
 from unisono.observe.summary import SUMMARY_FILE, Summary
-from unisono.training.step import Signals
+from unisono.training.header import Signals
 from unisono.version import __version__
 
 MODEL_FILE = "model.safetensors"

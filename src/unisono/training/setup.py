@@ -17,6 +17,7 @@ from unisono.collective import Collective, InProcess
 from unisono.errors import ConfigurationError
 from unisono.layout import Layout
 from unisono.sync import Sync
+from unisono.training.memory import keep_freed_memory
 from unisono.training.optimizer import hyperparameters
 from unisono.world import World
 
@@ -120,9 +121,11 @@ def enter(world: World, microbatches: int) -> World:
 
 
 def prepare_process(world: World, device: torch.device) -> None:
-    """*local*. Sets what bits depend on: the thread count, and deterministic kernels where others exist."""
+    """*local*. Sets what bits depend on: the thread count, and deterministic kernels where others exist; and what speed does."""
     if torch.get_num_threads() != world.threads:
         torch.set_num_threads(world.threads)
+    if device.type == "cpu":
+        keep_freed_memory()
     if device.type == "cuda" or world.threads > 1:
         # On one CPU thread the kernels have a single order anyway. Both variables are read when CUDA starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from unisono.collective import Collective
+from unisono.collective import Collective, Expected
 from unisono.errors import ConfigurationError, DataError
-from unisono.layout import Layout, Slot
+from unisono.layout import Layout
 from unisono.observe.timing import StepClock
 from unisono.order import derive_seed
-from unisono.sync import Reduction
+from unisono.sync import Reduced, Reduction
 from unisono.training.buffers import Buffers
+from unisono.training.header import Header, HeaderFormat, Signals, union
 from unisono.training.randomness import seed_generators
 from unisono.training.replica import Replica
 from unisono.tree import fold_all
@@ -80,18 +81,6 @@ class StepResult:
     """Learning rate of each parameter group in this step."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Signals:
-    """What a worker tells the others along with each step."""
-
-    stop: int = 0
-    """Signal number of a request to stop; 0 if there was none."""
-    written: int = -1
-    """Step of the newest checkpoint whose part this worker has written."""
-    failed: bool = False
-    """Whether this worker could not write its part."""
-
-
 class Stepper:
     """Computes steps. *Collective*: every worker makes one with equal arguments, and calls ``run`` in unison.
 
@@ -141,19 +130,7 @@ class Stepper:
         self._addresses = [parameter.data_ptr() for parameter in layout.parameters]
         self._held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._frozen = [parameter for parameter in self._held if not parameter.requires_grad]
-        self._header_type = np.dtype(
-            [
-                ("losses", "f8", (leaves,)),
-                ("counts", "f8", (leaves,)),
-                ("digest", "u8"),
-                ("written", "i8"),
-                ("stop", "u1"),
-                ("failed", "u1"),
-                ("torn", "u1"),
-                ("present", "u1", (len(layout.parameters),)),
-                ("changed", "u1", (len(buffers.names),)),
-            ]
-        )
+        self._format = HeaderFormat(leaves, len(layout.parameters), len(buffers.names))
 
     def run(self, batch: Batch, step: int, signals: Signals) -> tuple[StepResult, list[Signals]]:
         """*collective*. Trains on ``batch`` as step number ``step`` (from 1).
@@ -168,27 +145,25 @@ class Stepper:
         for parameter in self._held:
             parameter.grad = None  # what a backward of the user's own may have left behind
         self._buffers.begin()
-        headers, gradients = self._gradients(batch, step, signals)
+        headers, messages = self._gradients(batch, step, signals)
+        losses = _columns([header.losses for header in headers])
+        counts = _columns([header.counts for header in headers])
+        self._check_losses(losses, counts, batch, step)
+        count = _tree_sum(counts[: batch.filled])
+        present = union([header.present for header in headers])
         with self._clock.phase("compute"):
-            losses = np.sum([header["losses"] for header in headers], axis=0)  # every leaf is in one header, else 0
-            counts = np.sum([header["counts"] for header in headers], axis=0)
-            self._check_losses(losses, counts, batch, step)
-            count = _tree_sum(counts[: batch.filled])
-            present = np.bitwise_or.reduce([header["present"] for header in headers])
-            changed = np.bitwise_or.reduce([header["changed"] for header in headers])
-            gradients = [(slot, gradient) for slot, gradient in gradients if present[slot.index]]
-            _divide(gradients, count)
-            norms = self._norms(gradients)
-        with self._clock.phase("communication"):
-            norms, messages = self._agree(norms, batch)
-        norm = _total_norm(norms)
+            reduced = self._reduction.finish(count, present)
+        norms = self._agree(reduced)
+        norm = math.sqrt(math.fsum(value * value for value in norms)) if all(map(math.isfinite, norms)) else math.nan
         if not math.isfinite(norm):
             self._explain_gradient(norms, batch, step)
         learning_rates = tuple(float(group["lr"]) for group in self._optimizer.param_groups if "lr" in group)
         with self._clock.phase("compute"):
-            self._update(gradients, norm)
-        with self._clock.phase("communication"):
-            self._publish()
+            self._update(reduced, norm)
+        if not self._reduction.replicated:
+            with self._clock.phase("communication"):
+                self._publish()
+        changed = union([header.changed for header in headers])
         self._buffers.finish(messages, self._reduction.ranges, batch.filled, changed)
         # What is drawn between steps must not depend on which microbatches this worker happened to compute.
         seed_generators(derive_seed("between", self._seed, step), self._replica.device)
@@ -201,44 +176,41 @@ class Stepper:
             gradient_norm=norm,
             learning_rates=learning_rates,
         )
-        told = [
-            Signals(stop=int(header["stop"]), written=int(header["written"]), failed=bool(header["failed"])) for header in headers
-        ]
-        return result, told
+        return result, [header.signals for header in headers]
 
     # ------------------------------------------------------------------ forward, backward, fold, reduce
 
-    def _gradients(self, batch: Batch, step: int, signals: Signals) -> tuple[list[npt.NDArray[Any]], list[tuple[Slot, Tensor]]]:
-        """Every worker's header, and the summed gradient of each slot that this worker owns."""
-        overlap = self._overlap
+    def _gradients(self, batch: Batch, step: int, signals: Signals) -> tuple[list[Header], list[Tensor]]:
+        """Computes and sends until all workers have what they need: every worker's header and buffers, by rank."""
+        ranges, rank = self._reduction.ranges, self._collective.rank
         while True:
             with self._clock.phase("compute"):
                 try:
-                    header = self._compute(batch, step, overlap=overlap)
+                    header = self._compute(batch, step, signals)
                 except BaseException:
                     self._reduction.begin(0, overlap=False)  # a later backward of the user's own must send nothing
                     raise
-            header["stop"], header["written"], header["failed"] = signals.stop, signals.written, signals.failed
-            self._reduction.launch()
-            with self._clock.phase("waiting"):
-                headers = self._gather(header)
+                message = self._buffers.message(ranges[rank], batch.filled)
             with self._clock.phase("communication"):
-                gradients = self._reduction.finish()
+                self._reduction.launch([self._format.pack(header), message], self._expected(batch))
+            with self._clock.phase("waiting"):
+                notes = self._reduction.notes()
+            headers = [header if worker == rank else self._format.unpack(note[0]) for worker, note in enumerate(notes)]
             self._check_same_batch(headers, step)
-            torn = any(bool(header["torn"]) for header in headers)
-            new_buffer = self._buffers.track(np.bitwise_or.reduce([header["changed"] for header in headers]))
-            if not (torn or new_buffer):
-                return headers, gradients
+            torn = any(header.torn for header in headers)
+            new_buffer = self._buffers.track(union([header.changed for header in headers]))
+            if not (torn or new_buffer or self._reduction.unfit):
+                return headers, [note[1] for note in notes]
             # Same seeds, same start: the same gradients again, this time with nothing sent early or left unfollowed.
-            overlap = overlap and not torn
-            self._overlap = overlap
+            self._overlap = self._overlap and not torn
+            self._reduction.drop()
             self._collective.barrier()
             self._buffers.restart()
 
-    def _compute(self, batch: Batch, step: int, *, overlap: bool) -> npt.NDArray[Any]:
-        header = np.zeros((), dtype=self._header_type)
-        self._reduction.begin(batch.filled, overlap=overlap)
+    def _compute(self, batch: Batch, step: int, signals: Signals) -> Header:
+        self._reduction.begin(batch.filled, overlap=self._overlap)
         losses: list[Tensor] = []
+        counts = [0.0] * self._leaves
         for part in batch.parts:
             self._reduction.before_backward(part.number)
             leaf = self._replica.gradient(
@@ -247,61 +219,56 @@ class Stepper:
             self._reduction.add(part.number)
             self._buffers.add(part.number)
             losses.append(leaf.loss)
-            header["counts"][part.number] = leaf.count
+            counts[part.number] = leaf.count
+        self._buffers.check_known()
+        sums = [0.0] * self._leaves
         if losses:
             # One look at the device a step: every .item() would wait for it.
             first = batch.parts[0].number
-            header["losses"][first : first + len(losses)] = torch.stack([loss.double() for loss in losses]).cpu().numpy()
-        self._buffers.check_known()
-        header["digest"] = batch.digest
-        header["present"] = self._reduction.present
-        header["changed"] = self._buffers.changed
-        header["torn"] = self._reduction.torn
-        return header
+            sums[first : first + len(losses)] = torch.stack([loss.double() for loss in losses]).tolist()
+        return Header(
+            losses=sums,
+            counts=counts,
+            digest=batch.digest,
+            present=self._reduction.present,
+            changed=self._buffers.changed.tobytes(),
+            torn=self._reduction.torn,
+            signals=signals,
+        )
 
-    def _gather(self, header: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
-        raw = torch.frombuffer(bytearray(header.tobytes()), dtype=torch.uint8)
-        return [np.frombuffer(other.numpy().tobytes(), dtype=self._header_type)[0] for other in self._collective.all_gather(raw)]
+    def _expected(self, batch: Batch) -> list[list[Expected]]:
+        cpu = torch.device("cpu")
+        sizes = [self._buffers.message_size(span, batch.filled) for span in self._reduction.ranges]
+        return [[self._format.expected, (size, torch.float64, cpu)] for size in sizes]
 
     # ------------------------------------------------------------------ agree, update, publish
 
-    def _norms(self, gradients: Sequence[tuple[Slot, Tensor]]) -> Tensor:
-        """The L2 norm of each slot's gradient, float64; 0 for slots of other owners."""
-        norms = torch.zeros(len(self._layout.parameters), dtype=torch.float64)
-        if gradients:
-            for alike in _by_dtype(gradients):
-                values = torch.stack([norm.double() for norm in torch._foreach_norm([gradient for _, gradient in alike])])
-                norms[[slot.index for slot, _ in alike]] = values.cpu()
-            if not torch.isfinite(norms).all():
-                for slot, gradient in gradients:  # squares overflow long before the values do
-                    if not math.isfinite(norms[slot.index]):
-                        norms[slot.index] = torch.linalg.vector_norm(gradient.double())
-        return norms
+    def _agree(self, reduced: Reduced) -> list[float]:
+        """The L2 norm of each slot's gradient, from whoever updates it; 0 where there is none."""
+        norms = [0.0] * len(self._layout.parameters)
+        for slot, gradient, norm in zip(reduced.slots, reduced.gradients, reduced.norms, strict=True):
+            # Squares overflow long before the values do.
+            norms[slot.index] = norm if math.isfinite(norm) else float(torch.linalg.vector_norm(gradient.double()))
+        if self._reduction.replicated or self._collective.size == 1:
+            return norms
+        with self._clock.phase("communication"):
+            everybodys = self._collective.all_gather(torch.tensor(norms, dtype=torch.float64))
+        # Each norm comes from one worker; the others' zeros change no bit of it.
+        found: list[float] = torch.stack(everybodys).sum(dim=0).tolist()
+        return found
 
-    def _agree(self, norms: Tensor, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """All owners' norms, and all workers' buffers."""
-        ranges, size = self._reduction.ranges, self._collective.size
-        mine = torch.cat([norms, self._buffers.message(ranges[self._collective.rank], batch.filled)])
-        sizes = [norms.numel() + self._buffers.message_size(span, batch.filled) for span in ranges]
-        received = self._collective.exchange(
-            [[mine]] * size, [[(numel, torch.float64, mine.device)] for numel in sizes], name="agree"
-        )
-        # Each norm comes from one owner; the others' zeros change no bit of it.
-        all_norms = torch.stack([message[0][: norms.numel()] for message in received]).sum(dim=0)
-        return all_norms, [message[0][norms.numel() :].clone() for message in received]
-
-    def _update(self, gradients: Sequence[tuple[Slot, Tensor]], norm: float) -> None:
+    def _update(self, reduced: Reduced, norm: float) -> None:
         if self._max_grad_norm is not None:
             scale = self._max_grad_norm / (norm + 1e-6)
             if scale < 1:
-                for alike in _by_dtype(gradients):
-                    torch._foreach_mul_([gradient for _, gradient in alike], scale)
-        for slot, gradient in gradients:
+                for alike in _by_dtype(reduced.gradients):
+                    torch._foreach_mul_(alike, scale)
+        for slot, gradient in zip(reduced.slots, reduced.gradients, strict=True):
             self._layout.parameters[slot.index].grad = gradient
         try:
             self._optimizer.step()
         finally:
-            for slot, _ in gradients:
+            for slot in reduced.slots:
                 self._layout.parameters[slot.index].grad = None
 
     def _publish(self) -> None:
@@ -324,31 +291,35 @@ class Stepper:
                 "unfreezing"
             )
 
-    def _check_same_batch(self, headers: Sequence[npt.NDArray[Any]], step: int) -> None:
+    def _check_same_batch(self, headers: Sequence[Header], step: int) -> None:
         for rank, header in enumerate(headers):
-            if header["digest"] != headers[0]["digest"]:
+            if header.digest != headers[0].digest:
                 raise ConfigurationError(
                     f"step {step}: worker {rank} was given other samples, or another place among them, than worker 0. Nothing "
                     "was updated. Every worker must be given the same order: seed the shuffle or sampler that makes it, alike on "
                     "all of them"
                 )
 
-    def _check_losses(self, losses: npt.NDArray[np.float64], counts: npt.NDArray[np.float64], batch: Batch, step: int) -> None:
-        for leaf in map(int, np.flatnonzero(~np.isfinite(losses))):
+    def _check_losses(self, losses: Sequence[float], counts: Sequence[float], batch: Batch, step: int) -> None:
+        for leaf, loss in enumerate(losses):
+            if math.isfinite(loss):
+                continue
+            self._reduction.drop()
             samples = b"".join(self._collective.all_gather_bytes(self._samples_of(batch, leaf).encode())).decode()
             raise DataError(
-                f"step {step}: the loss of microbatch {leaf} is {losses[leaf]}{samples}. Nothing was updated. Look at these "
+                f"step {step}: the loss of microbatch {leaf} is {loss}{samples}. Nothing was updated. Look at these "
                 "samples, lower the learning rate, or set max_grad_norm"
             )
-        if not counts.sum() > 0:
+        if not sum(counts) > 0:
+            self._reduction.drop()
             raise DataError(
                 f"step {step}: the count over the whole batch of {batch.samples} samples is 0, so there is nothing to divide "
                 "by. Nothing was updated. Does the loss count only samples that are masked out?"
             )
 
-    def _explain_gradient(self, norms: Tensor, batch: Batch, step: int) -> None:
+    def _explain_gradient(self, norms: Sequence[float], batch: Batch, step: int) -> None:
         """*collective*. Computes the step's microbatches once more, one by one, to name the one with the bad gradient."""
-        names = [self._layout.names[int(index)] for index in torch.nonzero(~torch.isfinite(norms))]
+        names = [name for name, norm in zip(self._layout.names, norms, strict=True) if not math.isfinite(norm)]
         guilty = ""
         self._buffers.restore()
         for part in batch.parts:
@@ -377,25 +348,19 @@ class Stepper:
         return ""
 
 
-def _tree_sum(values: npt.NDArray[np.float64]) -> float:
-    add: Callable[[float, float], float] = float.__add__
-    return fold_all([float(value) for value in values], add) or 0.0
+def _columns(lines: Sequence[Sequence[float]]) -> list[float]:
+    """The sum over workers: each microbatch is in one header, and 0 in the others."""
+    return list(lines[0]) if len(lines) == 1 else [sum(column) for column in zip(*lines, strict=True)]
 
 
-def _by_dtype(gradients: Sequence[tuple[Slot, Tensor]]) -> list[list[tuple[Slot, Tensor]]]:
+def _tree_sum(values: Sequence[float]) -> float:
+    return fold_all(values, float.__add__) or 0.0
+
+
+def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """Lists of one dtype each. On CUDA a list of several dtypes takes kernels that round differently, and which dtypes are
     together depends on who owns what."""
-    groups: dict[torch.dtype, list[tuple[Slot, Tensor]]] = {}
-    for slot, gradient in gradients:
-        groups.setdefault(gradient.dtype, []).append((slot, gradient))
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
     return list(groups.values())
-
-
-def _divide(gradients: Sequence[tuple[Slot, Tensor]], count: float) -> None:
-    if count != 1:
-        for alike in _by_dtype(gradients):
-            torch._foreach_div_([gradient for _, gradient in alike], count)
-
-
-def _total_norm(norms: Tensor) -> float:
-    return math.sqrt(math.fsum(float(norm) ** 2 for norm in norms.tolist())) if bool(torch.isfinite(norms).all()) else math.nan

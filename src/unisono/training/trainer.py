@@ -30,6 +30,7 @@ from unisono.training.batches import BatchStream
 from unisono.training.buffers import Buffers
 from unisono.training.callbacks import Callback
 from unisono.training.evaluation import MetricFunction, evaluate
+from unisono.training.header import Signals
 from unisono.training.loader import Loader, dataset_length
 from unisono.training.optimizer import (
     check_optimizer,
@@ -54,7 +55,7 @@ from unisono.training.setup import (
     prepare_process,
     unify_replicas,
 )
-from unisono.training.step import Batch, Signals, Stepper, StepResult
+from unisono.training.step import Batch, Stepper, StepResult
 from unisono.world import World
 
 logger = logging.getLogger("unisono")
@@ -151,8 +152,11 @@ class Trainer:
         flats = self._layout.adopt(self.collective.allocate)
         self._replica = TorchReplica(model, loss, device=self.device, precision=precision)
         self._buffers = Buffers(model, microbatches)
-        self._reduction = self._sync.bind(self._layout, self.collective, microbatches)
-        settle_state(optimizer, self._layout, [self._owned_by(rank) for rank in range(self.collective.size)], self.collective)
+        self._reduction = self._sync.bind(
+            self._layout, self.collective, microbatches, sparse=self._replica.tables.slots(self._layout)
+        )
+        updates = [self._reduction.updated_by(rank) for rank in range(self.collective.size)]
+        settle_state(optimizer, self._layout, updates, self.collective)
         self._clock = StepClock()
         self._stepper = Stepper(
             replica=self._replica,
@@ -382,7 +386,7 @@ class Trainer:
         main = self.collective.rank == 0
         run.save(
             self.position.step,
-            part={"state": owned_state(self.optimizer, self._layout, self._owned)},
+            part={"state": owned_state(self.optimizer, self._layout, self._reduction.owned_by(self.collective.rank))},
             model=self.model.state_dict() if main else None,
             trainer=self._shared_state() if main else None,
             info={
@@ -484,20 +488,13 @@ class Trainer:
 
     # ------------------------------------------------------------------ resume
 
-    @property
-    def _owned(self) -> list[int]:
-        """Slot indices of the parameters that this worker updates."""
-        return self._owned_by(self.collective.rank)
-
-    def _owned_by(self, rank: int) -> list[int]:
-        return [slot.index for segments in self._reduction.segments for slot in segments[rank].slots]
-
     def _shared_state(self) -> dict[str, Any]:
         """What all workers have alike and the model's state dict does not hold."""
         persistent = set(self.model.state_dict())
         return {
             "groups": hyperparameters(self.optimizer),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "dense": [self._layout.names[index] for index in sorted(self._reduction.densified)],
             "buffers": {name: buffer for name, buffer in self.model.named_buffers() if name not in persistent},
         }
 
@@ -514,13 +511,15 @@ class Trainer:
             for name, buffer in self.model.named_buffers():
                 if name in shared["buffers"]:
                     buffer.copy_(shared["buffers"][name])
+        dense = shared.get("dense", ())
+        self._reduction.densify({index for index, name in enumerate(self._layout.names) if name in dense})
         set_hyperparameters(self.optimizer, shared["groups"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(shared["scheduler"])
         state: dict[str, Any] = {}
         for name in checkpoint.part_names("optimizer-"):
             state.update(checkpoint.part(name)["state"])
-        set_state(self.optimizer, self._layout, state, self._owned)
+        set_state(self.optimizer, self._layout, state, self._reduction.updated_by(self.collective.rank))
         self.position = Position(**checkpoint.info["position"])
         self._data_settings = checkpoint.info["data"]
         last = checkpoint.info["last"]

@@ -1,0 +1,145 @@
+"""Gradients of few rows on their way to whoever updates the parameter.
+
+How many rows a piece has is known to its worker alone, so the numbers travel first, along with the step's other notes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from itertools import compress
+
+import torch
+from torch import Tensor
+
+from unisono.collective import Collective, Expected
+from unisono.layout import Layout, Slot
+from unisono.sync.fold import LocalFold, Sums
+from unisono.sync.rows import RowBuffer, Rows
+from unisono.tree import Span, combine
+
+
+class RowExchange:
+    """Sums the rows of sparse slots over all workers. *Collective* as a whole.
+
+    Args:
+        slots: The slots whose gradients have few rows.
+        pieces: Each worker's pieces.
+        leaves: M.
+        updated_by: The slots (by index) that a worker updates.
+
+    Attributes:
+        strays: Slots (by index) for which some worker had a dense gradient in this step.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        layout: Layout,
+        collective: Collective,
+        pieces: Sequence[Sequence[Span]],
+        leaves: int,
+        updated_by: Callable[[int], Collection[int]],
+    ) -> None:
+        self.slots = list(slots)
+        self._layout = layout
+        self._collective = collective
+        self._pieces = pieces
+        self._leaves = leaves
+        updated = [set(updated_by(rank)) for rank in range(collective.size)]
+        self._wanted = [[slot.index in mine for slot in slots] for mine in updated]
+        self._filled = 0
+        self._counts: list[list[list[int]]] = []
+        self._buffers: dict[int, RowBuffer] = {}
+        self.strays: set[int] = set()
+
+    def begin(self, filled: int) -> None:
+        """*local*. A step in which microbatches ``0 <= m < filled`` hold samples."""
+        self._filled = filled
+        self.strays.clear()
+
+    def densify(self, slots: Collection[int]) -> None:
+        """*local*. Leaves these slots (by index) to those who sum dense gradients."""
+        stay = [slot.index not in slots for slot in self.slots]
+        self._wanted = [list(compress(wanted, stay)) for wanted in self._wanted]
+        self.slots = list(compress(self.slots, stay))
+
+    def note(self, fold: LocalFold) -> list[Tensor]:
+        """*local*. What the others must know first: for each slot, whether it strayed, and the rows of each own piece."""
+        if not self.slots:
+            return []
+        own = fold.pieces()
+        lines = [
+            [slot.index in fold.stray, *(len(s.rows[slot.index].indices) if slot.index in s.rows else 0 for s in own)]
+            for slot in self.slots
+        ]
+        return [torch.tensor(lines, dtype=torch.int64).reshape(-1)]
+
+    def expected(self, worker: int) -> list[Expected]:
+        """*local*. The size of that worker's note."""
+        if not self.slots:
+            return []
+        return [(len(self.slots) * (1 + len(self._present(worker))), torch.int64, torch.device("cpu"))]
+
+    def read(self, notes: Sequence[Tensor]) -> None:
+        """*local*. Takes all workers' notes, in order of rank."""
+        self._counts = []
+        for note in notes:
+            lines = note.reshape(len(self.slots), -1).tolist()
+            self._counts.append([line[1:] for line in lines])
+            self.strays |= {slot.index for slot, line in zip(self.slots, lines, strict=True) if line[0]}
+
+    def finish(self, own: Sequence[Sums], count: float) -> list[tuple[Slot, Rows, Tensor]]:
+        """*collective*. For each slot that this worker updates: the rows of the sum, divided by ``count``, and the dense
+        gradient that they are. A slot that no piece has rows for is left out."""
+        if not self.slots:
+            return []
+        rank, size = self._collective.rank, self._collective.size
+        outgoing = [
+            [] if peer == rank else [t for number in self._of(peer) for t in self._packed(own, number)] for peer in range(size)
+        ]
+        incoming = [[] if peer == rank else self._announced(peer) for peer in range(size)]
+        arrived = self._collective.exchange(outgoing, incoming, name="rows")
+        streams = [iter(tensors) for tensors in arrived]
+        found: list[tuple[Slot, Rows, Tensor]] = []
+        for number in self._of(rank):
+            slot = self.slots[number]
+            parts: dict[Span, Rows | None] = {span: None for spans in self._pieces for span in spans}
+            for peer in range(size):
+                for place, span in enumerate(self._present(peer)):
+                    if peer == rank:
+                        parts[span] = own[place].rows.get(slot.index)
+                    elif self._counts[peer][number][place]:
+                        indices, values = next(streams[peer]), next(streams[peer])
+                        parts[span] = Rows(indices, values.view(-1, *slot.shape[1:]))
+            total = combine(parts, self._leaves, Rows.__add__)
+            if total is not None:
+                # A lone piece is somebody else's memory, or the fold's: divided into memory of its own.
+                rows = Rows(total.indices.clone(), total.values / count)
+                found.append((slot, rows, self._buffer(slot).fill(rows)))
+        return found
+
+    def _present(self, worker: int) -> list[Span]:
+        return [span for span in self._pieces[worker] if span[0] < self._filled]
+
+    def _of(self, worker: int) -> list[int]:
+        return [number for number, wanted in enumerate(self._wanted[worker]) if wanted]
+
+    def _packed(self, own: Sequence[Sums], number: int) -> list[Tensor]:
+        index = self.slots[number].index
+        rows = [sums.rows[index] for sums in own if index in sums.rows and len(sums.rows[index].indices)]
+        return [t for part in rows for t in (part.indices.contiguous(), part.values.contiguous().view(-1))]
+
+    def _announced(self, peer: int) -> list[Expected]:
+        expected: list[Expected] = []
+        for number in self._of(self._collective.rank):
+            parameter = self._layout.parameters[self.slots[number].index]
+            width = parameter[0].numel()
+            for rows in self._counts[peer][number]:
+                if rows:
+                    expected += [(rows, torch.int64, parameter.device), (rows * width, parameter.dtype, parameter.device)]
+        return expected
+
+    def _buffer(self, slot: Slot) -> RowBuffer:
+        if slot.index not in self._buffers:
+            self._buffers[slot.index] = RowBuffer(self._layout.parameters[slot.index])
+        return self._buffers[slot.index]

@@ -1,0 +1,26 @@
+"""Memory that is used again, step after step. *Local.*"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_LARGE = 2**30
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc's malloc keep what is freed, instead of giving it back to the kernel and asking for it again.
+
+    By default it does so with every tensor above a few MiB. Each step then pays a page fault for every 4 KiB of its gradients
+    and activations, and the zeroing of that memory: of a step of the wide MLP in ``benchmarks/``, a sixth. What a process holds
+    is its peak either way. Where the allocator is another one nothing happens.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_M_MMAP_THRESHOLD, _LARGE)
+    mallopt(_M_TRIM_THRESHOLD, _LARGE)
