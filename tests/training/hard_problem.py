@@ -123,6 +123,7 @@ def train(
     precision: str = "fp32",
     overlap: bool = False,
     replicated: bool = False,
+    share_weights: bool | None = None,
 ) -> Digests:
     """Six steps over two epochs; the same on every worker, but for the optimizer state, of which each has its own part."""
     trainer = make_trainer(

@@ -88,5 +88,18 @@ class Collective(abc.ABC):
         """*local*. Uninitialised memory from which this transport sends fastest, aligned to 64 bytes."""
         return allocate(numel, dtype, device)
 
+    def share(self, flat: Tensor) -> bool:
+        """*collective*. Puts ``flat``, a whole tensor from ``allocate`` that is the same on all workers, into one memory that
+        the workers of a host have in common, at the address that it has. Then a worker's writes are everybody's, and ``publish``
+        moves nothing on this host.
+
+        Returns:
+            Whether this transport can do that; the same on all workers.
+        """
+        return False
+
+    def unshare(self, flat: Tensor) -> None:  # noqa: B027 - where nothing is shared there is nothing to do
+        """*local*. Gives this worker a copy of its own again, if ``flat`` is shared. Nobody may write to it meanwhile."""
+
     def close(self) -> None:  # noqa: B027 - most transports hold nothing
         """*local*. Ends this worker's part; others that still wait for it get a ``WorkerFailure``."""

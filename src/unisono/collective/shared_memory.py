@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import ctypes
 import mmap
 import os
 import secrets
@@ -47,10 +48,16 @@ _ENTRY = struct.Struct("<qQQ")  # region (or how it travels), offset, bytes
 _INLINE, _ONE_SHOT = -1, -2
 _DESCRIPTOR_SPACE = socket.CMSG_SPACE(64 * array.array("i").itemsize)
 _TIMEOUT_S = 1800
+_MAP_FIXED = 0x10  # mman.h
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 
 
 class _Region:
-    """A stretch of shared memory, mapped by this process."""
+    """A stretch of shared memory, mapped by this process. Its pages are made when they are first touched: of a gradient, this
+    worker's own part never is."""
 
     def __init__(self, fd: int, nbytes: int) -> None:
         self.fd = fd
@@ -62,11 +69,18 @@ class _Region:
     def make(cls, nbytes: int) -> _Region:
         fd = os.memfd_create("unisono", os.MFD_CLOEXEC)
         try:
-            os.posix_fallocate(fd, 0, nbytes)  # now, and not by a SIGBUS at first use, it shows whether there is room
+            os.ftruncate(fd, nbytes)
             return cls(fd, nbytes)
         except BaseException:
             os.close(fd)
             raise
+
+    def show(self, fd: int) -> None:
+        """From now on this region's addresses show the memory of ``fd``, which has the same size."""
+        protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED
+        address = self.memory.data_ptr()
+        if _libc.mmap(address, self.nbytes, protection, flags, fd, 0) != address:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 class _Exchange:
@@ -101,6 +115,7 @@ class SharedMemory(Collective):
         self._number = 0
         self._regions: dict[int, _Region] = {}
         self._starts: list[tuple[int, int, int]] = []  # (address, bytes, region) of own memory
+        self._shared: set[int] = set()  # addresses of own regions that show the host's common memory
         self._told: list[set[int]] = [set() for _ in sockets]  # regions whose descriptor each worker has
         self._seen: list[dict[int, Tensor]] = [{} for _ in sockets]  # other workers' regions, mapped here
         self._early: list[dict[int, tuple[bytearray, deque[int]]]] = [{} for _ in sockets]
@@ -155,6 +170,9 @@ class SharedMemory(Collective):
         return _Exchange(self, self._number, list(outgoing[self.rank]), incoming)
 
     def publish(self, flat: Tensor, bounds: Sequence[tuple[int, int]]) -> None:
+        if flat.data_ptr() in self._shared:
+            self.barrier()  # what the others wrote is here already, once they have written it
+            return
         lo, hi = bounds[self.rank]
         mine = [flat[lo:hi]] if hi > lo else []
         expected = [[(hi - lo, flat.dtype, flat.device)] if hi > lo else [] for lo, hi in bounds]
@@ -187,6 +205,41 @@ class SharedMemory(Collective):
         self._regions[number] = region
         self._starts.append((region.memory.data_ptr(), nbytes, number))
         return region.memory.view(dtype)
+
+    def share(self, flat: Tensor) -> bool:
+        number, offset = self._place(flat)
+        if number is None or offset or self._regions[number].nbytes != flat.nbytes:
+            return False
+        region = self._regions[number]
+        self.barrier()  # no packet is under way that could be taken for the next one
+        if self.rank == 0:
+            common = _Region.make(region.nbytes)
+            common.memory.copy_(region.memory)
+            fd = common.fd
+            for peer in range(1, self.size):
+                with self._contact(peer) as connection:
+                    socket.send_fds(connection, [b"share"], [fd])
+        else:
+            with self._contact(0) as connection:
+                _, descriptors, _, _ = socket.recv_fds(connection, 16, 1)
+            if not descriptors:
+                raise self._lost(0, "it closed its end")
+            fd = descriptors[0]
+        region.show(fd)
+        os.close(fd)
+        os.ftruncate(region.fd, 0)  # the memory that nobody sees now
+        self._shared.add(flat.data_ptr())
+        return True
+
+    def unshare(self, flat: Tensor) -> None:
+        if flat.data_ptr() not in self._shared:
+            return
+        region = self._regions[self._place(flat)[0] or 0]
+        os.ftruncate(region.fd, region.nbytes)
+        mine = mmap.mmap(region.fd, region.nbytes)
+        torch.frombuffer(mine, dtype=torch.uint8).copy_(region.memory)
+        region.show(region.fd)
+        self._shared.discard(flat.data_ptr())
 
     def close(self) -> None:
         for number, connection in enumerate(self._sockets):

@@ -17,6 +17,9 @@ from unisono.tree import Span
 class Sync(abc.ABC):
     """How replicas are kept together: settings that become a ``Reduction`` once model and workers are known."""
 
+    share_weights: bool | None
+    """Whether the workers of a host may keep one copy of the weights among them; None: where nobody else can write to it."""
+
     @abc.abstractmethod
     def bind(self, layout: Layout, collective: Collective, leaves: int, *, sparse: Collection[int] = ()) -> Reduction:
         """*local*. The reduction of gradients laid out by ``layout`` over ``leaves`` microbatches a step.

@@ -13,6 +13,10 @@ class Callback:
     """Override what you need. Every worker calls every method at the same moment, so a callback that changes the model must
     do the same on all of them, and only one that is *local* may ask for the rank (``trainer.collective.rank``)."""
 
+    edits_weights: bool = True
+    """Whether it may change weights. Say False where it only looks: then ``fit`` can keep one copy of the weights for all
+    workers of a host, which is faster (see ``Exact.share_weights``)."""
+
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         """After each optimizer step."""
 

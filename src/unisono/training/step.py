@@ -27,6 +27,7 @@ from unisono.training.buffers import Buffers
 from unisono.training.header import Header, HeaderFormat, Signals, union
 from unisono.training.randomness import seed_generators
 from unisono.training.replica import Replica
+from unisono.training.weights import Weights
 from unisono.tree import fold_all
 
 
@@ -87,7 +88,7 @@ class Stepper:
     Args:
         replica: This worker's model.
         layout: Where its trainable parameters lie.
-        flats: The flat tensors that hold them, one a block.
+        weights: Their memory.
         buffers: Its buffers.
         reduction: How gradients are summed.
         optimizer: The user's optimizer, over exactly the parameters of ``layout`` (frozen ones aside).
@@ -104,7 +105,7 @@ class Stepper:
         *,
         replica: Replica,
         layout: Layout,
-        flats: Sequence[Tensor],
+        weights: Weights,
         buffers: Buffers,
         reduction: Reduction,
         optimizer: Optimizer,
@@ -117,7 +118,7 @@ class Stepper:
     ) -> None:
         self._replica = replica
         self._layout = layout
-        self._flats = flats
+        self._weights = weights
         self._buffers = buffers
         self._reduction = reduction
         self._optimizer = optimizer
@@ -142,6 +143,7 @@ class Stepper:
             DataError: The loss or gradient is not finite, or the count is zero; no weight, buffer or state has changed.
         """
         self._check_model()
+        self._weights.check_untouched()
         for parameter in self._held:
             parameter.grad = None  # what a backward of the user's own may have left behind
         self._buffers.begin()
@@ -163,6 +165,7 @@ class Stepper:
         if not self._reduction.replicated:
             with self._clock.phase("communication"):
                 self._publish()
+        self._weights.remember()
         changed = union([header.changed for header in headers])
         self._buffers.finish(messages, self._reduction.ranges, batch.filled, changed)
         # What is drawn between steps must not depend on which microbatches this worker happened to compute.
@@ -272,7 +275,7 @@ class Stepper:
                 self._layout.parameters[slot.index].grad = None
 
     def _publish(self) -> None:
-        for flat, segments in zip(self._flats, self._reduction.segments, strict=True):
+        for flat, segments in zip(self._weights.flats, self._reduction.segments, strict=True):
             self._collective.publish(flat, [(segment.lo, segment.hi) for segment in segments])
 
     # ------------------------------------------------------------------ checks

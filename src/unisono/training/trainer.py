@@ -56,6 +56,7 @@ from unisono.training.setup import (
     unify_replicas,
 )
 from unisono.training.step import Batch, Stepper, StepResult
+from unisono.training.weights import Weights
 from unisono.world import World
 
 logger = logging.getLogger("unisono")
@@ -149,7 +150,7 @@ class Trainer:
         )
         unify_replicas(model, self.collective)
         self._layout = Layout(trainable)
-        flats = self._layout.adopt(self.collective.allocate)
+        self._weights = Weights(self._layout, self.collective)
         self._replica = TorchReplica(model, loss, device=self.device, precision=precision)
         self._buffers = Buffers(model, microbatches)
         self._reduction = self._sync.bind(
@@ -161,7 +162,7 @@ class Trainer:
         self._stepper = Stepper(
             replica=self._replica,
             layout=self._layout,
-            flats=flats,
+            weights=self._weights,
             buffers=self._buffers,
             reduction=self._reduction,
             optimizer=optimizer,
@@ -222,7 +223,9 @@ class Trainer:
         with self._display(samples, epochs) as self._progress:
             try:
                 # Closed also after an error, so that the log is written as far as training came.
-                with contextlib.closing(self._batches(dataset, samples, epochs, loader or self._loader)) as batches:
+                with contextlib.closing(
+                    self._batches(dataset, samples, epochs, loader or self._loader, own_loop=False)
+                ) as batches:
                     for batch in batches:
                         self.step(batch)
             finally:
@@ -247,7 +250,8 @@ class Trainer:
         Pass each to ``step``. Leaving early is fine: the next call goes on after the last batch that was stepped. When the
         last one is done the run is finished and its files are written.
         """
-        return self._batches(dataset, self._make_order(dataset, order, drop_last, epochs), epochs, loader or self._loader)
+        samples = self._make_order(dataset, order, drop_last, epochs)
+        return self._batches(dataset, samples, epochs, loader or self._loader, own_loop=True)
 
     def step(self, batch: Batch) -> StepResult:
         """*collective*. One optimizer step on a batch from ``batches``.
@@ -330,7 +334,7 @@ class Trainer:
 
     # ------------------------------------------------------------------ the parts of a step
 
-    def _batches(self, dataset: Any, samples: Order, epochs: int, loader: Loader) -> Generator[Batch]:
+    def _batches(self, dataset: Any, samples: Order, epochs: int, loader: Loader, *, own_loop: bool) -> Generator[Batch]:
         if self._is_done(epochs):
             self._complete(epochs)
             return
@@ -348,7 +352,7 @@ class Trainer:
             device=self.device,
             clock=self._clock,
         )
-        with StopRequest() as self._stop:
+        with StopRequest() as self._stop, self._weights.in_common(self._may_share(own_loop)):
             try:
                 yield from stream.batches(self.position.epoch, self.position.batch, epochs)
             finally:
@@ -357,6 +361,14 @@ class Trainer:
                     with contextlib.suppress(CheckpointError):  # an error on its way is more important
                         self._run.log.flush()
         self._finish()
+
+    def _may_share(self, own_loop: bool) -> bool:
+        """Whether nobody but the trainer writes to the weights while it trains."""
+        if self._reduction.replicated:
+            return False
+        if self._sync.share_weights is not None:
+            return self._sync.share_weights
+        return not own_loop and not any(callback.edits_weights for callback in self.callbacks)
 
     def _signals(self) -> Signals:
         stop = int(self._stop.requested or 0) if self._stop is not None else 0
