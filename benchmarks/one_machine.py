@@ -1,173 +1,134 @@
-"""Step time on one machine: unisono against DistributedDataParallel and plain PyTorch.
+"""Training on one machine: unisono against other ways to train the same model on the same global batch.
 
-Every peer trains the same model on the same global batch with the same optimizer (AdamW, fused), in processes of its own.
-Peers take turns, a few steps each, round after round; reported are medians over rounds, quartiles, and the median of
-the round-by-round ratio to DDP. With ``--save NAME`` the table, the raw numbers and a picture go to ``benchmarks/results``::
+Every peer trains with the same optimizer (AdamW, fused), in processes of its own that are alive together. Peers take turns,
+a few steps each, round after round; reported are medians and quartiles over rounds, the ratios to DDP and to plain PyTorch
+with two threads, round by round, the share of the limit (``limit.py``, measured in the same rounds), and the memory of all
+of a peer's processes. Before the rounds all train a few steps in earnest, and their losses are compared. With
+``--save NAME`` tables, raw numbers and a picture go to ``benchmarks/results``::
 
-    python benchmarks/one_machine.py --rounds 15 --save 2026-11-23-gloo
+    python benchmarks/one_machine.py --save 2026-11-23
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import multiprocessing
-import os
-import platform
-import statistics
-import subprocess
-import sys
 import tempfile
-from multiprocessing.connection import Connection
+import time
 from pathlib import Path
-from typing import Any
 
-import torch
-from peers import PEERS, serve
-from workloads import WORKLOADS
+from limit import LIMIT, moved_bytes
+from peers import DEFAULT, PEERS
+from processes import Group, PeerFailed
+from report import HERE, Case, about, limit_line, rows, save
+from torch import nn
+from workloads import WORKLOADS, Workload
 
-HERE = Path(__file__).parent
-BASELINE = "DDP"
-ROUND_SECONDS = 0.5
-Times = dict[str, list[float]]
-
-
-class Group:
-    """The processes of one peer."""
-
-    def __init__(self, peer: str, workload: str, folder: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipes: list[Connection] = []
-        self.processes = []
-        for rank in range(PEERS[peer][1]):
-            mine, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(peer, workload, rank, folder, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self.pipes.append(mine)
-            self.processes.append(process)
-        for pipe in self.pipes:
-            pipe.recv()
-
-    def run(self, steps: int) -> float:
-        """Seconds a step, of the slowest worker."""
-        for pipe in self.pipes:
-            pipe.send(steps)
-        return max(pipe.recv() for pipe in self.pipes) / steps
-
-    def close(self) -> None:
-        for pipe in self.pipes:
-            pipe.send(0)
-        for process in self.processes:
-            process.join(10)
-            if process.is_alive():
-                process.kill()
+ROUND_S, QUICK_ROUND_S = 0.3, 0.05
+FIRST_STEPS = 3
+QUICK_PEERS = ("DDP", "unisono, M = 2")
+LOSS_TOLERANCE, BATCH_NORM_TOLERANCE = 0.001, 0.05
+"""Relative. Peers differ by rounding; BatchNorm sees the whole batch, a half or a microbatch."""
 
 
-def measure(workload: str, rounds: int) -> Times:
-    """Seconds a step of each peer in each round."""
-    times: Times = {peer: [] for peer in PEERS}
+def measure(workload: Workload, peers: list[str], rounds: int, round_s: float) -> Case:
+    """Trains ``workload`` in all ``peers``, in turns.
+
+    Raises:
+        PeerFailed: A peer broke off after its start, or trains something else than the others.
+    """
+    case = Case(moved_bytes=moved_bytes(sum(p.numel() * p.itemsize for p in workload.model().parameters()), LIMIT.workers))
     with tempfile.TemporaryDirectory() as root:
-        groups: dict[str, Group] = {}
-        for number, peer in enumerate(PEERS):
-            folder = Path(root) / str(number)
-            folder.mkdir()
-            groups[peer] = Group(peer, workload, str(folder))
-        steps = {peer: max(2, int(ROUND_SECONDS / group.run(3))) for peer, group in groups.items()}
-        for group in groups.values():
-            group.run(3)
-        for _ in range(rounds):
-            for peer, group in groups.items():
-                times[peer].append(group.run(steps[peer]))
-        for group in groups.values():
-            group.close()
-    return times
+        groups = {
+            peer.name: Group(peer, workload.name, Path(root) / str(number))
+            for number, peer in enumerate([*(PEERS[name] for name in peers), LIMIT])
+        }
+        try:
+            limit = groups.pop(LIMIT.name)
+            limit.ready()
+            limit.run(FIRST_STEPS)
+            _start(groups, case, workload)
+            steps = _warm(groups, case, workload, round_s)
+            shares = {what: max(2, round(round_s / limit.run(FIRST_STEPS, what))) for what in ("compute", "memory")}
+            for _ in range(rounds):
+                case.compute.append(limit.run(shares["compute"], "compute"))
+                case.moving.append(limit.run(shares["memory"], "memory"))
+                for peer, group in groups.items():
+                    case.seconds.setdefault(peer, []).append(group.run(steps[peer]))
+            case.memory = {peer: group.memory() for peer, group in groups.items()}
+        finally:
+            for group in [*groups.values(), limit]:
+                group.close()
+    return case
 
 
-def rows(times: Times) -> list[tuple[str, float, float, float, float]]:
-    """Peer, median, lower and upper quartile in ms, and median of DDP's time over the peer's, round by round."""
-    found = []
-    for peer, seconds in times.items():
-        low, middle, high = statistics.quantiles(seconds, n=4)
-        ratio = statistics.median(base / own for base, own in zip(times[BASELINE], seconds, strict=True))
-        found.append((peer, 1e3 * middle, 1e3 * low, 1e3 * high, ratio))
-    return found
+def _start(groups: dict[str, Group], case: Case, workload: Workload) -> None:
+    """Waits for all peers, leaves out those that cannot start here, compares the losses of the others, and has them hold."""
+    count = workload.count(workload.batch()[1])
+    for peer, group in list(groups.items()):
+        try:
+            group.ready()
+            group.run(FIRST_STEPS)
+        except PeerFailed as error:
+            case.left_out[peer] = str(error)
+            groups.pop(peer).close()
+            continue
+        case.losses[peer] = group.loss() / count
+        group.hold()
+    if not case.losses:
+        raise PeerFailed("no peer could start; the reasons:\n" + "\n".join(case.left_out.values()))
+    normalized = any(isinstance(module, nn.BatchNorm2d) for module in workload.model().modules())
+    low, high = min(case.losses.values()), max(case.losses.values())
+    if high > low * (1 + (BATCH_NORM_TOLERANCE if normalized else LOSS_TOLERANCE)):
+        raise PeerFailed(f"the peers do not train the same in the case {workload.name}: losses after a few steps {case.losses}")
 
 
-def table(results: dict[str, Times]) -> str:
-    """A Markdown table of all workloads."""
-    lines = ["| case | peer | ms a step (quartiles) | speed over DDP |", "|---|---|---|---|"]
-    for workload, times in results.items():
-        for peer, middle, low, high, ratio in rows(times):
-            lines.append(f"| {workload} | {peer} | {middle:.2f} ({low:.2f} to {high:.2f}) | {ratio:.2f} |")
-    return "\n".join(lines)
-
-
-def machine() -> str:
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
-    )
-    return (
-        f"{platform.machine()}, {os.cpu_count()} cores ({model}), Python {platform.python_version()}, torch {torch.__version__}"
-    )
-
-
-def commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
-
-
-def save(name: str, results: dict[str, Times], rounds: int) -> None:
-    folder = HERE / "results"
-    folder.mkdir(exist_ok=True)
-    about: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/one_machine.py", *sys.argv[1:]]),
-        "commit": commit(),
-        "machine": machine(),
-        "date": datetime.date.today().isoformat(),
-        "rounds": rounds,
-    }
-    facts = "\n".join(f"- {key}: {value}" for key, value in about.items())
-    (folder / f"{name}.md").write_text(
-        f"# Step time on one machine\n\n{facts}\n\nSpeed over DDP: median of the round-by-round ratio, more is better. "
-        f"Absolute times of a shared machine mean little.\n\n{table(results)}\n\n![speed over DDP]({name}.png)\n"
-    )
-    (folder / f"{name}.json").write_text(json.dumps({**about, "seconds": results}, indent=1) + "\n")
-    draw(folder / f"{name}.png", results)
-
-
-def draw(path: Path, results: dict[str, Times]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots()
-    peers = list(PEERS)
-    for number, peer in enumerate(peers):
-        ratios = [{row[0]: row[4] for row in rows(times)}[peer] for times in results.values()]
-        places = [case + (number - len(peers) / 2 + 0.5) * 0.12 for case in range(len(results))]
-        bars = axes.bar(places, ratios, width=0.11, label=peer)
-        axes.bar_label(bars, fmt="%.2f", fontsize=6)
-    axes.axhline(1.0, color="black", linewidth=0.6)
-    axes.set_xticks(range(len(results)), list(results))
-    axes.set_ylabel("speed over DDP (more is better)")
-    axes.legend(fontsize=7)
-    figure.savefig(path, dpi=130)
+def _warm(groups: dict[str, Group], case: Case, workload: Workload, round_s: float) -> dict[str, int]:
+    """Steps of a turn of each peer, by the time of a few; holding, they must leave the loss as it was."""
+    steps = {peer: max(2, round(round_s / group.run(FIRST_STEPS))) for peer, group in groups.items()}
+    for peer, group in groups.items():
+        loss = group.loss() / workload.count(workload.batch()[1])
+        if abs(loss - case.losses[peer]) > LOSS_TOLERANCE * loss:
+            raise PeerFailed(f"{peer} went on learning in the case {workload.name}: loss {case.losses[peer]}, then {loss}")
+    return steps
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--cases", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
-    parser.add_argument("--save", metavar="NAME")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9, help="two or more")
+    parser.add_argument("--cases", nargs="+", choices=list(WORKLOADS), metavar="CASE", help=", ".join(WORKLOADS))
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), metavar="PEER", help="; ".join(f'"{name}"' for name in PEERS))
+    parser.add_argument("--quick", action="store_true", help="a look whether it works: tiny, two peers, two rounds")
+    parser.add_argument("--save", metavar="NAME", help="of the files to write")
+    parser.add_argument("--into", metavar="FOLDER", type=Path, default=HERE / "results", help="where --save writes")
     arguments = parser.parse_args()
-    results: dict[str, Times] = {}
-    for workload in arguments.cases:
-        results[workload] = measure(workload, arguments.rounds)
-        for peer, middle, low, high, ratio in rows(results[workload]):
-            print(f"{workload:12} {peer:24} {middle:8.2f} ms ({low:.2f} to {high:.2f})   {ratio:5.2f} x DDP", flush=True)
-    if arguments.save:
-        save(arguments.save, results, arguments.rounds)
+    rounds = 2 if arguments.quick else max(2, arguments.rounds)
+    wanted = arguments.peers or (QUICK_PEERS if arguments.quick else DEFAULT)
+    missing = {name: reason for name in wanted if (reason := PEERS[name].missing)}
+    for name, reason in missing.items():
+        print(f"{name} is left out: {reason}", flush=True)
+    facts = about(rounds)
+    cases: dict[str, Case] = {}
+    for name in arguments.cases or (["tiny"] if arguments.quick else list(WORKLOADS)):
+        began = time.monotonic()
+        present = [peer for peer in wanted if peer not in missing]
+        try:
+            cases[name] = measure(WORKLOADS[name], present, rounds, QUICK_ROUND_S if arguments.quick else ROUND_S)
+        except PeerFailed as error:
+            raise SystemExit(f"{name}: {error}") from error
+        show(name, cases[name], time.monotonic() - began)
+        cases[name].left_out.update(missing)
+        if arguments.save:  # after each case: what a later one may break is not lost
+            save(arguments.into, arguments.save, facts, cases)
+
+
+def show(name: str, case: Case, seconds: float) -> None:
+    """Prints what was measured of one case."""
+    print(f"\n{name} ({seconds:.0f} s): {limit_line(case)}", flush=True)
+    print(f"  {'':26} {'ms a step':>26} {'over DDP':>20} {'over 2 threads':>20} {'of limit':>9} {'PSS, MiB':>9}")
+    for peer, time_, over_ddp, over_plain, share, pss in rows(case):
+        print(f"  {peer:26} {time_:>26} {over_ddp:>20} {over_plain:>20} {share:>9} {pss:>9}", flush=True)
+    for peer, reason in case.left_out.items():
+        print(f"  {peer} is left out: {reason}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,130 +1,300 @@
-"""The peers of the step-time benchmark: each is a process group of its own that trains the same global batch."""
+"""The peers of the benchmarks: ways to train one model on one global batch, each in processes of its own.
+
+All use AdamW(fused=True) with one learning rate; gradients are dropped between steps (``set_to_none``). Workers of a peer
+with several processes have met over Gloo before ``make`` is called.
+
+A model that has learned its one batch by heart has denormal numbers in its gradients, and the same matrix products take
+twice as long. So all train a few steps in earnest, which shows that they do the same, and then ``hold``:
+the same work with a learning rate that changes nothing.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import logging
 import os
-import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from workloads import WORKLOADS, Workload
+from workloads import Workload
 
 Step = Callable[[], None]
+LEARNING_RATE, HELD_LEARNING_RATE = 1e-3, 1e-12
 
 
-def plain(workload: Workload, rank: int, workers: int) -> Step:
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Which of how many workers."""
+
+    rank: int
+    workers: int
+
+    def share(self, tensor: Tensor) -> Tensor:
+        """This worker's part of a tensor of samples, in memory of its own."""
+        size = len(tensor) // self.workers
+        return tensor[self.rank * size : (self.rank + 1) * size].clone()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Made:
+    """What a worker of a peer was made to do."""
+
+    model: nn.Module
+    """The bare model, whose weights the steps change."""
+    steps: dict[str, Step]
+    """What can be timed; training is "step"."""
+    optimizer: torch.optim.Optimizer | None = None
+    """What changes them."""
+
+    def hold(self) -> None:
+        """*local*. From now on steps do the same work, but learn nothing; called on all workers."""
+        for group in [] if self.optimizer is None else self.optimizer.param_groups:
+            group["lr"] = HELD_LEARNING_RATE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Peer:
+    """A way to train."""
+
+    name: str
+    make: Callable[[Workload, Place], Made]
+    workers: int = 2
+    threads: int = 1
+    module: str | None = None
+    """What must be importable."""
+    package: str | None = None
+    """What to install for that."""
+
+    @property
+    def missing(self) -> str | None:
+        """*local*. Why this peer cannot take part, and what to do; None if it can."""
+        if self.module is None or importlib.util.find_spec(self.module) is not None:
+            return None
+        return f"{self.package} is not installed: pip install -c constraints.txt -e '.[bench-peers]'"
+
+
+def plain(workload: Workload, place: Place) -> Made:
     """A single-device loop over the whole batch."""
-    return _loop(workload, workload.model(), *workload.batch())
+    model = workload.model()
+    return _loop(workload, place, model, model, _optimizer(model))
 
 
-def ddp(workload: Workload, rank: int, workers: int) -> Step:
-    """``DistributedDataParallel`` over Gloo, each worker with its share of the batch."""
-    inputs, targets = (_share(tensor, rank, workers) for tensor in workload.batch())
-    model = nn.parallel.DistributedDataParallel(workload.model(), gradient_as_bucket_view=True)
-    return _loop(workload, model, inputs, targets)
+def ddp(workload: Workload, place: Place) -> Made:
+    """``DistributedDataParallel`` over Gloo."""
+    model = workload.model()
+    wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return _loop(workload, place, model, wrapped, _optimizer(model))
 
 
-def unisono(workload: Workload, rank: int, workers: int, microbatches: int = 2, shared: bool = True) -> Step:
-    """unisono, each worker with its microbatches; over shared memory (its default on one host) or over Gloo."""
-    import numpy as np
+def zero(workload: Workload, place: Place) -> Made:
+    """DDP with ``ZeroRedundancyOptimizer``: each worker keeps the optimizer state of its part of the parameters."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
 
+    model = workload.model()
+    wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = ZeroRedundancyOptimizer(
+        model.parameters(),
+        optimizer_class=torch.optim.AdamW,
+        parameters_as_bucket_view=True,
+        lr=LEARNING_RATE,
+        fused=True,
+    )
+    return _loop(workload, place, model, wrapped, optimizer)
+
+
+def accelerate(workload: Workload, place: Place) -> Made:
+    """Hugging Face Accelerate, multi-process on the CPU."""
+    _torchrun_environment(place)
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
+    if accelerator.num_processes != place.workers:
+        raise RuntimeError(f"Accelerate sees {accelerator.num_processes} processes instead of {place.workers}")
+    model = workload.model()
+    wrapped, optimizer = accelerator.prepare(model, _optimizer(model))
+    return _loop(workload, place, model, wrapped, optimizer, backward=accelerator.backward)
+
+
+def fabric(workload: Workload, place: Place) -> Made:
+    """Lightning Fabric with its DDP strategy."""
+    _torchrun_environment(place)
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies import DDPStrategy
+
+    strategy = DDPStrategy(process_group_backend="gloo", gradient_as_bucket_view=True)
+    lightning = Fabric(accelerator="cpu", devices=place.workers, strategy=strategy)
+    lightning.launch()
+    if lightning.world_size != place.workers:
+        raise RuntimeError(f"Fabric sees {lightning.world_size} processes instead of {place.workers}")
+    model = workload.model()
+    wrapped, optimizer = lightning.setup(model, _optimizer(model))
+    return _loop(workload, place, model, wrapped, optimizer, backward=lightning.backward)
+
+
+def deepspeed(workload: Workload, place: Place) -> Made:
+    """DeepSpeed, stage 0. The first start on a machine compiles an extension (half a minute)."""
+    _torchrun_environment(place)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed as ds
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    model = workload.model()
+    optimizer = _optimizer(model)
+    engine, _, _, _ = ds.initialize(
+        model=model,
+        optimizer=optimizer,
+        dist_init_required=False,
+        config={
+            "train_batch_size": workload.batch_size,
+            "train_micro_batch_size_per_gpu": workload.batch_size // place.workers,
+            "zero_optimization": {"stage": 0},
+            "gradient_clipping": 0.0,  # its default is 1.0, which the others do not do
+            "steps_per_print": 10**9,
+        },
+    )
+    inputs, targets = (place.share(tensor) for tensor in workload.batch())
+    count = workload.count(targets)
+
+    def step() -> None:
+        engine.backward(workload.loss(engine(inputs), targets) / count)
+        engine.step()
+
+    return Made(model=model, steps={"step": step}, optimizer=optimizer)
+
+
+def unisono(workload: Workload, place: Place, *, microbatches: int | None, shared: bool = True) -> Made:
+    """unisono over shared memory (its default on one host) or over Gloo; None: as many microbatches as workers."""
     import unisono
     from unisono.collective import Collective
     from unisono.collective.shared_memory import SharedMemory
     from unisono.collective.torch_distributed import TorchDistributed
-    from unisono.order import microbatch_bounds
-    from unisono.training.step import Microbatch
-
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
-        return workload.loss(model(batch[0]), batch[1]), workload.count(batch[1])
 
     collective: Collective = TorchDistributed()
     if shared:
-        met = SharedMemory.meet(rank, workers, collective.all_gather_bytes)
+        met = SharedMemory.meet(place.rank, place.workers, collective.all_gather_bytes)
         if isinstance(met, str):
             raise RuntimeError(met)
         collective = met
     model = workload.model()
-    inputs, targets = workload.batch()
+    optimizer = _optimizer(model)
     trainer = unisono.Trainer(
         model,
-        _optimizer(model),
-        loss,
+        optimizer,
+        lambda model, batch: (workload.loss(model(batch[0]), batch[1]), workload.count(batch[1])),
         batch_size=workload.batch_size,
-        microbatches=microbatches,
+        microbatches=microbatches or place.workers,
         collective=collective,
+        sync=unisono.Exact(share_weights=True),  # as in fit(), where nobody else writes to them
     )
-    if trainer.collective.size != workers:
-        raise RuntimeError(f"{trainer.collective.size} workers instead of {workers}")
-    bounds = microbatch_bounds(workload.batch_size, workload.batch_size, microbatches)
-    share = microbatches // workers
+    if trainer.collective.size != place.workers:
+        raise RuntimeError(f"unisono sees {trainer.collective.size} workers instead of {place.workers}")
+    return Made(model=model, steps={"step": _unisono_step(trainer, workload, place)}, optimizer=optimizer)
+
+
+def _unisono_step(trainer: Any, workload: Workload, place: Place) -> Step:
+    """One step on this worker's microbatches of the one batch that all peers train."""
+    import numpy as np
+
+    from unisono import Batch
+    from unisono.order import microbatch_bounds
+    from unisono.training.step import Microbatch
+
+    inputs, targets = workload.batch()
+    stream = trainer.batches(torch.utils.data.TensorDataset(inputs, targets), epochs=1)
+    next(stream)  # training has begun: weights are shared from here on
+    bounds = list(enumerate(microbatch_bounds(workload.batch_size, workload.batch_size, trainer.microbatches)))
+    share = trainer.microbatches // place.workers
     parts = [
-        Microbatch(m, np.arange(lo, hi), (inputs[lo:hi].clone(), targets[lo:hi].clone()))
-        for m, (lo, hi) in list(enumerate(bounds))[rank * share : (rank + 1) * share]
+        Microbatch(number, np.arange(lo, hi), (inputs[lo:hi].clone(), targets[lo:hi].clone()))
+        for number, (lo, hi) in bounds[place.rank * share : (place.rank + 1) * share]
     ]
 
-    def step() -> None:
-        number = trainer.position.batch
+    def step(_open: Any = stream) -> None:
         trainer.step(
-            unisono.Batch(epoch=0, number=number, of=10**9, samples=workload.batch_size, filled=microbatches, parts=parts)
+            Batch(
+                epoch=0,
+                number=trainer.position.batch,
+                of=10**9,
+                samples=workload.batch_size,
+                filled=trainer.microbatches,
+                parts=parts,
+            )
         )
 
     return step
 
 
-def _loop(workload: Workload, model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
-    optimizer = _optimizer(model)
+def _loop(
+    workload: Workload,
+    place: Place,
+    model: nn.Module,
+    wrapped: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    backward: Callable[[Tensor], None] = Tensor.backward,
+) -> Made:
+    """The usual loop on this worker's share, with the mean loss over it."""
+    inputs, targets = (place.share(tensor) for tensor in workload.batch())
     count = workload.count(targets)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        (workload.loss(model(inputs), targets) / count).backward()
+        backward(workload.loss(wrapped(inputs), targets) / count)
         optimizer.step()
 
-    return step
+    return Made(model=model, steps={"step": step}, optimizer=optimizer)
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
 
 
-def _share(tensor: Tensor, rank: int, workers: int) -> Tensor:
-    size = len(tensor) // workers
-    return tensor[rank * size : (rank + 1) * size].clone()
+def _torchrun_environment(place: Place) -> None:
+    """What torchrun would have set, for peers that read it; the process group exists already."""
+    rank, workers = str(place.rank), str(place.workers)
+    os.environ.update(
+        RANK=rank,
+        LOCAL_RANK=rank,
+        GROUP_RANK="0",
+        WORLD_SIZE=workers,
+        LOCAL_WORLD_SIZE=workers,
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="0",
+        TORCHELASTIC_RUN_ID="benchmark",
+    )
 
 
-PEERS: dict[str, tuple[Callable[[Workload, int, int], Step], int, int]] = {
-    # name: (what makes the step, processes, threads a process)
-    "plain, 1 thread": (plain, 1, 1),
-    "plain, 2 threads": (plain, 1, 2),
-    "DDP": (ddp, 2, 1),
-    "unisono, M = 2": (unisono, 2, 1),
-    "unisono, M = 8": (lambda *arguments: unisono(*arguments, microbatches=8), 2, 1),
-    "unisono over Gloo, M = 2": (lambda *arguments: unisono(*arguments, shared=False), 2, 1),
-    "unisono over Gloo, M = 8": (lambda *arguments: unisono(*arguments, microbatches=8, shared=False), 2, 1),
+def loss_of_share(workload: Workload, place: Place, model: nn.Module) -> float:
+    """Loss sum of the current weights over this worker's share, in training mode; leaves the model as it was."""
+    inputs, targets = (place.share(tensor) for tensor in workload.batch())
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        for buffer, value in kept:
+            stack.callback(buffer.copy_, value)
+        return workload.loss(model(inputs), targets).item()
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer(name="plain, 1 thread", make=plain, workers=1),
+        Peer(name="plain, 2 threads", make=plain, workers=1, threads=2),
+        Peer(name="DDP", make=ddp),
+        Peer(name="DDP + ZeRO", make=zero),
+        Peer(name="Accelerate", make=accelerate, module="accelerate", package="accelerate"),
+        Peer(name="Lightning Fabric", make=fabric, module="lightning_fabric", package="lightning-fabric"),
+        Peer(name="DeepSpeed, stage 0", make=deepspeed, module="deepspeed", package="deepspeed"),
+        Peer(name="unisono, M = 2", make=functools.partial(unisono, microbatches=2)),
+        Peer(name="unisono, M = 8", make=functools.partial(unisono, microbatches=8)),
+        Peer(name="unisono over Gloo, M = 2", make=functools.partial(unisono, microbatches=2, shared=False)),
+        Peer(name="unisono over Gloo, M = 8", make=functools.partial(unisono, microbatches=8, shared=False)),
+        Peer(name="unisono, M = W", make=functools.partial(unisono, microbatches=None)),
+    )
 }
-
-
-def serve(peer: str, workload: str, rank: int, folder: str, pipe: Connection) -> None:
-    """One process of a peer: trains as many steps as it is told to, and answers with the seconds that they took."""
-    make, workers, threads = PEERS[peer]
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    if workers > 1:
-        dist.init_process_group("gloo", init_method=(Path(folder) / "meeting").as_uri(), rank=rank, world_size=workers)
-    step = make(WORKLOADS[workload], rank, workers)
-    pipe.send(0.0)
-    while steps := pipe.recv():
-        if workers > 1:
-            dist.barrier()
-        began = time.perf_counter()
-        for _ in range(steps):
-            step()
-        pipe.send(time.perf_counter() - began)
-    if workers > 1:
-        dist.destroy_process_group()
+OPTIONAL = ("unisono over Gloo, M = 8", "unisono, M = W")
+DEFAULT = tuple(name for name in PEERS if name not in OPTIONAL)

@@ -108,6 +108,7 @@ WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload("tiny", lambda: mlp(64, 3, 64), _classes(64, 64), 64, _cross_entropy, len),
+        Workload("middle", lambda: mlp(512, 5, 256), _classes(128, 256), 128, _cross_entropy, len),
         Workload("wide", lambda: mlp(2048, 5, 256), _classes(64, 256), 64, _cross_entropy, len),
         Workload("gpt", GPT, _text, 24, _cross_entropy, Tensor.numel),
         Workload("cnn", cnn, _classes(64, 3, 32, 32), 64, _cross_entropy, len),

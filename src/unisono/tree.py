@@ -152,7 +152,14 @@ class Fold(Generic[T]):
 
 def fold_all(values: Sequence[T | None], add: Callable[[T, T], T]) -> T | None:
     """The tree sum of one value per leaf."""
-    fold = Fold[T](len(values), add)
-    for leaf, value in enumerate(values):
-        fold.push(leaf, value)
-    return fold.parts().get((0, len(values))) if values else None
+    return _fold_range(values, add, 0, len(values)) if values else None
+
+
+def _fold_range(values: Sequence[T | None], add: Callable[[T, T], T], lo: int, hi: int) -> T | None:
+    if hi - lo == 1:
+        return values[lo]
+    mid = middle(lo, hi)
+    left, right = _fold_range(values, add, lo, mid), _fold_range(values, add, mid, hi)
+    if left is None or right is None:
+        return right if left is None else left
+    return add(left, right)

@@ -23,10 +23,12 @@ import secrets
 import select
 import socket
 import struct
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,13 +43,14 @@ _INLINE_BYTES = 16 * 1024
 """Tensors up to this size travel in the packet: copying them is cheaper than the page faults of new memory."""
 _PACKET_BYTES = 128 * 1024
 """A packet holds at most this much (Linux refuses more than its socket buffer, 208 KiB by default)."""
-_REGION_BYTES = 64 * 1024
-"""Smaller allocations stay private."""
+_REGION_BYTES = _INLINE_BYTES
+"""Smaller allocations stay private: they travel in packets anyway."""
 _HEAD = struct.Struct("<QI")  # number of the exchange, tensors
 _ENTRY = struct.Struct("<qQQ")  # region (or how it travels), offset, bytes
 _INLINE, _ONE_SHOT = -1, -2
 _DESCRIPTOR_SPACE = socket.CMSG_SPACE(64 * array.array("i").itemsize)
 _TIMEOUT_S = 1800
+_LOOK_S = 50e-6
 _MAP_FIXED = 0x10  # mman.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -113,6 +116,8 @@ class SharedMemory(Collective):
         self.size = len(sockets)
         self._sockets = list(sockets)
         self._number = 0
+        # With more workers than cores, whoever looks keeps others from working.
+        self._look_s = _LOOK_S if self.size <= len(os.sched_getaffinity(0)) else 0.0
         self._regions: dict[int, _Region] = {}
         self._starts: list[tuple[int, int, int]] = []  # (address, bytes, region) of own memory
         self._shared: set[int] = set()  # addresses of own regions that show the host's common memory
@@ -296,7 +301,8 @@ class SharedMemory(Collective):
     def _read(self, peer: int) -> None:
         """Reads one packet; exchanges may be waited for in another order than they were started in."""
         with self._contact(peer) as connection:
-            packet, ancillary, _, _ = connection.recvmsg(2 * _PACKET_BYTES, _DESCRIPTOR_SPACE)
+            received = self._look(connection) or connection.recvmsg(2 * _PACKET_BYTES, _DESCRIPTOR_SPACE)
+        packet, ancillary, _, _ = received
         if not packet:
             raise self._lost(peer, "it closed its end")
         descriptors: deque[int] = deque()
@@ -304,6 +310,16 @@ class SharedMemory(Collective):
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 descriptors.extend(array.array("i", data))
         self._early[peer][_HEAD.unpack_from(packet)[0]] = (bytearray(packet), descriptors)
+
+    def _look(self, connection: socket.socket) -> Any:
+        """The next packet if it arrives at once: to be woken up costs as much as to look again for that long."""
+        until = time.perf_counter() + self._look_s
+        while True:
+            try:
+                return connection.recvmsg(2 * _PACKET_BYTES, _DESCRIPTOR_SPACE, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                if time.perf_counter() >= until:
+                    return None
 
     def _make_room(self, blocked: socket.socket) -> None:
         """Waits until ``blocked`` takes another packet, reading meanwhile: two workers that only send would wait for ever."""

@@ -43,10 +43,14 @@ class Buffers:
         self._tracked = np.zeros(len(self._tensors), dtype=np.uint8)
         self.changed = np.zeros(len(self._tensors), dtype=np.uint8)
         self._known = self._count()
+        self._fold: Fold[Tensor] = Fold(leaves, Tensor.add_)
+        self._exact: Tensor | None = None
         self._select()
 
     def begin(self) -> None:
         """*local*. The values of now are the step's start."""
+        if not self._tensors:
+            return
         self._rebind()
         # Changed between steps: loaded, edited by a callback, or by a forward of the user's own, in which batch norm's kernels
         # write statistics without counting a version.
@@ -63,9 +67,11 @@ class Buffers:
 
     def restart(self) -> None:
         """*local*. Forgets what this step's microbatches did; they will be computed again."""
+        if not self._tensors:
+            return
         self.changed[:] = 0
-        self._fold: Fold[Tensor] = Fold(self._leaves, Tensor.add_)
-        self._exact: Tensor | None = None
+        self._fold = Fold(self._leaves, Tensor.add_)
+        self._exact = None
 
     def add(self, leaf: int) -> None:
         """*local*. Takes what microbatch ``leaf`` made of the buffers and puts the step's start back."""
@@ -117,7 +123,8 @@ class Buffers:
             )
 
     def _count(self) -> int:
-        return sum(tensor is not None for module in self._modules for tensor in module._buffers.values())
+        # Most modules have none: this is looked at after every microbatch.
+        return sum(tensor is not None for module in self._modules if module._buffers for tensor in module._buffers.values())
 
     def track(self, changed: bytes) -> bool:
         """*local*. Whether any buffer in ``changed`` (over all workers) was not followed in this step; it is from now on."""
@@ -133,6 +140,8 @@ class Buffers:
     def message(self, span: Span, filled: int) -> Tensor:
         """*local*. What the other workers need from this one, which has microbatches ``span``: its piece sums, then its
         integers as raw 8 bytes (float64)."""
+        if not self._tensors:
+            return _NOTHING
         for absent in range(max(filled, span[0]), span[1]):
             self._fold.push(absent, None)
         parts = [value.cpu() for value in self._fold.parts().values() if value is not None]
@@ -254,6 +263,9 @@ class Buffers:
             return True
         # Batch norm's kernels write statistics without counting a version.
         return tensor.is_floating_point() and not torch.equal(tensor, self._start[index])
+
+
+_NOTHING = torch.empty(0, dtype=torch.float64)
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
