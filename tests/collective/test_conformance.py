@@ -74,6 +74,25 @@ def nothing_to_send_is_an_empty_list_or_an_empty_tensor(collective: Collective) 
 
 
 @check
+def exchanges_may_be_waited_for_in_any_order_from_memory_never_seen_before(collective: Collective) -> None:
+    everybody = range(collective.size)
+
+    memory = collective.allocate(150_000, torch.float32, CPU)
+    for number in range(3):
+        memory[50_000 * number : 50_000 * (number + 1)].copy_(message(collective.rank, 0, number, 50_000))
+    wanted = [[(50_000, torch.float32, CPU), (70_000, torch.float32, CPU)] for _ in everybody]
+    private = [message(collective.rank, 0, 9, 70_000) for _ in range(3)]
+    pending = [
+        collective.start_exchange([[part, private[number]] for _ in everybody], wanted, name=f"number {number}")
+        for number, part in enumerate(memory.split(50_000))
+    ]
+    for number in (2, 0, 1):
+        for peer, received in enumerate(pending[number].wait()):
+            assert same(received, [message(peer, 0, number, 50_000), message(peer, 0, 9, 70_000)])
+    collective.barrier()
+
+
+@check
 def every_dtype_arrives_as_it_was_sent(collective: Collective) -> None:
     assert exchanged(collective, lambda sender, receiver: [message(sender, receiver, 0, 9, dtype) for dtype in DTYPES])
 

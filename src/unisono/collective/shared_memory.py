@@ -295,8 +295,8 @@ class SharedMemory(Collective):
         early = self._early[peer]
         while number not in early:
             self._read(peer)
-        packet, descriptors = early.pop(number)
-        return self._unpack(peer, packet, descriptors, expected)
+        packet, one_shots = early.pop(number)
+        return self._unpack(peer, packet, one_shots, expected)
 
     def _read(self, peer: int) -> None:
         """Reads one packet; exchanges may be waited for in another order than they were started in."""
@@ -309,7 +309,15 @@ class SharedMemory(Collective):
         for level, kind, data in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 descriptors.extend(array.array("i", data))
-        self._early[peer][_HEAD.unpack_from(packet)[0]] = (bytearray(packet), descriptors)
+        number, entries = _entries(packet)
+        one_shots: deque[int] = deque()
+        for region, _, _ in entries:
+            # Packets may be unpacked in another order than they came in, so regions are taken at once.
+            if region == _ONE_SHOT:
+                one_shots.append(descriptors.popleft())
+            elif region != _INLINE and region not in self._seen[peer]:
+                self._seen[peer][region] = _mapped(descriptors.popleft(), None)
+        self._early[peer][number] = (bytearray(packet), one_shots)
 
     def _look(self, connection: socket.socket) -> Any:
         """The next packet if it arrives at once: to be woken up costs as much as to look again for that long."""
@@ -332,9 +340,8 @@ class SharedMemory(Collective):
             if events & (select.POLLIN | select.POLLHUP):
                 self._read(by_descriptor[descriptor])
 
-    def _unpack(self, peer: int, packet: bytearray, descriptors: deque[int], expected: Sequence[Expected]) -> list[Tensor]:
-        count = _HEAD.unpack_from(packet)[1]
-        entries = [_ENTRY.unpack_from(packet, _HEAD.size + number * _ENTRY.size) for number in range(count)]
+    def _unpack(self, peer: int, packet: bytearray, one_shots: deque[int], expected: Sequence[Expected]) -> list[Tensor]:
+        _, entries = _entries(packet)
         sizes = [numel * dtype.itemsize for numel, dtype, _ in expected]
         if [nbytes for _, _, nbytes in entries] != sizes:
             raise WorkerFailure(
@@ -342,7 +349,7 @@ class SharedMemory(Collective):
                 "the workers are not in the same step",
                 rank=peer,
             )
-        place = _HEAD.size + count * _ENTRY.size
+        place = _HEAD.size + len(entries) * _ENTRY.size
         received: list[Tensor] = []
         for (region, offset, nbytes), (numel, dtype, device) in zip(entries, expected, strict=True):
             if region == _INLINE:
@@ -351,10 +358,8 @@ class SharedMemory(Collective):
                     tensor.view(torch.uint8).copy_(torch.frombuffer(packet, dtype=torch.uint8, count=nbytes, offset=place))
                 place += nbytes
             elif region == _ONE_SHOT:
-                tensor = _mapped(descriptors.popleft(), nbytes).view(dtype)
+                tensor = _mapped(one_shots.popleft(), nbytes).view(dtype)
             else:
-                if region not in self._seen[peer]:
-                    self._seen[peer][region] = _mapped(descriptors.popleft(), None)
                 tensor = self._seen[peer][region][offset : offset + nbytes].view(dtype)
             received.append(tensor)
         return received
@@ -406,6 +411,12 @@ def _connect_all(rank: int, addresses: Sequence[str], listener: socket.socket, s
 def _machine() -> str:
     """What workers have in common that can share memory: the machine since its last start."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _entries(packet: bytes | bytearray) -> tuple[int, list[tuple[int, int, int]]]:
+    """Number of the exchange; and region, offset and bytes of each tensor."""
+    number, count = _HEAD.unpack_from(packet)
+    return number, [_ENTRY.unpack_from(packet, _HEAD.size + place * _ENTRY.size) for place in range(count)]
 
 
 def _mapped(fd: int, nbytes: int | None) -> Tensor:

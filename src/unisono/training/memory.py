@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGE = 2**30
+
+
+def give_back_freed_memory() -> None:
+    """Gives what has been freed so far back to the kernel: after a change of what is held, not in every step."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_freed_memory() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from unisono.collective import Collective
 from unisono.errors import ConfigurationError
 from unisono.layout import Layout
+from unisono.training.memory import give_back_freed_memory
 
 _PROBES = 16
 """Elements of each parameter that are looked at to notice a change."""
@@ -30,6 +31,7 @@ class Weights:
 
     def __init__(self, layout: Layout, collective: Collective) -> None:
         self.flats: Sequence[Tensor] = layout.adopt(collective.allocate)
+        give_back_freed_memory()  # where they lay before
         self.shared = False
         self._layout = layout
         self._collective = collective
