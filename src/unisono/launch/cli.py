@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from unisono.errors import ConfigurationError
-from unisono.world import threads_from_environment, usable_cores
+from unisono.world import World, threads_from_environment, usable_cores
 
 _DEMOS = Path(__file__).parent.parent / "demos"
 _GRACE_S = 120.0
@@ -69,6 +69,34 @@ def demo(name: str, args: tuple[str, ...], **options: Any) -> None:
     if name not in names:
         raise click.BadParameter(f"no demo {name!r}; there are: {', '.join(names) or 'none'}", param_hint="NAME")
     sys.exit(_run(str(_DEMOS / f"{name}.py"), args, **options))
+
+
+@main.command()
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="How many workers a run will have; default: usable cores / threads. Not under a launcher, which says it.",
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), metavar="T", help="Threads per worker; default: OMP_NUM_THREADS, or 1. As --workers."
+)
+@click.option("--run-dir", metavar="DIR", default="runs", show_default=True, help="Where a run would write: a path or URL.")
+@click.option("--json", is_flag=True, help="Print findings and the facts behind them as JSON.")
+def doctor(workers: int | None, threads: int | None, run_dir: str, json: bool) -> None:
+    """Look at what a run will stand on: fine, or what to do. Exit status 1 if there is a problem.
+
+    Several hosts: torchrun ... -m unisono.doctor on each; rank 0 shows links and differences between them.
+    """
+    try:
+        world = World.from_environment()
+    except ConfigurationError as error:
+        raise click.UsageError(str(error)) from None
+    if world.size > 1 and (workers or threads):
+        raise click.UsageError(f"{world.launcher} has started {world.size} workers already: leave --workers and --threads to it")
+    from unisono.doctor.command import doctor
+
+    sys.exit(doctor(world, workers=workers, threads=threads, run_dir=run_dir, json=json))
 
 
 def _run(script: str, args: tuple[str, ...], *, workers: int | None, threads: int | None, grace: float) -> int:

@@ -1,0 +1,82 @@
+"""What `unisono doctor` does: alone it starts two workers; as one of several that a launcher started, it is one of them."""
+
+from __future__ import annotations
+
+import sys
+
+from unisono.doctor import local
+from unisono.doctor.facts import read_counters, read_machine
+from unisono.doctor.findings import Level
+from unisono.doctor.records import Examination, Worker
+from unisono.doctor.report import as_json, findings, show, worst
+from unisono.world import World, usable_cores
+
+
+def doctor(world: World, *, workers: int | None, threads: int | None, run_dir: str, json: bool) -> int:
+    """Examines, prints (rank 0 only), and returns the exit status: 1 if there is a problem, else 0. *collective*
+
+    If the workers fail, only worker 0's status says so: it speaks for all.
+
+    Args:
+        world: Who takes part.
+        workers: How many workers a run will have on this host; None: as `unisono run` would choose. Alone only.
+        threads: Threads per worker; None: as the environment says. Alone only.
+        run_dir: The run directory, a path or URL.
+        json: Print JSON instead of a table.
+    """
+    if world.size > 1:
+        return _take_part(world, run_dir, json=json)
+    threads = threads or world.threads
+    workers = workers or max(1, usable_cores() // threads)
+    found = local.examine(run_dir=run_dir, workers=workers, threads=threads)
+    if isinstance(found, str):
+        found = _alone(world, workers, threads, found)
+    return _say(found, json=json)
+
+
+def _take_part(world: World, run_dir: str, *, json: bool) -> int:
+    try:
+        import torch
+
+        from unisono.doctor.examination import Plan, connected, examine
+
+        with connected(world, world.init_method or "env://") as (group, device):
+            examination = examine(group, device, world, Plan(run_dir=run_dir))
+            status = torch.tensor([_say(examination, json=json) if world.is_main else 0])
+            # A launcher ends all workers once one has failed: none leaves before everything has been said.
+            group.broadcast(status)
+            return int(status)
+    except Exception as error:  # whatever keeps workers apart is a finding
+        failure = f"worker {world.rank} of {world.size} on {world.host}: {type(error).__name__}: {error}"
+        if world.is_main:
+            return _say(_alone(world, world.local_size, world.threads, failure), json=json)
+        print(f"unisono doctor: {failure}", file=sys.stderr, flush=True)
+        return 0  # else the launcher ends worker 0, which is about to fail too, before it has said so
+
+
+def _alone(world: World, workers: int, threads: int, failure: str) -> Examination:
+    """What one process can say if the workers failed."""
+    counters = read_counters()
+    worker = Worker(
+        rank=world.rank,
+        host=world.host,
+        planned=workers,
+        threads=threads,
+        device="cpu",
+        machine=read_machine(),
+        build=None,
+        before=counters,
+        after=counters,
+    )
+    return Examination(workers=[worker], failure=failure)
+
+
+def _say(examination: Examination, *, json: bool) -> int:
+    found = findings(examination)
+    if json:
+        print(as_json(examination, found), flush=True)
+    else:
+        from rich.console import Console
+
+        show(Console(), examination, found)
+    return 1 if worst(found) == Level.PROBLEM else 0

@@ -1,0 +1,121 @@
+"""The command itself: alone, and as several workers under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unisono.world import usable_cores
+
+LIMIT_S = 90
+
+
+def run(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "COLUMNS": "200", "TMPDIR": str(folder), **variables}
+    for name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "UNISONO_THREADS"):
+        if name not in variables:
+            env.pop(name, None)
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+
+
+def torchrun(folder: Path, workers: int, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers))
+    return run(folder, *launcher, "-m", "unisono.doctor", *options, **variables)
+
+
+def by_name(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {finding["name"]: finding for finding in document["findings"]}
+
+
+def test_alone_it_looks_at_everything_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    done = run(tmp_path, "-m", "unisono.launch", "doctor", "--json")
+    document = json.loads(done.stdout)
+    assert done.returncode == (document["level"] == "problem"), done.stderr
+    found = by_name(document)
+    assert {"cores", "threads", "memory", "/dev/shm", "open files", "throttling", "PyTorch", "determinism", "GPUs"} <= set(found)
+    assert {"shared memory", "Gloo", "clocks", "run directory"} <= set(found)
+    facts = document["facts"]
+    assert [worker["planned"] for worker in facts["workers"]] == [usable_cores()] * 2
+    assert [links["transport"] for links in facts["links"]] == ["shared memory", "Gloo"]
+    assert facts["storage"]["rate"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_many_workers_end_with_status_1_and_advice(tmp_path: Path) -> None:
+    many = usable_cores() + 3
+    done = run(tmp_path, "-m", "unisono.doctor", "--workers", str(many))
+    assert done.returncode == 1
+    assert f"{many} workers x 1 thread keep {many} busy" in done.stdout
+    assert f"--workers {usable_cores()}" in done.stdout
+    assert "1 problem" in done.stdout.splitlines()[-1]
+
+
+def test_workers_that_cannot_start_are_a_problem_in_their_own_words(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('libmkl is not there')")
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = run(tmp_path, "-m", "unisono.doctor", "--json", PYTHONPATH=paths)
+    assert done.returncode == 1
+    found = by_name(json.loads(done.stdout))
+    assert "ended with status 1: ImportError: libmkl is not there" in found["workers"]["fact"]
+    assert "cores" in found
+
+
+def test_two_workers_under_torchrun_take_part_and_rank_0_speaks(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, 2, "--json", "--run-dir", str(tmp_path / "runs"))
+    document = json.loads(done.stdout)
+    assert (done.returncode == 0) == (document["level"] != "problem"), done.stderr
+    assert [worker["rank"] for worker in document["facts"]["workers"]] == [0, 1]
+    assert "shared memory" in by_name(document)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_three_workers_under_torchrun_get_the_whole_matrix(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, 3)
+    assert "shared memory: GB/s each way / microseconds for 64 KiB" in done.stdout
+    table = done.stdout.partition("microseconds for 64 KiB\n")[2].splitlines()
+    assert table[0].split() == ["worker", "0", "1", "2"]
+    assert [line.count(" / ") for line in table[1:4]] == [2, 2, 2]
+    assert (done.returncode == 0) == (usable_cores() >= 3), done.stdout
+
+
+def test_workers_that_do_not_meet_are_a_problem_under_torchrun(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, 2, "--json", GLOO_SOCKET_IFNAME="nonsense")
+    assert done.returncode != 0
+    assert "nonsense" in by_name(json.loads(done.stdout))["workers"]["fact"]
+
+
+@pytest.mark.parametrize(
+    ("options", "variables", "words"),
+    [
+        (("--workers", "0"), {}, "--workers"),
+        ((), {"OMP_NUM_THREADS": "many"}, "OMP_NUM_THREADS='many'"),
+        ((), {"RANK": "0"}, "WORLD_SIZE is not set"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, options: tuple[str, ...], variables: dict[str, str], words: str) -> None:
+    done = run(tmp_path, "-m", "unisono.doctor", *options, **variables)
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+def test_under_a_launcher_the_launcher_says_how_many_workers(tmp_path: Path) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    done = run(tmp_path, "-m", "unisono.doctor", "--workers", "2", MASTER_ADDR="localhost", MASTER_PORT="1", **place)
+    assert done.returncode == 2
+    assert "torchrun has started 2 workers already" in done.stderr
+
+
+def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
+    code = "import sys, unisono.doctor.command, unisono.launch.cli as cli; cli.main(['doctor', '--help'], standalone_mode=False)"
+    done = run(tmp_path, "-c", f"{code}; sys.exit('torch' in sys.modules)")
+    assert done.returncode == 0, done.stderr
+    assert "--run-dir" in done.stdout
