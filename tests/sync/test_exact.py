@@ -367,7 +367,7 @@ def bytes_per_step(workers: int) -> tuple[list[int], int]:
             collective=collective,
         )
         sent: list[int] = []
-        for batch in trainer.batches(TensorDataset(torch.randn(48, WIDTH)), epochs=1):
+        for batch in trainer.batches(TensorDataset(torch.randn(48, WIDTH, generator=torch.Generator().manual_seed(0))), epochs=1):
             before = collective.bytes_sent
             trainer.step(batch)
             sent.append(collective.bytes_sent - before)

@@ -104,6 +104,14 @@ def test_a_death_at_every_step_changes_nothing(undisturbed: End) -> None:
     assert train(2, url, checkpoint_every=1) == undisturbed
 
 
+def test_a_model_that_every_worker_updates_goes_on_like_one_with_owners(undisturbed: End) -> None:
+    url = memory_url()
+    for workers, step, sync in ((3, 2, unisono.Exact()), (2, 4, unisono.Exact(replicate_kib=0)), (4, 6, unisono.Exact())):
+        disturbed(workers, url, SystemExit, lambda step=step: Hears(step - 1, 0), sync=sync)  # type: ignore[misc]
+
+    assert train(2, url, sync=unisono.Exact()) == undisturbed
+
+
 def test_stops_in_every_epoch_on_changing_numbers_of_workers_change_nothing(undisturbed: End) -> None:
     url = memory_url()
     for workers, step in ((2, 2), (3, 4), (1, 6), (4, 8)):

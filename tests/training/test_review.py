@@ -262,12 +262,9 @@ def test_an_absent_complex_gradient_leaves_every_bit_alone() -> None:
 
 def test_gradients_of_one_dtype_are_computed_on_together_whoever_owns_others() -> None:
     layout = Layout([(dtype, nn.Parameter(torch.zeros(2, dtype=getattr(torch, dtype)))) for dtype in ("float32", "bfloat16")])
-    gradients = [
-        (slot, torch.ones_like(layout.parameters[slot.index])) for block in layout.blocks for slot in (*block.slots, *block.slots)
-    ]
-    groups = _by_dtype(gradients)
+    groups = _by_dtype([torch.ones_like(parameter) for parameter in (*layout.parameters, *layout.parameters)])
     assert [len(group) for group in groups] == [2, 2]
-    assert all(len({gradient.dtype for _, gradient in group}) == 1 for group in groups)
+    assert all(len({gradient.dtype for gradient in group}) == 1 for group in groups)
 
 
 # ---- orders ----

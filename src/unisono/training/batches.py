@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from unisono.guard.ledger import entry
 from unisono.observe.timing import StepClock
 from unisono.order import Indices, Order, derive_seed, microbatch_bounds
 from unisono.training.loader import Loader, Request, load
@@ -100,6 +101,7 @@ class BatchStream:
                     filled=filled,
                     parts=(),
                     digest=_digest(indices, current, k, plan.batches),
+                    ledger=entry(indices),
                 )
                 outlines.append(_Outline(batch, parts))
                 for _, part in parts:

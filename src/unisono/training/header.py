@@ -11,6 +11,9 @@ from torch import Tensor
 
 from unisono.collective import Expected
 
+_FIXED = 15
+"""Numbers in a header before the losses."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Signals:
@@ -22,6 +25,10 @@ class Signals:
     """Step of the newest checkpoint whose part this worker has written."""
     failed: bool = False
     """Whether this worker could not write its part."""
+    seconds: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Where the time of its last step went: data, compute, communication, waiting."""
+    troubles: int = 0
+    """What might slow it down, as bits (see ``unisono.guard.stragglers``)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +41,10 @@ class Header:
     """The same for the counts."""
     digest: int
     """Of the samples of the global batch, 64 bits."""
+    ledger: tuple[int, int, int, int]
+    """Of the samples of this worker's own microbatches (see ``unisono.guard.ledger``)."""
+    replica: int
+    """Digest of a part of what all workers hold alike, 64 bits; 0 in steps in which none is compared."""
     present: bytes
     """For each slot, 1 if any own microbatch had a gradient for it."""
     changed: bytes
@@ -54,7 +65,7 @@ class HeaderFormat:
 
     def __init__(self, leaves: int, slots: int, buffers: int) -> None:
         self._leaves = leaves
-        self._struct = struct.Struct(f"<QqBBB{leaves}d{leaves}d{slots}s{buffers}s")
+        self._struct = struct.Struct(f"<Q4QQqBBBB4f{leaves}d{leaves}d{slots}s{buffers}s")
 
     @property
     def expected(self) -> Expected:
@@ -69,10 +80,14 @@ class HeaderFormat:
             raw,
             0,
             header.digest,
+            *header.ledger,
+            header.replica,
             signals.written,
             signals.stop,
             signals.failed,
             header.torn,
+            signals.troubles,
+            *signals.seconds,
             *header.losses,
             *header.counts,
             header.present,
@@ -82,15 +97,19 @@ class HeaderFormat:
 
     def unpack(self, packed: Tensor) -> Header:
         """What ``pack`` was given."""
-        digest, written, stop, failed, torn, *rest = self._struct.unpack(packed.numpy().tobytes())
+        fields = self._struct.unpack(packed.numpy().tobytes())
+        digest, l0, l1, l2, l3, replica, written, stop, failed, torn, troubles, s0, s1, s2, s3 = fields[:_FIXED]
+        numbers = fields[_FIXED:]
         return Header(
-            losses=rest[: self._leaves],
-            counts=rest[self._leaves : 2 * self._leaves],
+            losses=numbers[: self._leaves],
+            counts=numbers[self._leaves : 2 * self._leaves],
             digest=digest,
-            present=rest[-2],
-            changed=rest[-1],
+            ledger=(l0, l1, l2, l3),
+            replica=replica,
+            present=numbers[-2],
+            changed=numbers[-1],
             torn=bool(torn),
-            signals=Signals(stop=stop, written=written, failed=bool(failed)),
+            signals=Signals(stop=stop, written=written, failed=bool(failed), seconds=(s0, s1, s2, s3), troubles=troubles),
         )
 
 

@@ -126,6 +126,12 @@ def load(dataset: Any, requests: Iterable[Request], settings: Loader, *, seed: i
         del iterator
 
 
+def read_sample(dataset: Any, index: int, *, seed: int) -> Any:
+    """*local*. A sample as epoch 0 reads it."""
+    seed_generators(derive_seed("sample", seed, 0, index))
+    return dataset[index]
+
+
 class _Fetcher(Dataset[Any]):
     """A dataset of microbatches: seeds, reads and collates the samples of one request."""
 

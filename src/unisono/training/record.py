@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from unisono.guard.ledger import NOTHING, Entry
 from unisono.observe.progress import ProgressDisplay
 from unisono.observe.timing import StepClock
 from unisono.training.step import StepResult
@@ -21,6 +22,10 @@ class Position:
     """Number of the next batch in that epoch."""
     samples: int = 0
     """Samples trained; one seen in two epochs counts twice."""
+    skipped: int = 0
+    """Steps that updated nothing, since the loss or the gradient was not finite."""
+    ledger: Entry | None = NOTHING
+    """Of the samples used so far in this epoch; None: the batches do not tell."""
 
 
 @dataclasses.dataclass
@@ -32,6 +37,8 @@ class Record:
     seconds: float = 0.0
     waiting_s: float = 0.0
     bytes_sent: int = 0
+    last_seconds: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Of the last step: data, compute, communication, waiting."""
     last: StepResult | None = None
     """The last step of the run, perhaps of an earlier start."""
 
@@ -44,6 +51,7 @@ class Record:
         self.waiting_s += seconds["waiting"]
         self.bytes_sent += bytes_sent
         self.last = result
+        self.last_seconds = (seconds["data"], seconds["compute"], seconds["communication"], seconds["waiting"])
         return seconds
 
     def rates(self) -> dict[str, float]:
@@ -76,6 +84,7 @@ def log_line(result: StepResult, position: Position, clock: StepClock, seconds: 
         "loss": result.loss,
         "gradient_norm": result.gradient_norm,
         "samples": position.samples,
+        **({"skipped": position.skipped} if position.skipped else {}),
         "samples_per_second": round(clock.rate, 1),
         **{f"{name}_s": round(value, 6) for name, value in seconds.items()},
         **rates,

@@ -48,6 +48,20 @@ def check_arguments(
         raise ConfigurationError(f"checkpoint_every must be 1 or more steps, got {checkpoint_every}")
 
 
+def check_policies(on_nonfinite: str, on_desync: str, compare_every: int | None) -> None:
+    """*local*. Whether the policies are ones that there are.
+
+    Raises:
+        ConfigurationError: One is not; the message says which there are.
+    """
+    if on_nonfinite not in ("error", "skip"):
+        raise ConfigurationError(f'on_nonfinite must be "error" or "skip", got {on_nonfinite!r}')
+    if on_desync not in ("error", "heal"):
+        raise ConfigurationError(f'on_desync must be "error" or "heal", got {on_desync!r}')
+    if compare_every is not None and compare_every < 1:
+        raise ConfigurationError(f"compare_every must be 1 or more steps, got {compare_every}")
+
+
 def check_model(model: Any) -> None:
     """*local*. Whether ``model`` is a bare module that data parallelism can train exactly.
 
@@ -162,6 +176,7 @@ def describe_settings(
     max_grad_norm: float | None,
     precision: str,
     sync: Sync,
+    on_nonfinite: str,
 ) -> dict[str, Any]:
     """*local*. What makes a run this run, as plain JSON: equal on all workers, and at every start."""
     return {
@@ -169,6 +184,7 @@ def describe_settings(
         "microbatches": trainer.microbatches,
         "seed": trainer.seed,
         "max_grad_norm": max_grad_norm,
+        "on_nonfinite": on_nonfinite,
         "precision": precision,
         "sync": type(sync).__name__,
         "optimizer": type(trainer.optimizer).__name__,

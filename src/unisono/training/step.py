@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from unisono.collective import Collective, Expected
-from unisono.errors import ConfigurationError, DataError
+from unisono.errors import ConfigurationError, DataError, Desync
+from unisono.guard.ledger import NOTHING, Entry, entry, total
+from unisono.guard.replicas import ReplicaGuard
 from unisono.layout import Layout
 from unisono.observe.timing import StepClock
 from unisono.order import derive_seed
@@ -29,6 +31,8 @@ from unisono.training.randomness import seed_generators
 from unisono.training.replica import Replica
 from unisono.training.weights import Weights
 from unisono.tree import fold_all
+
+OnNonfinite = Literal["error", "skip"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +64,8 @@ class Batch:
     digest: int = 0
     """Of the sample indices of the global batch and of its place in the run: equal on all workers, or they have not been
     given the same order."""
+    ledger: Entry | None = None
+    """Of the samples of the global batch; None: not known, and nothing to check."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +86,8 @@ class StepResult:
     """L2 norm of the whole gradient, before clipping."""
     learning_rates: tuple[float, ...]
     """Learning rate of each parameter group in this step."""
+    skipped: bool = False
+    """Whether nothing was updated, since the loss or the gradient was not finite (see ``Trainer(on_nonfinite=...)``)."""
 
 
 class Stepper:
@@ -96,6 +104,8 @@ class Stepper:
         leaves: M, microbatches a step.
         seed: The run's seed.
         max_grad_norm: Clip the global gradient norm to this, if given.
+        guard: Compares replicas.
+        on_nonfinite: "error", or "skip" such steps.
         overlap: Whether gradients may leave during backward.
         clock: Told where the time goes.
     """
@@ -113,6 +123,8 @@ class Stepper:
         leaves: int,
         seed: int,
         max_grad_norm: float | None,
+        guard: ReplicaGuard,
+        on_nonfinite: OnNonfinite,
         overlap: bool,
         clock: StepClock,
     ) -> None:
@@ -126,11 +138,14 @@ class Stepper:
         self._leaves = leaves
         self._seed = seed
         self._max_grad_norm = max_grad_norm
+        self._guard = guard
+        self._on_nonfinite = on_nonfinite
         self._overlap = overlap
         self._clock = clock
         self._addresses = [parameter.data_ptr() for parameter in layout.parameters]
         self._held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._frozen = [parameter for parameter in self._held if not parameter.requires_grad]
+        self._step_s = 0.0  # of worker 0's step before: something that all workers know
         self._format = HeaderFormat(leaves, len(layout.parameters), len(buffers.names))
 
     def run(self, batch: Batch, step: int, signals: Signals) -> tuple[StepResult, list[Signals]]:
@@ -150,6 +165,10 @@ class Stepper:
         headers, messages = self._gradients(batch, step, signals)
         losses = _columns([header.losses for header in headers])
         counts = _columns([header.counts for header in headers])
+        told = [header.signals for header in headers]
+        self._step_s = sum(told[0].seconds)
+        if self._on_nonfinite == "skip" and not all(map(math.isfinite, losses)):
+            return self._skip(batch, step, losses, counts), told
         self._check_losses(losses, counts, batch, step)
         count = _tree_sum(counts[: batch.filled])
         present = union([header.present for header in headers])
@@ -158,8 +177,10 @@ class Stepper:
         norms = self._agree(reduced)
         norm = math.sqrt(math.fsum(value * value for value in norms)) if all(map(math.isfinite, norms)) else math.nan
         if not math.isfinite(norm):
+            if self._on_nonfinite == "skip":
+                return self._skip(batch, step, losses, counts), told
             self._explain_gradient(norms, batch, step)
-        learning_rates = tuple(float(group["lr"]) for group in self._optimizer.param_groups if "lr" in group)
+        learning_rates = self._learning_rates()
         with self._clock.phase("compute"):
             self._update(reduced, norm)
         if not self._reduction.replicated:
@@ -179,7 +200,27 @@ class Stepper:
             gradient_norm=norm,
             learning_rates=learning_rates,
         )
-        return result, [header.signals for header in headers]
+        return result, told
+
+    def _skip(self, batch: Batch, step: int, losses: Sequence[float], counts: Sequence[float]) -> StepResult:
+        """Leaves everything as it was before the step; all workers do so, since all know the same losses and norms."""
+        self._reduction.drop()
+        self._buffers.restore()
+        seed_generators(derive_seed("between", self._seed, step), self._replica.device)
+        count = _tree_sum(counts[: batch.filled])
+        return StepResult(
+            step=step,
+            epoch=batch.epoch,
+            loss=_tree_sum(losses[: batch.filled]) / count if count else math.nan,
+            count=count,
+            samples=batch.samples,
+            gradient_norm=math.nan,
+            learning_rates=self._learning_rates(),
+            skipped=True,
+        )
+
+    def _learning_rates(self) -> tuple[float, ...]:
+        return tuple(float(group["lr"]) for group in self._optimizer.param_groups if "lr" in group)
 
     # ------------------------------------------------------------------ forward, backward, fold, reduce
 
@@ -200,18 +241,24 @@ class Stepper:
                 notes = self._reduction.notes()
             headers = [header if worker == rank else self._format.unpack(note[0]) for worker, note in enumerate(notes)]
             self._check_same_batch(headers, step)
+            self._check_ledger(headers, batch, step)
+            desync = any(header.replica != headers[0].replica for header in headers)
             torn = any(header.torn for header in headers)
             new_buffer = self._buffers.track(union([header.changed for header in headers]))
-            if not (torn or new_buffer or self._reduction.unfit):
+            if not (torn or new_buffer or desync or self._reduction.unfit):
                 return headers, [note[1] for note in notes]
             # Same seeds, same start: the same gradients again, this time with nothing sent early or left unfollowed.
             self._overlap = self._overlap and not torn
             self._reduction.drop()
+            if desync:
+                self._guard.settle(step)
+                self._buffers.begin()
             self._collective.barrier()
             self._buffers.restart()
 
     def _compute(self, batch: Batch, step: int, signals: Signals) -> Header:
         self._reduction.begin(batch.filled, overlap=self._overlap)
+        replica = self._guard.digest(self._step_s)
         losses: list[Tensor] = []
         counts = [0.0] * self._leaves
         for part in batch.parts:
@@ -233,6 +280,8 @@ class Stepper:
             losses=sums,
             counts=counts,
             digest=batch.digest,
+            ledger=total(entry(part.indices) for part in batch.parts) if batch.ledger is not None else NOTHING,
+            replica=replica,
             present=self._reduction.present,
             changed=self._buffers.changed.tobytes(),
             torn=self._reduction.torn,
@@ -302,6 +351,17 @@ class Stepper:
                     "was updated. Every worker must be given the same order: seed the shuffle or sampler that makes it, alike on "
                     "all of them"
                 )
+
+    def _check_ledger(self, headers: Sequence[Header], batch: Batch, step: int) -> None:
+        if batch.ledger is None:
+            return
+        used = total(header.ledger for header in headers)
+        if used != batch.ledger:
+            raise Desync(
+                f"step {step}: the workers together computed {used[0]} samples of a global batch of {batch.samples}, and not "
+                "each of them once. Nothing was updated. Pass batches to step() as batches() gave them",
+                step=step,
+            )
 
     def _check_losses(self, losses: Sequence[float], counts: Sequence[float], batch: Batch, step: int) -> None:
         for leaf, loss in enumerate(losses):

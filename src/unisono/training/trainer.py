@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import signal
@@ -18,7 +19,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from unisono.checkpoint.fingerprint import fingerprint
 from unisono.collective import Collective
-from unisono.errors import CheckpointError, ConfigurationError
+from unisono.errors import CheckpointError, ConfigurationError, Desync
+from unisono.guard.data import check_same_data
+from unisono.guard.ledger import NOTHING, total, whole
+from unisono.guard.replicas import OnDesync, ReplicaGuard
 from unisono.layout import Layout
 from unisono.observe.progress import Progress, ProgressDisplay, SilentProgress
 from unisono.observe.summary import Summary, show_summary
@@ -31,7 +35,7 @@ from unisono.training.buffers import Buffers
 from unisono.training.callbacks import Callback
 from unisono.training.evaluation import MetricFunction, evaluate
 from unisono.training.header import Signals
-from unisono.training.loader import Loader, dataset_length
+from unisono.training.loader import Loader, dataset_length, read_sample
 from unisono.training.optimizer import (
     check_optimizer,
     hyperparameters,
@@ -47,6 +51,7 @@ from unisono.training.setup import (
     check_alike,
     check_arguments,
     check_model,
+    check_policies,
     check_unchanged,
     choose_device,
     connect,
@@ -55,7 +60,7 @@ from unisono.training.setup import (
     prepare_process,
     unify_replicas,
 )
-from unisono.training.step import Batch, Stepper, StepResult
+from unisono.training.step import Batch, OnNonfinite, Stepper, StepResult
 from unisono.training.weights import Weights
 from unisono.world import World
 
@@ -87,6 +92,12 @@ class Trainer:
         keep: Newest checkpoints to keep.
         device: This worker's device; None: its GPU if there is one, else the CPU.
         strict: Another fingerprint at resume (PyTorch build, threads, ...) is an error, not a warning.
+        on_nonfinite: What a loss or gradient that is not finite does: "error" ends training; "skip" leaves that step out, on all
+            workers alike (no update, no step of the scheduler, buffers as before).
+        on_desync: What replicas that differ do: "error" ends training; "heal" lets the odd ones take the state of the others,
+            where more than half agree.
+        compare_every: Replicas are compared as a whole once in this many steps; None: as often as a hundredth of the time allows,
+            at least once in 64 steps.
         callbacks: Told about steps and epochs, on every worker.
         loader: How samples are loaded, unless a call says otherwise.
         world: Who takes part; None: what the launcher's environment says.
@@ -116,12 +127,16 @@ class Trainer:
         keep: int = 3,
         device: torch.device | str | None = None,
         strict: bool = False,
+        on_nonfinite: OnNonfinite = "error",
+        on_desync: OnDesync = "error",
+        compare_every: int | None = None,
         callbacks: Sequence[Callback] = (),
         loader: Loader | None = None,
         world: World | None = None,
         collective: Collective | None = None,
     ) -> None:
         check_arguments(batch_size, microbatches, max_grad_norm, precision, checkpoint_every)
+        check_policies(on_nonfinite, on_desync, compare_every)
         self.batch_size, self.microbatches, self.seed = batch_size, microbatches, seed
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.callbacks = tuple(callbacks)
@@ -144,7 +159,7 @@ class Trainer:
             )
 
         model.to(self.device)
-        settings = describe_settings(self, trainable, max_grad_norm, precision, self._sync)
+        settings = describe_settings(self, trainable, max_grad_norm, precision, self._sync, on_nonfinite)
         check_alike(
             self.collective, {**settings, "checkpoint_every": checkpoint_every, "run_dir": None if run_dir is None else "given"}
         )
@@ -159,6 +174,7 @@ class Trainer:
         updates = [self._reduction.updated_by(rank) for rank in range(self.collective.size)]
         settle_state(optimizer, self._layout, updates, self.collective)
         self._clock = StepClock()
+        self._guard = ReplicaGuard(self._holdings, self.collective, on_desync, compare_every)
         self._stepper = Stepper(
             replica=self._replica,
             layout=self._layout,
@@ -170,6 +186,8 @@ class Trainer:
             leaves=microbatches,
             seed=seed,
             max_grad_norm=max_grad_norm,
+            guard=self._guard,
+            on_nonfinite=on_nonfinite,
             overlap=self._sync.overlaps(self.device),
             clock=self._clock,
         )
@@ -267,7 +285,7 @@ class Trainer:
         signals = self._signals()
         sent = self.collective.bytes_sent
         result, told = self._stepper.run(batch, self.position.step + 1, signals)
-        self._advance(batch)
+        self._advance(batch, result)
         self._step_scheduler(result)
         self._note(result, self.collective.bytes_sent - sent)
         for callback in self.callbacks:
@@ -339,6 +357,7 @@ class Trainer:
             self._complete(epochs)
             return
         check_unchanged(self.model, self._layout)
+        check_same_data(functools.partial(read_sample, dataset, seed=self.seed), dataset_length(dataset), self.collective)
         if self._run is not None:
             self._run.begin(self.position.step)
         stream = BatchStream(
@@ -371,16 +390,50 @@ class Trainer:
         return not own_loop and not any(callback.edits_weights for callback in self.callbacks)
 
     def _signals(self) -> Signals:
+        """What the others are told with the next step."""
         stop = int(self._stop.requested or 0) if self._stop is not None else 0
-        return self._run.signals(stop) if self._run is not None else Signals(stop=stop)
+        signals = self._run.signals(stop) if self._run is not None else Signals(stop=stop)
+        return dataclasses.replace(signals, seconds=self._record.last_seconds)
 
-    def _advance(self, batch: Batch) -> None:
-        self.position.step += 1
-        self.position.samples += batch.samples
+    def _advance(self, batch: Batch, result: StepResult) -> None:
+        position = self.position
+        position.step += 1
+        position.samples += batch.samples
+        position.skipped += result.skipped
+        position.ledger = None if position.ledger is None or batch.ledger is None else total([position.ledger, batch.ledger])
         last = batch.number + 1 == batch.of
-        self.position.epoch, self.position.batch = (batch.epoch + 1, 0) if last else (batch.epoch, batch.number + 1)
+        if last:
+            self._check_epoch(batch)
+            position.ledger = NOTHING
+        position.epoch, position.batch = (batch.epoch + 1, 0) if last else (batch.epoch, batch.number + 1)
+
+    def _check_epoch(self, batch: Batch) -> None:
+        """Each sample of the epoch was used exactly once: the ledger proves it wherever the order is one of ours."""
+        data = self._data_settings
+        if self.position.ledger is None or data is None or data["order"] == "given" or data["drop_last"]:
+            return
+        if self.position.ledger != whole(data["samples"]):
+            raise Desync(
+                f"epoch {batch.epoch + 1} used {self.position.ledger[0]} samples of {data['samples']}, or not each of them once. "
+                "The steps stand; start again from a checkpoint before this epoch, and report this",
+                step=self.position.step,
+            )
+
+    def _holdings(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What all workers hold alike, each in memory of its own."""
+        if not self._weights.shared:
+            yield from self._weights.named()
+        for name, buffer in self.model.named_buffers():
+            yield f"buffer {name!r}", buffer
+        if self._reduction.replicated:
+            for index in self._reduction.updated_by(self.collective.rank):
+                for key, value in sorted(self.optimizer.state.get(self._layout.parameters[index], {}).items()):
+                    if isinstance(value, torch.Tensor):
+                        yield f"{key!r} of the optimizer for {self._layout.names[index]!r}", value
 
     def _step_scheduler(self, result: StepResult) -> None:
+        if result.skipped:
+            return
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(result.loss)
         elif self.scheduler is not None:
@@ -395,6 +448,7 @@ class Trainer:
 
     def _begin_checkpoint(self, run: RunDirectory) -> None:
         """Copies the current state; it is written while training goes on, and complete a few steps later."""
+        self._guard.check_all(self.position.step)
         main = self.collective.rank == 0
         run.save(
             self.position.step,
@@ -532,7 +586,9 @@ class Trainer:
         for name in checkpoint.part_names("optimizer-"):
             state.update(checkpoint.part(name)["state"])
         set_state(self.optimizer, self._layout, state, self._reduction.updated_by(self.collective.rank))
-        self.position = Position(**checkpoint.info["position"])
+        position = checkpoint.info["position"]
+        ledger = position.get("ledger")
+        self.position = Position(**{**position, "ledger": None if ledger is None else tuple(ledger)})
         self._data_settings = checkpoint.info["data"]
         last = checkpoint.info["last"]
         self._record.last = StepResult(**{**last, "learning_rates": tuple(last["learning_rates"])}) if last else None

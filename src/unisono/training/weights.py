@@ -38,6 +38,12 @@ class Weights:
         self._probes = [torch.cat([_probe(slot.offset, slot.numel) for slot in block.slots]) for block in layout.blocks]
         self._seen: tuple[list[int], list[Tensor]] | None = None
 
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """*local*. Every parameter's memory as it lies, 1-D."""
+        for block, flat in zip(self._layout.blocks, self.flats, strict=True):
+            for slot in block.slots:
+                yield f"parameter {slot.name!r}", flat[slot.offset : slot.offset + slot.numel]
+
     @contextlib.contextmanager
     def in_common(self, wanted: bool) -> Iterator[None]:
         """*collective* where it begins. While the body runs, the workers of a host share the weights, if they can.

@@ -1,0 +1,90 @@
+"""Before the first step: whether all workers read the same data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+
+from unisono.collective import Collective
+from unisono.errors import DataError
+
+
+def check_same_data(read: Callable[[int], Any], length: int, collective: Collective) -> None:
+    """*collective*. Reads a few samples on every worker and compares them.
+
+    A sample that a worker itself reads differently the second time proves nothing (the dataset draws without a seed), and what
+    cannot be digested is not compared.
+
+    Args:
+        read: Gives a sample by index, with its randomness seeded.
+        length: Number of samples.
+
+    Raises:
+        DataError: Some workers read other data than the rest; they are named.
+    """
+    if collective.size == 1:
+        return
+    indices = sorted({0, length // 2, length - 1})
+    mine = [_digest_of(read, index) for index in indices]
+    everybodys = _gather(collective, mine)
+    if all(other == everybodys[0] for other in everybodys):
+        return
+    again = _gather(collective, [_digest_of(read, index) for index in indices])
+    for place, index in enumerate(indices):
+        found = [digests[place] for digests in everybodys]
+        if len(set(found)) == 1 or "" in found or found != [digests[place] for digests in again]:
+            continue
+        most, votes = Counter(found).most_common(1)[0]
+        odd = [rank for rank, digest in enumerate(found) if digest != most]
+        who = (
+            f"on worker{'s'[: len(odd) != 1]} {', '.join(map(str, odd))} is not what the others have"
+            if votes * 2 > len(found)
+            else "is not the same on all workers"
+        )
+        raise DataError(
+            f"sample {index} of the data {who}. Every worker must read the same {length} samples: look for another version of a "
+            "file, an unsorted directory listing, or a data set that was drawn without a seed",
+            index=index,
+        )
+
+
+def _gather(collective: Collective, digests: list[str]) -> list[list[str]]:
+    return [json.loads(text) for text in collective.all_gather_bytes(json.dumps(digests).encode())]
+
+
+def _digest_of(read: Callable[[int], Any], index: int) -> str:
+    """Hexadecimal; "" if the sample cannot be read (training will say so) or holds what cannot be digested."""
+    try:
+        return blake2b(b"".join(_parts(read(index))), digest_size=8).hexdigest()
+    except Exception:
+        return ""
+
+
+def _parts(value: Any) -> Iterable[bytes]:
+    if isinstance(value, torch.Tensor):
+        yield f"{value.dtype}{tuple(value.shape)}".encode()
+        yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        yield f"{value.dtype}{value.shape}".encode()
+        yield np.ascontiguousarray(value).tobytes()
+    elif isinstance(value, (bool, int, float, complex, str, bytes, np.generic)) or value is None:
+        yield f"{type(value).__name__}:{value!r};".encode()
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _parts(key)
+            yield from _parts(item)
+    elif isinstance(value, (list, tuple)):
+        yield f"{len(value)}[".encode()
+        for item in value:
+            yield from _parts(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from _parts({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    else:
+        raise TypeError(f"a {type(value).__name__} has no bytes to compare")

@@ -1,0 +1,176 @@
+"""Replicas are compared while training runs, and what differs is named.
+
+At the start of a step a worker digests some of what all workers hold alike, piece by piece in turn, and the digest travels in
+the step's header: no message is added. As much is looked at as fits into a hundredth of the step's time, everything at least
+once in ``PERIOD`` steps.
+
+What stays different (optimizer state, weights that every worker updates, buffers that forward leaves alone) is thus found
+within a period. Weights that their owner publishes are the same again after the next update, as are buffers that forward
+changes: there a fault lasts one step, and is found if its piece is looked at in that step. ``compare_every=1`` looks at
+everything in every step.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from unisono.collective import Collective
+from unisono.errors import Desync
+
+PERIOD = 64
+"""Steps in which everything is compared once."""
+
+OnDesync = Literal["error", "heal"]
+
+_PIECE_BYTES = 2**20
+_HASHED_BYTES = 2**15
+_COLUMNS = 256
+_SHARE = 0.006
+_PIECE_S, _BYTES_PER_S = 30e-6, 6e9
+"""What looking at a piece costs, and how fast its bytes go; not measured here, since all workers must reckon with the same."""
+
+Holding = tuple[str, Tensor]
+"""Name and tensor of something that all workers hold alike."""
+
+
+class ReplicaGuard:
+    """Digests what this worker holds, and finds the odd one out.
+
+    Args:
+        holdings: What all workers hold alike now, in the same order with the same names.
+        collective: The other workers.
+        on_desync: "error", or "heal": where more than half agree, the others take their state.
+        every: Everything is looked at once in this many steps; None: as often as time allows.
+    """
+
+    def __init__(
+        self, holdings: Callable[[], Iterator[Holding]], collective: Collective, on_desync: OnDesync, every: int | None = None
+    ) -> None:
+        self._holdings = holdings
+        self._collective = collective
+        self._on_desync = on_desync
+        self._every = every
+        self._pieces: list[Tensor] = []
+        self._next = 0
+        self._looked = 0.0
+        self._credit_s = 0.0
+
+    def digest(self, step_s: float) -> int:
+        """*local*. 64 bits of the pieces whose turn it is; 0 if it is no piece's turn.
+
+        Args:
+            step_s: How long the step before took, in seconds; the same on all workers.
+        """
+        if self._collective.size == 1:
+            return 0
+        if self._next >= len(self._pieces):
+            self._pieces = _pieces([tensor for _, tensor in self._holdings()])
+            self._next, self._looked = 0, 0.0
+        begin = self._next
+        # Within the period, whatever it costs; and more while there is time.
+        self._looked += len(self._pieces) / (self._every or PERIOD)
+        self._credit_s += _SHARE * step_s
+        while self._next < len(self._pieces) and (
+            self._next + 1 <= self._looked + 1e-9 or self._affords(self._pieces[self._next])
+        ):
+            self._credit_s = max(0.0, self._credit_s - _cost(self._pieces[self._next]))
+            self._next += 1
+        if self._next == begin:
+            return 0
+        found = blake2b(b"".join(map(_digest, self._pieces[begin : self._next])), digest_size=8).digest()
+        return int.from_bytes(found, "little") | 1  # never 0
+
+    def _affords(self, piece: Tensor) -> bool:
+        return self._every is None and self._credit_s >= _cost(piece)
+
+    def check_all(self, step: int) -> None:
+        """*collective*. Compares everything.
+
+        Raises:
+            Desync: Workers differ and were not healed.
+        """
+        if self._collective.size == 1:
+            return
+        mine = blake2b(b"".join(_digest(tensor) for _, tensor in self._holdings()), digest_size=16).digest()
+        everybodys = self._collective.all_gather(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
+        if any(not torch.equal(other, everybodys[0]) for other in everybodys):
+            self.settle(step)
+
+    def settle(self, step: int) -> None:
+        """*collective*. Names what differs and who differs; heals it if asked to.
+
+        Raises:
+            Desync: It was not healed.
+        """
+        mine = {name: _digest(tensor).hex() for name, tensor in self._holdings()}
+        everybodys: list[dict[str, str]] = [
+            json.loads(text) for text in self._collective.all_gather_bytes(json.dumps(mine).encode())
+        ]
+        names = [name for name in mine if len({other.get(name) for other in everybodys}) > 1]
+        if not names:
+            return
+        votes = Counter(tuple(other.get(name) for name in names) for other in everybodys)
+        winner, most = votes.most_common(1)[0]
+        ranks = [rank for rank, other in enumerate(everybodys) if tuple(other.get(name) for name in names) != winner]
+        known = most * 2 > len(everybodys)
+        what = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        who = f"on worker{'s'[: len(ranks) != 1]} {', '.join(map(str, ranks))}" if known else "between workers"
+        steps = self._every or PERIOD
+        found = f"step {step}: replicas differ: {what} {who}"
+        if self._on_desync == "error" or not known:
+            raise Desync(
+                f"{found}. A bit may have flipped in memory, or code changed the model on some workers only (a callback that "
+                f"asks for the rank?). The last {steps} steps may be affected: go on from a checkpoint before them"
+                + ("" if known else "; with two workers nobody can say which one is right"),
+                step=step,
+                tensor=names[0],
+                ranks=ranks if known else range(len(everybodys)),
+            )
+        source = next(rank for rank in range(len(everybodys)) if rank not in ranks)
+        for name, tensor in self._holdings():
+            if name in names:
+                value = tensor.detach().contiguous()
+                self._collective.broadcast(value, source)
+                with torch.no_grad():
+                    tensor.copy_(value)
+        if self._collective.rank == 0:
+            warnings.warn(
+                f"{found}, which took the state of worker {source}. Up to {steps} steps were computed with what differed",
+                stacklevel=2,
+            )
+
+
+def _pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Everything in pieces of at most 1 MiB. What does not lie in one stretch of memory is not cut; looking at it copies it."""
+    found: list[Tensor] = []
+    for tensor in tensors:
+        flat = tensor.detach()
+        if flat.is_contiguous():
+            found += torch.split(flat.view(-1), max(1, _PIECE_BYTES // flat.element_size()))
+        else:
+            found.append(flat)
+    return [piece for piece in found if piece.numel()]
+
+
+def _cost(piece: Tensor) -> float:
+    return _PIECE_S + piece.nbytes / _BYTES_PER_S
+
+
+def _digest(tensor: Tensor) -> bytes:
+    """Of the bytes of a tensor. Large ones are summed up first, as integers in columns: any one bit that differs changes a sum,
+    and reading the memory is all that it costs."""
+    raw = tensor.detach().reshape(-1).view(torch.uint8)
+    if raw.numel() > _HASHED_BYTES:
+        row = 8 * _COLUMNS
+        rows = raw.numel() // row
+        columns = raw[: rows * row].view(torch.int64).view(rows, _COLUMNS).sum(dim=0)
+        raw = torch.cat([columns.view(torch.uint8), raw[rows * row :]])
+    return blake2b(raw.cpu().numpy().tobytes(), digest_size=8).digest()

@@ -1,0 +1,214 @@
+"""A bit that flips in one replica is noticed within a period, by name; where most agree, it can be healed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from unisono import Callback, Desync, Exact, StepResult, Trainer
+from unisono.collective import Collective
+from unisono.errors import WorkerFailure
+from unisono.guard.replicas import PERIOD, ReplicaGuard
+from unisono.testing import flip_bit, run_threads, run_workers
+
+FLIP_AT = 5
+STEPS = FLIP_AT + PERIOD + 3
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(40, 60)
+        self.norm = nn.BatchNorm1d(60)
+        self.last = nn.Linear(60, 3)
+        self.register_buffer("table", torch.arange(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.norm(self.first(x)))
+        return out
+
+
+class Flips(Callback):
+    """Plants a fault in one worker, once, after a step."""
+
+    def __init__(self, rank: int, fault: Callable[[Trainer], None]) -> None:
+        self.rank, self.fault, self.steps = rank, fault, 0
+
+    def on_step(self, trainer: Trainer, result: StepResult) -> None:
+        self.steps = result.step
+        if trainer.collective.rank == self.rank and result.step == FLIP_AT:
+            self.fault(trainer)
+
+
+def trained(
+    collective: Collective, callback: Callback, *, steps: int = STEPS, replicate_kib: float = 0, **settings: Any
+) -> Trainer:
+    torch.manual_seed(0)
+    model = Net()
+    generator = torch.Generator().manual_seed(1)
+    data = TensorDataset(torch.randn(8 * steps, 40, generator=generator), torch.randn(8 * steps, 3, generator=generator))
+    trainer = Trainer(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=1e-3),
+        lambda model, batch: (model(batch[0]) - batch[1]).square().mean(),
+        batch_size=8,
+        microbatches=4,
+        collective=collective,
+        callbacks=[callback],
+        sync=Exact(replicate_kib=replicate_kib),
+        **settings,
+    )
+    trainer.fit(data, epochs=1)
+    return trainer
+
+
+def weight(trainer: Trainer) -> None:
+    flip_bit(trainer.model.first.weight, 1234, 3)
+
+
+def statistics(trainer: Trainer) -> None:
+    flip_bit(trainer.model.norm.running_var, 7, 1)
+
+
+def integers(trainer: Trainer) -> None:
+    flip_bit(trainer.model.table, 2, 40)
+
+
+def moment(trainer: Trainer) -> None:
+    flip_bit(trainer.optimizer.state[trainer.model.last.weight]["exp_avg_sq"], 11, 5)
+
+
+@pytest.mark.parametrize(
+    ("fault", "replicate_kib", "named"),
+    [
+        (weight, 0, "parameter 'first.weight'"),
+        (weight, 256, "parameter 'first.weight'"),
+        (statistics, 0, "buffer 'norm.running_var'"),
+        (integers, 0, "buffer 'table'"),
+        (moment, 256, "'exp_avg_sq' of the optimizer for 'last.weight'"),
+    ],
+)
+@pytest.mark.parametrize(("workers", "rank"), [(2, 1), (3, 0), (4, 2)])
+def test_a_flipped_bit_is_named_within_a_period(
+    workers: int, rank: int, fault: Callable[[Trainer], None], replicate_kib: float, named: str
+) -> None:
+    def work(collective: Collective) -> tuple[Desync, int]:
+        flips = Flips(rank, fault)
+        with pytest.raises(Desync) as found:
+            # What owners publish is the same again after the next update: there, only looking in every step is sure to see it.
+            every = None if replicate_kib or fault is integers else 1
+            trained(collective, flips, replicate_kib=replicate_kib, compare_every=every)
+        return found.value, flips.steps
+
+    for error, steps in run_threads(workers, work):
+        assert FLIP_AT <= steps < FLIP_AT + PERIOD
+        assert error.step == steps + 1
+        assert error.tensor is not None
+        assert named in str(error)
+        assert error.ranks == ((0, 1) if workers == 2 else (rank,))
+        assert f"on worker {rank}." in str(error) or workers == 2
+
+
+@pytest.mark.parametrize("fault", [weight, statistics, integers])
+def test_the_odd_one_is_healed_where_most_agree(fault: Callable[[Trainer], None]) -> None:
+    def work(collective: Collective) -> list[Tensor]:
+        return [
+            value.clone()
+            for value in trained(collective, Flips(1, fault), on_desync="heal", compare_every=1).model.state_dict().values()
+        ]
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        first, *others = run_threads(3, work)
+
+    assert all(torch.equal(mine, theirs) for other in others for mine, theirs in zip(first, other, strict=True))
+    assert ["on worker 1, which took the state of worker 0" in str(warning.message) for warning in said] == [True]
+
+
+def test_two_workers_cannot_heal_each_other() -> None:
+    def work(collective: Collective) -> None:
+        with pytest.raises(Desync, match="with two workers nobody can say which one is right"):
+            trained(collective, Flips(1, weight), on_desync="heal", compare_every=1)
+
+    run_threads(2, work)
+
+
+def test_a_checkpoint_is_not_written_by_workers_that_differ() -> None:
+    def work(collective: Collective) -> int:
+        flips = Flips(2, weight)
+        with pytest.raises(Desync) as found:
+            trained(collective, flips, run_dir="memory://desync", checkpoint_every=FLIP_AT)
+        assert found.value.step == FLIP_AT
+        return flips.steps
+
+    assert run_threads(3, work) == [FLIP_AT] * 3
+
+
+def processes(collective: Collective) -> str:
+    try:
+        trained(collective, Flips(1, weight), compare_every=1)
+    except Desync as error:
+        return str(error)
+    return ""
+
+
+def test_workers_in_processes_notice_it_too() -> None:
+    for message in run_workers(3, processes, transport="shared memory"):
+        assert "parameter 'first.weight' on worker 1" in message
+
+
+def test_equal_replicas_raise_no_alarm() -> None:
+    run_threads(3, lambda collective: trained(collective, Callback(), steps=2 * PERIOD + 1))
+
+
+# ---- every bit is looked at ----
+
+
+@pytest.mark.parametrize("numel", [3, 1000, 40_000, 900_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool])
+def test_any_bit_of_anything_is_seen_once_a_period(numel: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(numel)
+    value = torch.randint(0, 2, (numel,), generator=generator).to(dtype)
+    turned = value.clone()
+
+    def held(tensor: Tensor) -> Callable[[], Iterator[tuple[str, Tensor]]]:
+        return lambda: iter([("small", torch.arange(3)), ("value", tensor)])
+
+    def digests(guard: ReplicaGuard) -> list[int]:
+        return [guard.digest(step_s=0.0) for _ in range(PERIOD)]
+
+    class Two(Collective):
+        size, rank = 2, 0
+        start_exchange = publish = broadcast = None  # type: ignore[assignment]
+
+    plain = digests(ReplicaGuard(held(value), Two(), "error"))
+    assert sum(digest != 0 for digest in plain) >= 1
+    for place in {0, numel // 2, numel - 1}:
+        flip_bit(turned, place, 0)
+        assert digests(ReplicaGuard(held(turned), Two(), "error")) != plain
+        flip_bit(turned, place, 0)
+    assert digests(ReplicaGuard(held(turned), Two(), "error")) == plain
+
+
+def test_a_worker_that_fails_meanwhile_is_a_failure_and_not_a_difference() -> None:
+    class Leaves(Callback):
+        def on_step(self, trainer: Trainer, result: StepResult) -> None:
+            if trainer.collective.rank == 1 and result.step == 2:
+                raise KeyError("mine")
+
+    def work(collective: Collective) -> str:
+        try:
+            trained(collective, Leaves())
+        except (WorkerFailure, KeyError) as error:
+            return type(error).__name__
+        finally:
+            collective.close()
+        return "none"
+
+    assert run_threads(3, work) == ["WorkerFailure", "KeyError", "WorkerFailure"]
