@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from unisono.errors import ConfigurationError
+from unisono.errors import ConfigurationError, UnisonoError
 from unisono.world import World, threads_from_environment, usable_cores
 
 _DEMOS = Path(__file__).parent.parent / "demos"
@@ -97,6 +97,52 @@ def doctor(workers: int | None, threads: int | None, run_dir: str, json: bool) -
     from unisono.doctor.command import doctor
 
     sys.exit(doctor(world, workers=workers, threads=threads, run_dir=run_dir, json=json))
+
+
+@main.command(context_settings={"allow_interspersed_args": False})
+@click.option("--workers", metavar="N,N,...", help="Numbers of workers to compare with one; default: 2, 3 and the usable cores.")
+@click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Optimizer steps to look at.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="T", help="Threads per worker; default: OMP_NUM_THREADS, or 1.")
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
+@click.option("--against", metavar="RUN_DIR", help="Reproduce the beginning of this finished run instead.")
+@click.argument("script", type=click.Path(exists=True, dir_okay=False, readable=True), required=False)
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+def verify(
+    script: str | None,
+    args: tuple[str, ...],
+    *,
+    workers: str | None,
+    steps: int,
+    threads: int | None,
+    as_json: bool,
+    against: str | None,
+) -> None:
+    """Show that SCRIPT trains the same on any number of workers and on a plain loop; or the first difference and its cause.
+
+    Ends with 0 if it does, 1 if not, 2 if that could not be told. Options for unisono stand before SCRIPT.
+    """
+    from unisono.verify import command
+
+    if against is not None:
+        try:
+            sys.exit(command.verify_against(against, script, args, steps=steps, as_json=as_json))
+        except UnisonoError as error:
+            raise click.UsageError(str(error)) from None
+    if script is None:
+        raise click.UsageError("Missing argument 'SCRIPT'.")
+    try:
+        threads = threads or threads_from_environment(os.environ)
+    except ConfigurationError as error:
+        raise click.UsageError(str(error)) from None
+    counts = None if workers is None else _counts(workers)
+    sys.exit(command.verify(script, args, workers=counts, steps=steps, threads=threads, as_json=as_json))
+
+
+def _counts(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise click.BadParameter(f"{text!r} is no list of numbers of workers such as 2,3,8", param_hint="--workers")
+    return [int(part) for part in parts]
 
 
 def _run(script: str, args: tuple[str, ...], *, workers: int | None, threads: int | None, grace: float) -> int:

@@ -1,0 +1,259 @@
+"""Where Python code keeps state: attributes, containers, global variables, random generators. What a call changed there is found
+and can be undone. Parameters and buffers of modules are not looked at: they are state that training knows about.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import random
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from unisono.verify.watch import is_users
+
+_MODULE = set(nn.Module().__dict__)
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+_CONTAINERS = (list, dict, set, bytearray, collections.deque)
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), tuple)
+_LARGEST_ARRAY = 4 << 20
+"""Bytes of an array above which it is not watched: unlike a tensor it does not tell that it was changed."""
+_LONGEST = 4096
+"""Elements of a list or dict above which it is not watched."""
+_DEEPEST = 5
+
+
+def roots_of(loss: Any, model: Any) -> dict[str, Any]:
+    """Where code that computes the loss may keep state: the model, what the loss function holds, the user's modules."""
+    roots: dict[str, Any] = {"model": model}
+    if not isinstance(loss, types.FunctionType):
+        roots["loss"] = getattr(loss, "__self__", loss)
+    function = getattr(loss, "__func__", loss)
+    for name, cell in zip(
+        getattr(getattr(function, "__code__", None), "co_freevars", ()),
+        getattr(function, "__closure__", None) or (),
+        strict=False,
+    ):
+        roots[name] = cell
+    for module in list(sys.modules.values()):
+        if isinstance(module, types.ModuleType) and is_users(getattr(module, "__file__", None) or "<none>"):
+            roots[f"module {module.__name__}"] = module
+    names = getattr(function, "__globals__", None)  # a script run by runpy: its module has another dictionary
+    if names is not None and is_users(names.get("__file__") or "<none>"):
+        roots["script"] = names
+    return roots
+
+
+class Snapshot:
+    """What the places below ``roots`` held at one moment.
+
+    Args:
+        roots: Where to look, by name.
+        largest: Bytes of a tensor above which only its version is kept, not its content.
+    """
+
+    def __init__(self, roots: Mapping[str, Any], *, largest: int = 4 << 20) -> None:
+        self._largest = largest
+        self._cells: list[tuple[str, Any, Any, Any, Any]] = []
+        self._holders: list[tuple[str, Any, set[str]]] = []
+        self._seen: set[int] = set()
+        self._kept: list[Any] = []  # an object that is gone would give its id to another one
+        for name, root in roots.items():
+            if isinstance(root, types.CellType):
+                try:
+                    self._visit(name, root, "cell_contents", root.cell_contents, 0)
+                except ValueError:
+                    continue  # empty
+            else:
+                self._enter("" if name.startswith(("module ", "script")) else name, root, 0)
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything that was found can be put back: nothing too large to watch, nothing inside containers."""
+        return not any(
+            (isinstance(value, (np.ndarray, *_CONTAINERS)) and content is None)
+            or (isinstance(value, _CONTAINERS) and not _flat_plain(value))
+            for _, _, _, value, content in self._cells
+        )
+
+    def changed(self) -> list[str]:
+        """Names of the places that hold something else now."""
+        old = [path for path, holder, key, value, content in self._cells if _differs(holder, key, value, content)]
+        return [*old, *(path for path, _, _ in self._new())]
+
+    def restore(self) -> list[str]:
+        """Puts back what was there; the names of the places where that was needed."""
+        found = []
+        for path, holder, key, value, content in self._cells:
+            if _differs(holder, key, value, content):
+                found.append(path)
+                _put_back(holder, key, value, content)
+        for path, names, key in list(self._new()):
+            found.append(path)
+            del names[key]
+        return found
+
+    def _new(self) -> Iterator[tuple[str, dict[str, Any], str]]:
+        """Attributes and global variables that were not there."""
+        for path, thing, keys in self._holders:
+            names = thing if isinstance(thing, dict) else getattr(thing, "__dict__", {})
+            for key in [key for key, _ in _inside(thing) if key in names and key not in keys]:
+                value = names[key]
+                if not isinstance(value, (types.ModuleType, types.FunctionType, type)):
+                    yield (f"{path}.{key}" if path else key), names, key
+
+    def _enter(self, path: str, thing: Any, depth: int) -> None:
+        if id(thing) in self._seen or depth > _DEEPEST:
+            return
+        self._seen.add(id(thing))
+        self._kept.append(thing)
+        self._holders.append((path, thing, {key for key, _ in _inside(thing)}))
+        for key, value in list(_inside(thing)):
+            self._visit(f"{path}.{key}" if path else str(key), thing, key, value, depth)
+
+    def _visit(self, path: str, holder: Any, key: Any, value: Any, depth: int) -> None:
+        if isinstance(value, (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type, Optimizer)):
+            return
+        if isinstance(value, (*_PLAIN, *_CONTAINERS, *_GENERATORS, np.ndarray, Tensor)):
+            self._cells.append((path, holder, key, value, _content(value, self._largest)))
+        if _has_state(value):
+            self._enter(path, value, depth + 1)
+            if not isinstance(value, nn.Module):
+                self._cells.append((path, holder, key, value, None))
+
+
+def _inside(thing: Any) -> Iterator[tuple[Any, Any]]:
+    """Names and values of what an object holds."""
+    if isinstance(thing, nn.Module):
+        yield from ((key, value) for key, value in thing.__dict__.items() if key not in _MODULE)
+        yield from thing._modules.items()
+        return
+    names = thing if isinstance(thing, dict) else getattr(thing, "__dict__", {})
+    for key, value in names.items():
+        if isinstance(key, str) and not (key.startswith("__") and key.endswith("__")):
+            yield key, value
+
+
+def _has_state(value: Any) -> bool:
+    """Whether to look inside: modules, and objects of the user's own classes."""
+    if isinstance(value, nn.Module):
+        return True
+    if isinstance(value, (*_PLAIN, *_CONTAINERS, *_GENERATORS, np.ndarray, Tensor)) or not hasattr(value, "__dict__"):
+        return False
+    module = sys.modules.get(type(value).__module__)
+    return type(value).__module__ in ("__main__", "<run_path>") or (
+        module is not None and is_users(getattr(module, "__file__", None) or "<none>")
+    )
+
+
+def _content(value: Any, largest: int = 4 << 20) -> Any:
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, np.random.Generator):
+        return copy.deepcopy(value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return value.get_state()
+    if isinstance(value, Tensor):
+        small = value.nbytes <= largest and value.layout == torch.strided and not value.is_meta
+        return [value._version, value.detach().clone() if small else None]
+    if isinstance(value, np.ndarray):
+        return value.copy() if value.nbytes <= _LARGEST_ARRAY and value.dtype != object else None
+    if isinstance(value, _CONTAINERS):
+        return copy.copy(value) if len(value) <= _LONGEST else None
+    return None
+
+
+def _now(holder: Any, key: Any) -> Any:
+    if isinstance(holder, types.CellType):
+        return holder.cell_contents
+    if isinstance(holder, nn.Module) and key in holder._modules:
+        return holder._modules[key]
+    return (holder if isinstance(holder, dict) else holder.__dict__).get(key, _now)
+
+
+def _differs(holder: Any, key: Any, value: Any, content: Any) -> bool:
+    now = _now(holder, key)
+    if now is not value:
+        return not (isinstance(value, _PLAIN) and type(now) is type(value) and _same(now, value))
+    if isinstance(value, Tensor):
+        return bool(value._version != content[0])
+    if content is None:
+        return False
+    if isinstance(value, (*_GENERATORS, np.ndarray)):
+        return not _same(_content(value), content)
+    if isinstance(value, _CONTAINERS):
+        return len(value) != len(content) or any(
+            left is not right for left, right in zip(_flat(value), _flat(content), strict=True)
+        )
+    return False
+
+
+def _flat(container: Any) -> list[Any]:
+    return [item for pair in container.items() for item in pair] if isinstance(container, dict) else list(container)
+
+
+def _flat_plain(container: Any) -> bool:
+    return all(isinstance(item, (bool, int, float, complex, str, bytes, type(None))) for item in _flat(container))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return isinstance(other, np.ndarray) and one.tobytes() == other.tobytes()
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(_same(left, right) for left, right in zip(one, other, strict=True))
+    try:
+        return bool(one == other)
+    except Exception:
+        return False
+
+
+def _put_back(holder: Any, key: Any, value: Any, content: Any) -> None:
+    setter: dict[type, Callable[[Any, Any], Any]] = {
+        torch.Generator: lambda generator, state: generator.set_state(state),
+        random.Random: lambda generator, state: generator.setstate(state),
+        np.random.Generator: lambda generator, state: setattr(generator.bit_generator, "state", state),
+        np.random.RandomState: lambda generator, state: generator.set_state(state),
+    }
+    if _now(holder, key) is not value:
+        if isinstance(holder, types.CellType):
+            holder.cell_contents = value
+        elif isinstance(holder, dict):
+            holder[key] = value
+        elif isinstance(holder, nn.Module) and key in holder._modules:
+            holder._modules[key] = value
+        else:
+            holder.__dict__[key] = value
+    if isinstance(value, Tensor):
+        if content[1] is not None and value._version != content[0]:
+            with torch.no_grad():
+                value.copy_(content[1])
+            content[0] = value._version
+    elif content is None:
+        return
+    elif isinstance(value, np.ndarray):
+        value[...] = content
+    elif isinstance(value, dict):
+        value.clear()
+        value.update(content)
+    elif isinstance(value, (list, bytearray)):
+        value[:] = content
+    elif isinstance(value, (set, collections.deque)):
+        value.clear()
+        value.update(content) if isinstance(value, set) else value.extend(content)
+    else:
+        for kind, put in setter.items():
+            if isinstance(value, kind):
+                put(value, content)

@@ -1,0 +1,414 @@
+"""The reference: training as everybody writes it, one device, whole batches. It shares no code with the exact path.
+
+``PlainTrainer`` takes the trainer's place in the script. Only data is taken from unisono: which samples make up each batch,
+and the seed under which a sample is read. There are no microbatches, no tree, no layout, no workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import Subset
+
+from unisono.order import derive_seed, make_order, microbatch_bounds
+from unisono.training.callbacks import Callback
+from unisono.training.loader import Loader, dataset_length
+from unisono.training.randomness import seed_generators
+from unisono.training.record import Position
+from unisono.training.step import StepResult
+from unisono.verify.draws import constant_draws
+from unisono.verify.fresh import fresh
+from unisono.verify.inspect_loss import Inspection
+from unisono.verify.job import Change, Variant
+from unisono.verify.places import Snapshot, roots_of
+from unisono.verify.probe import Bench, called_from, few, freeze_norm, watch_scheduler
+from unisono.verify.record import StepRecord, TrainerRecord, data_digest, groups
+from unisono.world import World
+
+_ADDITIVE = 1e-4
+"""Relative difference up to which a metric of the whole and of parts of the samples are the same."""
+
+
+class _NotJoinable(Exception):
+    """Microbatches that must be collated one by one, and cannot be put together."""
+
+
+class PlainBatch:
+    """Sample indices of a global batch, and where it stands."""
+
+    def __init__(self, indices: Sequence[int], epoch: int, number: int, of: int, dataset: Any, loader: Loader) -> None:
+        self.indices, self.epoch, self.number, self.of = list(indices), epoch, number, of
+        self.dataset, self.loader = dataset, loader
+        self.samples = len(self.indices)
+
+
+class PlainTrainer:
+    """Takes what ``unisono.Trainer`` takes, and trains with a plain loop."""
+
+    bench: ClassVar[Bench]
+    variant: ClassVar[Variant]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: Callable[[Any, Any], Any],
+        *,
+        batch_size: int,
+        microbatches: int = 8,
+        seed: int = 0,
+        scheduler: Any = None,
+        max_grad_norm: float | None = None,
+        precision: str = "fp32",
+        device: Any = None,
+        callbacks: Sequence[Callback] = (),
+        loader: Loader | None = None,
+        **_: Any,
+    ) -> None:
+        self._record = TrainerRecord(
+            batch_size=batch_size,
+            microbatches=microbatches,
+            seed=seed,
+            call=called_from(sys._getframe(1)),
+            settings=groups(optimizer),
+            norms=[name for name, module in model.named_modules() if isinstance(module, _BatchNorm)],
+        )
+        bench = self.bench
+        bench.begins(self._record)
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.batch_size, self.microbatches, self.seed = batch_size, microbatches, seed
+        self.callbacks = () if Change.NO_CALLBACKS in bench.changes else tuple(callbacks)
+        self.position = Position()
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.world = World()
+        self._loss, self._precision, self._max_grad_norm = loss, precision, max_grad_norm
+        self._loader = loader or Loader()
+        model.to(self.device)
+        if self.variant is Variant.DOUBLE:
+            model.double()
+        if scheduler is not None:
+            self._schedule = watch_scheduler(scheduler, bench.watch, obey=Change.USER_SCHEDULES in bench.changes)
+        if bench.watch.phase == "script":
+            bench.watch.phase = "between"
+
+    # ------------------------------------------------------------------ what a script calls
+
+    def fit(
+        self, dataset: Any, epochs: int, *, order: Any = "shuffle", drop_last: bool = False, loader: Loader | None = None
+    ) -> None:
+        """As the trainer's."""
+        for batch in self.batches(dataset, epochs, order=order, drop_last=drop_last, loader=loader):
+            self.step(batch)
+
+    def batches(
+        self, dataset: Any, epochs: int, *, order: Any = "shuffle", drop_last: bool = False, loader: Loader | None = None
+    ) -> Iterator[PlainBatch]:
+        """As the trainer's."""
+        length = dataset_length(dataset)
+        samples = make_order(order, length=length, batch_size=self.batch_size, seed=self.seed, drop_last=drop_last)
+        if Change.FRESH_DATA in self.bench.changes:
+            dataset = fresh(dataset, self.bench.record.data_state)
+        while self.position.epoch < epochs:
+            epoch = samples.epoch(self.position.epoch)
+            self._record.asked = max(self._record.asked, epoch.batches * epochs)
+            for number in range(self.position.batch, epoch.batches):
+                if self.position.step >= self.bench.steps:
+                    return
+                indices = epoch.batch(number).tolist()
+                yield PlainBatch(indices, self.position.epoch, number, epoch.batches, dataset, loader or self._loader)
+
+    def step(self, batch: PlainBatch) -> StepResult:
+        """As the trainer's: forward, backward, clip, update, over the whole batch at once."""
+        began, bench = time.perf_counter(), self.bench
+        record = StepRecord(step=self.position.step + 1, samples=batch.indices)
+        self._learn(record.step)
+        before = [parameter.detach().clone() for parameter in self.model.parameters()]
+        self.optimizer.zero_grad()
+        if bench.inspect and record.step == 1:
+            self._record.findings = self._inspect(batch)
+        if self.variant is Variant.PARTS:
+            total, count = self._in_parts(batch, record)
+        else:
+            total, count = self._at_once(batch, record)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.to_dense()
+        limit = float("inf") if self._max_grad_norm is None else self._max_grad_norm
+        rates = tuple(float(group["lr"]) for group in self.optimizer.param_groups if "lr" in group)
+        record.norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        moved = [float((new.detach() - old).double().norm()) for new, old in zip(self.model.parameters(), before, strict=True)]
+        record.update = math.hypot(*moved)
+        record.loss, record.rates = total / count, list(rates)
+        self._advance(batch)
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self._schedule(record.loss)
+        elif self.scheduler is not None:
+            self._schedule()
+        result = StepResult(
+            step=record.step,
+            epoch=batch.epoch,
+            loss=record.loss,
+            count=count,
+            samples=batch.samples,
+            gradient_norm=record.norm,
+            learning_rates=rates,
+        )
+        seed_generators(derive_seed("between", self.seed, record.step), self.device)
+        self._tell(batch, result)
+        record.seconds = time.perf_counter() - began
+        record.event = bench.record.events + 1
+        self._record.steps.append(record)
+        bench.keep_tensors(self._record, self.model, self.optimizer, record.step)
+        bench.happened()
+        return result
+
+    def evaluate(
+        self, dataset: Any, metrics: Mapping[str, Any] | None = None, *, batch_size: int | None = None, loader: Any = None
+    ) -> dict[str, float]:
+        """As the trainer's, over the first samples, in one batch."""
+        data = few(dataset, self.batch_size)
+        modes = [(module, module.training) for module in self.model.modules()]
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        self.model.eval()
+        results: dict[str, float] = {}
+        with torch.no_grad():
+            collate = (loader or self._loader).collate_fn
+            samples = self._read(data, range(len(data)), 0)
+            size = batch_size or -(-self.batch_size // self.microbatches)
+            parts = [samples[lo : lo + size] for lo in range(0, len(samples), size)]
+            for name, metric in ({"loss": self._loss} if metrics is None else metrics).items():
+                value, count = _pair(metric(self.model, self._placed(collate(samples))), len(data))
+                results[name] = float(value) / count
+                pairs = [_pair(metric(self.model, self._placed(collate(part))), len(part)) for part in parts]
+                summed = sum(float(value) for value, _ in pairs) / (sum(count for _, count in pairs) or 1.0)
+                if abs(summed - results[name]) > _ADDITIVE * max(abs(summed), abs(results[name]), 1e-12):
+                    self._record.findings.setdefault("metrics", {})[name] = [results[name], summed]
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(buffers[name])
+        for module, training in modes:
+            module.training = training
+        self._record.evaluations.append(results)
+        self.bench.happened()
+        return results
+
+    def save(self) -> None:
+        """The reference leaves nothing behind."""
+
+    @property
+    def collective(self) -> Any:
+        """Nobody else takes part."""
+        from unisono.collective import InProcess
+
+        return InProcess()
+
+    # ------------------------------------------------------------------ one batch
+
+    def _learn(self, step: int) -> None:
+        """Starts from where the trainer was: each step is compared by itself, and errors do not add up over steps."""
+        bench = self.bench
+        if bench.teacher is None:
+            return
+        file = bench.teacher / f"tensors-{bench.record.trainers.index(self._record)}-{step - 1}-0.pt"
+        if not file.exists():
+            return  # the first step, or there was no room
+        known = torch.load(file, weights_only=True)
+        with torch.no_grad():
+            for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
+                if name in known["model"]:
+                    tensor.copy_(known["model"][name])
+            for name, parameter in self.model.named_parameters():
+                for key, value in self.optimizer.state.get(parameter, {}).items():
+                    kept = known["optimizer"].get(f"{name} ({key})")
+                    if isinstance(value, Tensor) and kept is not None:
+                        value.copy_(kept)
+
+    def _at_once(self, batch: PlainBatch, record: StepRecord) -> tuple[float, float]:
+        try:
+            data = self._load(batch, self._record_order(batch.indices))
+        except _NotJoinable:
+            self._record.findings["in_parts"] = True
+            return self._in_parts(batch, record)
+        record.data["0"] = data_digest(data)
+        value, count = self._forward(data, len(batch.indices))
+        (value / count).backward()  # type: ignore[no-untyped-call]
+        return float(value.detach()), count
+
+    def _in_parts(self, batch: PlainBatch, record: StepRecord) -> tuple[float, float]:
+        total = count = 0.0
+        for number, (lo, hi) in enumerate(microbatch_bounds(batch.samples, self.batch_size, self.microbatches)):
+            if hi == lo:
+                continue
+            samples = self._read(batch.dataset, batch.indices[lo:hi], batch.epoch)
+            seed_generators(derive_seed("collate", self.seed, batch.epoch, batch.indices[lo]))
+            data = self._placed(batch.loader.collate_fn(samples))
+            seed_generators(derive_seed("step", self.seed, record.step, number), self.device)
+            value, share = self._forward(data, hi - lo, seeded=True)
+            value.backward()  # type: ignore[no-untyped-call]
+            total, count = total + float(value.detach()), count + share
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= count
+        return total, count
+
+    def _forward(self, data: Any, samples: int, *, seeded: bool = False) -> tuple[Tensor, float]:
+        changes = self.bench.changes
+        if not seeded:
+            seed_generators(derive_seed("step", self.seed, self.position.step + 1, 0), self.device)
+        if Change.CONSTANT_PYTHON_DRAWS in changes:
+            random.seed(20)
+            np.random.seed(20)
+        if Change.FREEZE_NORM in changes:
+            freeze_norm(self.model)
+        before = Snapshot(roots_of(self._loss, self.model)) if Change.RESTORE_STATE in changes else None
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        with contextlib.ExitStack() as modes:
+            if self._precision == "bf16" and self.variant is not Variant.DOUBLE:
+                modes.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16))
+            if Change.CONSTANT_DRAWS in changes:
+                modes.enter_context(constant_draws())
+            if self.variant is Variant.DOUBLE:  # what forward makes itself must match
+                dtype = torch.get_default_dtype()
+                modes.callback(torch.set_default_dtype, dtype)
+                torch.set_default_dtype(torch.float64)
+            with self.bench.phase("loss"):
+                returned = self._loss(self.model, data)
+        if before is not None:
+            before.restore()
+        if Change.FREEZE_BUFFERS in changes:
+            with torch.no_grad():
+                for name, buffer in self.model.named_buffers():
+                    buffer.copy_(buffers[name])
+        value, count = _pair(returned, samples)
+        return value.reshape(()), count
+
+    def _record_order(self, indices: list[int]) -> list[int]:
+        return indices[::-1] if self.variant is Variant.REVERSED else indices
+
+    # ------------------------------------------------------------------ data
+
+    def _load(self, batch: PlainBatch, indices: list[int]) -> Any:
+        """The whole batch, collated at once; its randomness keyed as the trainer keys it."""
+        parts = [(lo, hi) for lo, hi in microbatch_bounds(batch.samples, self.batch_size, self.microbatches) if hi > lo]
+        read = [self._read(batch.dataset, batch.indices[lo:hi], batch.epoch) for lo, hi in parts]
+        state = self._collate_state(batch, 0)
+        samples = [sample for part in read for sample in part]
+        if indices != batch.indices:
+            samples.reverse()
+        data = batch.loader.collate_fn(samples)
+        if not torch.equal(state, torch.default_generator.get_state()):
+            # Collating draws (masks of a language model, say), once a microbatch: so it must be done as the trainer does it.
+            whole = []
+            for (lo, _), part in zip(parts, read, strict=True):
+                self._collate_state(batch, lo)
+                whole.append(batch.loader.collate_fn(part))
+            try:
+                data = _joined(whole)
+            except RuntimeError as error:  # padded to other lengths
+                raise _NotJoinable from error
+            if indices != batch.indices:
+                data = _reversed(data, len(samples))
+        return self._placed(data)
+
+    def _collate_state(self, batch: PlainBatch, first: int) -> Tensor:
+        seed_generators(derive_seed("collate", self.seed, batch.epoch, batch.indices[first]))
+        return torch.default_generator.get_state()
+
+    def _read(self, dataset: Any, indices: Sequence[int], epoch: int) -> list[Any]:
+        with self.bench.phase("data"):
+            if _in_one_go(dataset):
+                seed_generators(derive_seed("samples", self.seed, epoch, indices[0]))
+                return list(dataset.__getitems__(list(indices)))
+            samples = []
+            for index in indices:
+                seed_generators(derive_seed("sample", self.seed, epoch, index))
+                samples.append(dataset[index])
+            return samples
+
+    def _placed(self, data: Any) -> Any:
+        double = self.variant is Variant.DOUBLE
+        return _mapped(data, lambda t: t.to(self.device, torch.float64 if double and t.is_floating_point() else t.dtype))
+
+    # ------------------------------------------------------------------
+
+    def _advance(self, batch: PlainBatch) -> None:
+        self.position.step += 1
+        self.position.samples += batch.samples
+        last = batch.number + 1 == batch.of
+        self.position.epoch, self.position.batch = (batch.epoch + 1, 0) if last else (batch.epoch, batch.number + 1)
+
+    def _tell(self, batch: PlainBatch, result: StepResult) -> None:
+        for callback in self.callbacks:
+            with self.bench.phase(f"callback {type(callback).__name__}"):
+                callback.on_step(self, result)  # type: ignore[arg-type]
+        if batch.number + 1 == batch.of:
+            for callback in self.callbacks:
+                with self.bench.phase(f"callback {type(callback).__name__}"):
+                    callback.on_epoch(self, batch.epoch)  # type: ignore[arg-type]
+
+    def _inspect(self, batch: PlainBatch) -> dict[str, Any]:
+        samples = self._read(batch.dataset, batch.indices, batch.epoch)
+        inspection = Inspection(
+            self.model,
+            self._loss,
+            samples=samples,
+            indices=batch.indices,
+            collate=lambda part: self._placed(batch.loader.collate_fn(part)),
+            parts=self.microbatches,
+        )
+        return inspection.findings()
+
+
+def _pair(returned: Any, samples: int) -> tuple[Any, float]:
+    if isinstance(returned, (tuple, list)):
+        return returned[0], float(returned[1])
+    return returned * samples, float(samples)
+
+
+def _in_one_go(dataset: Any) -> bool:
+    if type(dataset) is Subset:
+        return _in_one_go(dataset.dataset)
+    return callable(getattr(dataset, "__getitems__", None))
+
+
+def _mapped(data: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(data, Tensor):
+        return change(data)
+    if isinstance(data, Mapping):
+        moved = {key: _mapped(value, change) for key, value in data.items()}
+        return moved if type(data) is dict else type(data)(moved)  # type: ignore[call-arg]
+    if isinstance(data, tuple) and hasattr(data, "_fields"):
+        return type(data)(*(_mapped(value, change) for value in data))
+    if isinstance(data, (list, tuple)):
+        return type(data)(_mapped(value, change) for value in data)
+    if hasattr(data, "to") and callable(data.to):
+        return data.to("cpu")
+    return data
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Microbatches as one batch."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat([part if part.dim() else part.reshape(1) for part in parts])
+    if isinstance(first, Mapping):
+        return {key: _joined([part[key] for part in parts]) for key in first}
+    if isinstance(first, (list, tuple)) and len({len(part) for part in parts}) == 1 and isinstance(first[0], (Tensor, Mapping)):
+        return type(first)(_joined(list(items)) for items in zip(*parts, strict=True))
+    return [item for part in parts for item in part] if isinstance(first, list) else first
+
+
+def _reversed(data: Any, samples: int) -> Any:
+    return _mapped(data, lambda t: t.flip(0) if t.dim() and t.shape[0] == samples else t)

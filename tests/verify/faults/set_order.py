@@ -1,0 +1,31 @@
+"""Class numbers come from the order of a set of strings."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+import unisono
+
+DATA = TensorDataset(torch.randn(96, 6, generator=torch.Generator().manual_seed(1)), torch.arange(96) % 3)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen"]
+NUMBER = {name: number % 3 for number, name in enumerate(set(NAMES))}
+
+
+def loss(model, batch):
+    inputs, labels = batch
+    return F.cross_entropy(model(inputs), labels, reduction="sum"), len(labels)
+
+
+if __name__ == "__main__":
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = unisono.Trainer(model, optimizer, loss, batch_size=24, microbatches=8)
+    trainer.fit(TensorDataset(DATA.tensors[0], torch.tensor([NUMBER[NAMES[i % 8]] for i in range(96)])), epochs=3)
