@@ -62,3 +62,77 @@ def test_where_one_worker_cannot_share_memory_all_use_gloo_and_say_so_once(scrip
     assert (transport, size) == ("TorchDistributed", "2")
     assert total == alone
     assert said.count("workers talk over Gloo, since they cannot share memory") == 1
+
+
+# ---- nothing is left, however a run ends ----
+
+ENDLESS = """
+import os, signal, sys
+import torch, unisono
+from torch import nn
+
+class Ends(unisono.Callback):
+    edits_weights = False
+
+    def on_step(self, trainer, result):
+        if result.step == 1 and trainer.collective.rank == 0:
+            print("trains", type(trainer.collective).__name__, flush=True)
+        if result.step < 3:
+            return
+        if "exception" in sys.argv and trainer.collective.rank == 1:
+            raise KeyError("mine")
+        if "one killed" in sys.argv and trainer.collective.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "all killed" in sys.argv:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "stop" in sys.argv and trainer.collective.rank == 0 and result.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(400, 400), nn.Linear(400, 400))
+data = torch.utils.data.TensorDataset(torch.randn(24, 400))
+trainer = unisono.Trainer(
+    model,
+    torch.optim.Adam(model.parameters()),
+    lambda model, batch: model(batch[0]).square().mean(),
+    batch_size=12,
+    microbatches=4,
+    callbacks=[Ends()],
+)
+trainer.fit(data, epochs=10_000 if len(sys.argv) > 1 else 3)
+"""
+
+
+def named_shared_memory() -> set[str]:
+    """What a file system would keep: files under /dev/shm, and Unix sockets with an abstract name."""
+    sockets = {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines() if "@unisono-" in line}
+    return {str(path) for path in Path("/dev/shm").iterdir()} | sockets
+
+
+@pytest.mark.parametrize(
+    ("end", "status"), [("", 0), ("exception", 1), ("stop", 130), ("one killed", 128 + 9), ("all killed", 128 + 9)]
+)
+def test_nothing_is_left_however_a_run_ends(tmp_path: Path, end: str, status: int) -> None:
+    path = tmp_path / "endless.py"
+    path.write_text(ENDLESS)
+    before = named_shared_memory()
+
+    command = [sys.executable, "-m", "unisono.launch", "run", "--workers", "3", str(path), *([end] if end else [])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "trains SharedMemory" in done.stdout
+    assert named_shared_memory() - before == set()
+
+
+def test_a_tiny_dev_shm_does_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "endless.py"
+    path.write_text(ENDLESS)
+    run = f"{sys.executable} -m unisono.launch run --workers 2 {path}"
+    small = f"mount -t tmpfs -o size=4k tmpfs /dev/shm && exec {run}"
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", small], capture_output=True, text=True, timeout=100, check=False)
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"no mount namespace of its own here: {done.stderr.strip()}")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "trains SharedMemory" in done.stdout
