@@ -65,7 +65,8 @@ def in_unison(
             microbatches=microbatches,
             scheduler=scheduler,
             collective=collective,
-            **settings,
+            # Each parameter has one owner, as in a large model, unless a test says otherwise.
+            **{"sync": unisono.Exact(replicate_kib=0), **settings},
         )
         before = collective.bytes_sent
         batches = islice(trainer.batches(dataset, epochs, order=order), steps)

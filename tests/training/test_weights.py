@@ -19,7 +19,7 @@ from unisono.training.weights import Weights
 
 
 class Looks(Callback):
-    """Notes whether the weights are shared, after each step."""
+    """Sees, after each step, whether a number that worker 0 writes is everybody's; it is put back at once."""
 
     edits_weights = False
 
@@ -27,7 +27,17 @@ class Looks(Callback):
         self.shared: list[bool] = []
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
-        self.shared.append(weights_of(trainer).shared)
+        collective, weights = trainer.collective, next(trainer.model.parameters()).data
+        before = weights[0, 0].clone()
+        collective.barrier()
+        if collective.rank == 0:
+            weights[0, 0] = 12345.0
+        collective.barrier()
+        self.shared.append(collective.size > 1 and bool(weights[0, 0] == 12345.0) and weights_of(trainer).shared)
+        collective.barrier()
+        if collective.rank == 0:
+            weights[0, 0] = before
+        collective.barrier()
 
 
 class Halves(Callback):
@@ -104,7 +114,7 @@ def test_fit_shares_weights_and_gives_everybody_a_copy_of_its_own_afterwards() -
     expected = digests(fit(InProcess(), Looks()))
 
     for shared, found, independent in run_workers(3, shared_fit, transport="shared memory"):
-        assert shared == [True] * 4
+        assert shared == [True] * 4, "rank 0's writes are seen by all"
         assert found == expected
         assert independent
 
