@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,11 @@ def test_nothing_is_left_however_a_run_ends(tmp_path: Path, end: str, status: in
 
     assert done.returncode == status, done.stdout + done.stderr
     assert "trains SharedMemory" in done.stdout
-    assert named_shared_memory() - before == set()
+    deadline = time.monotonic() + 5
+    left = named_shared_memory() - before
+    while left and time.monotonic() < deadline:  # another run of this machine may just be meeting
+        left &= named_shared_memory()
+    assert left == set()
 
 
 def test_a_tiny_dev_shm_does_not_matter(tmp_path: Path) -> None:
