@@ -92,6 +92,8 @@ class Agent(SimpleElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._processes.poll()
+        if self._processes.lost:
+            return RunResult(state=WorkerState.FAILED)
         if self._processes.all_ended:
             if any(self._processes.statuses):
                 return RunResult(state=WorkerState.FAILED)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -164,7 +166,10 @@ def _run(script: str, args: tuple[str, ...], *, workers: int | None, threads: in
     if settings.workers * threads > cores:
         need = settings.workers * threads
         click.echo(f"unisono: {need} threads ({settings.workers} workers x {threads}) share {cores} cores", err=True)
-    return runner.run(settings)
+    status = runner.run(settings)
+    # The run is over and its status is known: a Ctrl-C that comes while the interpreter shuts down must not change it.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    return status
 
 
 if __name__ == "__main__":

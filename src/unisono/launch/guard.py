@@ -35,6 +35,18 @@ def end_groups(groups: Iterable[int], *, grace_s: float) -> None:
         _signal_group(group, signal.SIGKILL)
 
 
+def end_processes(leaders: Iterable[int]) -> None:
+    """Ends processes that each lead a group, with their groups. *local*
+
+    They get SIGKILL at once, for they would take SIGTERM as a wish for a checkpoint.
+    """
+    leaders = list(leaders)
+    for pid in leaders:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    end_groups(leaders, grace_s=1.0)
+
+
 def _signal_group(group: int, signum: int) -> bool:
     """Whether there still was someone to signal."""
     try:
@@ -88,10 +100,7 @@ def main() -> None:
     for line in sys.stdin:
         pid = int(line[1:])
         groups.add(pid) if line[0] == "+" else groups.discard(pid)
-    for pid in groups:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)  # workers would take SIGTERM as a wish for a checkpoint
-    end_groups(groups, grace_s=1.0)
+    end_processes(groups)
 
 
 if __name__ == "__main__":

@@ -176,6 +176,20 @@ def _lines(failure: Failure, size: int, host: str) -> Iterator[str]:
         yield f"unisono: its output is in {failure.log}"
 
 
+def nursery_report(pid: int, status: int) -> str:
+    """What a person sees if the nursery has ended under its workers. *local*
+
+    Args:
+        pid: Its process number.
+        status: Its exit status, -N if signal N killed it.
+    """
+    how = f"was killed by {_signal_name(-status)}{_hint(-status)}" if status < 0 else f"ended with exit status {status}"
+    return (
+        f"unisono: the process from which workers start (pid {pid}) {how}. "
+        "Without it nobody hears how workers end, so they were ended too: start the run again"
+    )
+
+
 def has_output(log: Path | None) -> bool:
     """Whether a worker wrote anything to its log. *local*"""
     return log is not None and log.exists() and log.stat().st_size > 0

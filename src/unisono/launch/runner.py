@@ -12,11 +12,14 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unisono.errors import WorkerFailure
 from unisono.launch.guard import Guard
+from unisono.launch.nursery import Nursery, is_possible
 from unisono.launch.processes import STOP_CODES, WorkerProcesses
 from unisono.launch.report import Failure, has_output, report, root_cause
 from unisono.signals import StopRequest
@@ -25,6 +28,15 @@ if TYPE_CHECKING:
     from unisono.launch.agent import Agent
 
 _MONITOR_INTERVAL_S = 0.1
+_PRELOADED = (
+    "numpy",
+    "torch",
+    "torch._dynamo",  # every optimizer imports it
+    "torch.distributed",
+    "unisono.training.trainer",
+    "unisono.launch.worker",
+)
+"""What the nursery imports: what every training script needs, and nothing that a script may need in another way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +67,22 @@ def run(settings: Run) -> int:
     folder = Path(tempfile.mkdtemp(prefix="unisono-"))
     keep_output = False
     try:
-        with StopRequest() as stop, Guard() as guard:
-            processes = WorkerProcesses(folder, guard)
+        with StopRequest() as stop, Guard() as guard, _nursery(settings, guard) as nursery:
+            processes = WorkerProcesses(folder, guard, nursery)
             try:
                 _run_agent(settings, processes, stop)
             except KeyboardInterrupt:
                 pass  # a person insisted: the agent has ended the workers on its way out
+            except WorkerFailure:
+                if processes.lost is None:
+                    raise
             finally:
                 processes.end(grace_s=0.0)
         cause = root_cause(processes.failures())
+        if processes.lost and (cause is None or cause.record is None or cause.record.secondary):
+            _restore_terminal()
+            _say(str(processes.lost))
+            return 1
         stopped = stop.requested or _stop_of(processes)
         if stopped:
             _restore_terminal()
@@ -78,6 +97,14 @@ def run(settings: Run) -> int:
     finally:
         if not keep_output:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _nursery(settings: Run, guard: Guard) -> AbstractContextManager[Nursery | None]:
+    """Started first of all, it imports PyTorch while we do the same."""
+    if not is_possible():
+        return contextlib.nullcontext()
+    command = (settings.script, *settings.args)
+    return Nursery(environment=_environment(settings), preload=_PRELOADED, guard=guard, label=command)
 
 
 def _run_agent(settings: Run, processes: WorkerProcesses, stop: StopRequest) -> None:

@@ -1,4 +1,6 @@
-"""What runs inside each worker: `python -m unisono.launch.worker SCRIPT ARGS…` runs SCRIPT as `python SCRIPT` would.
+"""What runs inside each worker, a child of the nursery or `python -m unisono.launch.worker SCRIPT ARGS…`: the script.
+
+It runs as under `python SCRIPT ARGS…`.
 
 Differences from plain Python: an exception is not printed but recorded for the launcher, which prints the one that
 caused the others; and nothing starts if the launcher is gone already.
@@ -13,25 +15,33 @@ import os
 import runpy
 import signal
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from unisono.launch.nursery import BLOCKED_SIGNALS
 from unisono.launch.report import ERROR_FILE, describe, write_record
 
 LAUNCHER_PID = "UNISONO_LAUNCHER_PID"
 """Environment variable: the process that must be this one's parent."""
 
-BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""The launcher starts workers with these blocked, so that a stop during the start does not hit a bare interpreter."""
-
 
 def main() -> None:
-    """Run the script named by the arguments, then end with its status."""
+    """Run the script named by the arguments, in an interpreter of its own, then end with its status."""
     # If the launcher was killed before its guard heard of this process, nobody would ever end it.
     if os.getppid() != int(os.environ[LAUNCHER_PID]):
         sys.exit(1)
-    script = sys.argv[1]
-    del sys.argv[0]
+    _work(sys.argv[1:])
+
+
+def forked(spec: Mapping[str, Any]) -> None:
+    """Run the script named by `spec["command"]`, in a child of the nursery, then end with its status."""
+    _work(spec["command"])
+
+
+def _work(command: Sequence[str]) -> None:
+    sys.argv[:] = command
+    script = command[0]
     # This interpreter runs with -P so that files in the current directory cannot shadow what it imports; from here on
     # the script finds its neighbours, as always.
     if not os.environ.get("PYTHONSAFEPATH"):
