@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -42,6 +44,21 @@ def measure(peer: str, case: str, workers: int) -> Memory:
     return found
 
 
+def launched(case: str, workers: int) -> Memory:
+    """What ``workers`` of ``unisono run`` hold after a few steps of ``fit``.
+
+    Raises:
+        PeerFailed: It does not run here.
+    """
+    script = str(HERE / "launched.py")
+    command = [sys.executable, "-m", "unisono.launch", "run", "--workers", str(workers), script, case, str(workers)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("memory ")]
+    if not lines:
+        raise PeerFailed(f"unisono run ended with status {done.returncode}: {done.stderr[-500:]}")
+    return Memory(**json.loads(lines[0].removeprefix("memory ")))
+
+
 def table(found: dict[str, Memory]) -> str:
     """A Markdown table; everything in MiB, the first row is what the others are compared with."""
     first = next(iter(found.values())).pss
@@ -69,6 +86,7 @@ def main() -> None:
             print(f"{peer} is left out: {reason}", flush=True)
             continue
         found[peer] = measure(peer, arguments.case, arguments.workers)
+    found[f"unisono run --workers {arguments.workers}"] = launched(arguments.case, arguments.workers)
     print(table(found))
     if arguments.save:
         arguments.into.mkdir(parents=True, exist_ok=True)

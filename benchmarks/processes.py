@@ -99,7 +99,7 @@ class Group:
 
     def memory(self) -> Memory | None:
         """Proportional set size, summed over the workers; None where the system does not tell it."""
-        found = [_memory(process.pid) for process in self._processes]
+        found = [memory_of(process.pid) for process in self._processes]
         known = [memory for memory in found if memory is not None]
         return sum(known[1:], known[0]) if len(known) == len(found) else None
 
@@ -193,7 +193,8 @@ def _print_to(path: Path) -> None:
         os.dup2(log.fileno(), sys.stderr.fileno())
 
 
-def _memory(pid: int | None) -> Memory | None:
+def memory_of(pid: int | None) -> Memory | None:
+    """What a process holds; None where the system does not tell."""
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except OSError:
