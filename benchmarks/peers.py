@@ -168,19 +168,22 @@ def deepspeed(workload: Workload, place: Place) -> Made:
     return Made(model=model, steps={"step": step}, optimizer=optimizer)
 
 
-def unisono(workload: Workload, place: Place, *, microbatches: int | None, shared: bool = True) -> Made:
-    """unisono over shared memory (its default on one host) or over Gloo; None: as many microbatches as workers."""
+def unisono(
+    workload: Workload, place: Place, *, microbatches: int | None, shared: bool = True, overlap: bool | None = None
+) -> Made:
+    """unisono over shared memory (its default inside a host) or over Gloo alone; None: as many microbatches as workers."""
     import unisono
     from unisono.collective import Collective
-    from unisono.collective.shared_memory import SharedMemory
+    from unisono.collective.hierarchical import come_near
     from unisono.collective.torch_distributed import TorchDistributed
 
-    collective: Collective = TorchDistributed()
+    wide = TorchDistributed()
+    collective: Collective = wide
     if shared:
-        met = SharedMemory.meet(place.rank, place.workers, collective.all_gather_bytes)
-        if isinstance(met, str):
-            raise RuntimeError(met)
-        collective = met
+        nearest = come_near(wide)
+        if isinstance(nearest, str):
+            raise RuntimeError(nearest)
+        collective = nearest
     model = workload.model()
     optimizer = _optimizer(model)
     trainer = unisono.Trainer(
@@ -190,7 +193,7 @@ def unisono(workload: Workload, place: Place, *, microbatches: int | None, share
         batch_size=workload.batch_size,
         microbatches=microbatches or place.workers,
         collective=collective,
-        sync=unisono.Exact(share_weights=True),  # as in fit(), where nobody else writes to them
+        sync=unisono.Exact(share_weights=True, overlap=overlap),  # as in fit(), where nobody else writes to them
     )
     if trainer.collective.size != place.workers:
         raise RuntimeError(f"unisono sees {trainer.collective.size} workers instead of {place.workers}")
@@ -294,7 +297,8 @@ PEERS = {
         Peer(name="unisono over Gloo, M = 2", make=functools.partial(unisono, microbatches=2, shared=False)),
         Peer(name="unisono over Gloo, M = 8", make=functools.partial(unisono, microbatches=8, shared=False)),
         Peer(name="unisono, M = W", make=functools.partial(unisono, microbatches=None)),
+        Peer(name="unisono, M = W, overlap", make=functools.partial(unisono, microbatches=None, overlap=True)),
     )
 }
-OPTIONAL = ("unisono over Gloo, M = 8", "unisono, M = W")
+OPTIONAL = ("unisono over Gloo, M = 8", "unisono, M = W", "unisono, M = W, overlap")
 DEFAULT = tuple(name for name in PEERS if name not in OPTIONAL)

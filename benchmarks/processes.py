@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,12 @@ class Group:
         workload: Name of what is trained.
         folder: An empty folder of the group's own, for the meeting point and what the processes print.
         workers: Number of processes; None: as many as the peer has by itself.
+        enter: Called in each process, with its rank, before anything else.
     """
 
-    def __init__(self, peer: Peer, workload: str, folder: Path, workers: int | None = None) -> None:
+    def __init__(
+        self, peer: Peer, workload: str, folder: Path, workers: int | None = None, enter: Callable[[int], None] | None = None
+    ) -> None:
         folder.mkdir()
         self.peer = peer
         self._folder = folder
@@ -66,7 +70,7 @@ class Group:
         for rank in range(size):
             mine, theirs = context.Pipe()
             process = context.Process(
-                target=serve, args=(peer.name, workload, Place(rank, size), str(folder), theirs), daemon=True
+                target=serve, args=(peer.name, workload, Place(rank, size), str(folder), theirs, enter), daemon=True
             )
             process.start()
             theirs.close()
@@ -142,13 +146,17 @@ class Group:
         return "\n".join([f"a worker {what}; last lines:", *printed])
 
 
-def serve(peer: str, workload: str, place: Place, folder: str, pipe: Connection) -> None:
+def serve(
+    peer: str, workload: str, place: Place, folder: str, pipe: Connection, enter: Callable[[int], None] | None = None
+) -> None:
     """One process of a peer: makes it, then answers until it is told None.
 
     It is asked ``(name of a step, how often)`` and answers with the seconds, ``("loss", 0)`` with the loss of its share, and
     ``("hold", 0)`` once it holds. What it prints goes to a file in ``folder``.
     """
     _print_to(Path(folder) / f"{place.rank}.log")
+    if enter is not None:
+        enter(place.rank)
     threads = KNOWN[peer].threads
     os.environ["OMP_NUM_THREADS"] = str(threads)  # unisono asks it how many threads a worker has
     torch.set_num_threads(threads)

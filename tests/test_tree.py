@@ -170,3 +170,38 @@ def test_aligned_ranges_are_one_piece_each(leaves: int, workers: int) -> None:
 def test_fewer_leaves_than_workers_or_no_worker_is_an_error(workers: int) -> None:
     with pytest.raises(ValueError, match=f"{workers} workers cannot share 4 leaves"):
         assignment(4, workers)
+
+
+# ---- hosts ----
+
+
+def host_pieces(ranges: Sequence[Span], hosts: Sequence[int], leaves: int) -> int:
+    """The pieces of hosts, each of them its workers' ranges taken together."""
+    found, first = 0, 0
+    for members in hosts:
+        found += len(pieces(ranges[first][0], ranges[first + members - 1][1], leaves))
+        first += members
+    return found
+
+
+@pytest.mark.parametrize("leaves", range(2, 11))
+def test_no_other_ranges_have_fewer_pieces_of_hosts(leaves: int) -> None:
+    for workers in range(2, leaves + 1):
+        most = -(-leaves // workers)
+        cuts = [(0, *middles, leaves) for middles in combinations(range(1, leaves), workers - 1)]
+        fair = [list(pairwise(cut)) for cut in cuts if all(b - a <= most for a, b in pairwise(cut))]
+        for borders in range(1, workers):
+            hosts = (borders, workers - borders)
+            found = assignment(leaves, workers, hosts)
+            assert list(found) in fair
+            assert host_pieces(found, hosts, leaves) == min(host_pieces(ranges, hosts, leaves) for ranges in fair)
+
+
+def test_hosts_of_two_and_one_workers_get_six_and_two_of_eight_leaves() -> None:
+    assert assignment(8, 3, (2, 1)) == ((0, 3), (3, 6), (6, 8))
+    assert assignment(8, 3, (1, 2)) == ((0, 2), (2, 5), (5, 8))
+
+
+def test_hosts_have_as_many_workers_as_there_are() -> None:
+    with pytest.raises(ValueError, match="do not have 3 workers"):
+        assignment(8, 3, (2, 2))

@@ -55,40 +55,56 @@ def pieces(lo: int, hi: int, leaves: int) -> tuple[Span, ...]:
 
 
 @lru_cache(maxsize=64)
-def assignment(leaves: int, workers: int) -> tuple[Span, ...]:
+def assignment(leaves: int, workers: int, hosts: tuple[int, ...] = ()) -> tuple[Span, ...]:
     """Contiguous ranges of leaves for ``workers`` workers: nobody has more than ``ceil(leaves / workers)``, everybody at
     least one, and the total number of pieces, hence of bytes on the wire, is the least possible.
 
+    Args:
+        hosts: The number of workers of each host, in order, if it matters: then the pieces of hosts (those of its workers'
+            ranges taken together, which are what crosses the wire) are the fewest first, and the pieces of the workers of
+            each host second.
+
     Raises:
-        ValueError: unless ``1 <= workers <= leaves``.
+        ValueError: unless ``1 <= workers <= leaves``, and the hosts have that many workers.
     """
     if not 1 <= workers <= leaves:
         raise ValueError(f"{workers} workers cannot share {leaves} leaves: need 1 <= workers <= leaves")
+    if hosts and sum(hosts) != workers:
+        raise ValueError(f"hosts of {hosts} workers do not have {workers} workers together")
     most = -(-leaves // workers)
     if leaves % workers == 0:
         return tuple((rank * most, (rank + 1) * most) for rank in range(workers))
+    hosts = hosts or (workers,)
+    spans = _divide(0, leaves, [(members, members * most) for members in hosts], leaves)
+    return tuple(
+        span for (lo, hi), members in zip(spans, hosts, strict=True) for span in _divide(lo, hi, [(1, most)] * members, leaves)
+    )
 
-    # Dynamic programme from the right: fewest[lo] = (pieces, range end) for the workers not yet served.
-    unreachable = (leaves + 1, 0)
-    fewest = {leaves: (0, leaves)}
+
+def _divide(first: int, last: int, limits: Sequence[tuple[int, int]], leaves: int) -> list[Span]:
+    """Cuts the range ``(first, last)`` into one range for each ``(least, most)`` of ``limits``, with the fewest pieces in all."""
+    # Dynamic programme from the right: fewest[lo] = pieces of the ranges from lo on, for the limits seen so far.
+    fewest = {last: 0}
     ends: list[dict[int, int]] = []
-    for remaining in range(1, workers + 1):
+    room = need = 0
+    for least, most in reversed(limits):
+        room, need = room + most, need + least
         best: dict[int, tuple[int, int]] = {}
-        for lo in range(max(0, leaves - remaining * most), leaves - remaining + 1):
-            candidates = (
-                (len(pieces(lo, hi, leaves)) + fewest[hi][0], hi) for hi in range(min(lo + most, leaves), lo, -1) if hi in fewest
-            )
-            choice = min(candidates, key=lambda candidate: candidate[0], default=unreachable)
-            if choice is not unreachable:
-                best[lo] = choice
-        fewest = best
+        for lo in range(max(first, last - room), last - need + 1):
+            candidates = [
+                (len(pieces(lo, hi, leaves)) + fewest[hi], hi)
+                for hi in range(min(lo + most, last), lo + least - 1, -1)
+                if hi in fewest
+            ]
+            if candidates:
+                best[lo] = min(candidates, key=lambda candidate: candidate[0])
+        fewest = {lo: count for lo, (count, _) in best.items()}
         ends.append({lo: hi for lo, (_, hi) in best.items()})
-    ranges: list[Span] = []
-    lo = 0
+    spans: list[Span] = []
     for by_start in reversed(ends):
-        ranges.append((lo, by_start[lo]))
-        lo = by_start[lo]
-    return tuple(ranges)
+        spans.append((first, by_start[first]))
+        first = by_start[first]
+    return spans
 
 
 def combine(

@@ -218,6 +218,20 @@ def byte_strings_of_any_length_are_gathered(collective: Collective) -> None:
 
 
 @check
+def several_tensors_of_each_worker_are_gathered(collective: Collective) -> None:
+    def brought(rank: int) -> list[Tensor]:
+        """Worker 0 brings nothing, and some of the others what is too large for a packet."""
+        return [message(rank, 0, number, 3 + number * 9000 * (rank % 2)) for number in range(rank)]
+
+    everybody = range(collective.size)
+    for _ in range(2):
+        gathered = collective.all_gather_lists(
+            brought(collective.rank), [list(map(expected, brought(peer))) for peer in everybody]
+        )
+        assert all(same(gathered[peer], brought(peer)) for peer in everybody)
+
+
+@check
 def nobody_passes_a_barrier_before_everybody_is_there(collective: Collective) -> None:
     before = time.monotonic()  # one clock for all processes of a machine
     collective.barrier()
@@ -235,14 +249,19 @@ def bytes_to_other_workers_are_counted_and_no_others(collective: Collective) -> 
         call()
         return collective.bytes_sent - before
 
+    def everybodys_cost(call: Callable[[], Any]) -> int:
+        """Of all workers together: one may pass on what another has sent."""
+        return sum(int(text) for text in collective.all_gather_bytes(str(cost(call)).encode()))
+
     ten = torch.zeros(10, dtype=torch.float64)
+    pairs = others * (others + 1)
     assert cost(lambda: collective.exchange([[ten, ten]] * (others + 1), [[expected(ten)] * 2] * (others + 1))) == 160 * others
     assert cost(lambda: collective.exchange([[]] * (others + 1), [[]] * (others + 1))) == 0
-    assert cost(lambda: collective.all_gather(torch.zeros(3))) == 12 * others
-    assert cost(lambda: collective.all_gather_bytes(b"12345")) == (8 + 5) * others
+    assert everybodys_cost(lambda: collective.all_gather(torch.zeros(3))) == 12 * pairs
+    assert everybodys_cost(lambda: collective.all_gather_bytes(b"12345")) == (8 + 5) * pairs
     flat = torch.zeros(6 * (others + 1))
-    assert cost(lambda: collective.publish(flat, [(6 * r, 6 * r + 6) for r in range(others + 1)])) == 24 * others
-    assert cost(lambda: collective.broadcast(ten)) == (80 * others if collective.rank == 0 else 0)
+    assert everybodys_cost(lambda: collective.publish(flat, [(6 * r, 6 * r + 6) for r in range(others + 1)])) == 24 * pairs
+    assert everybodys_cost(lambda: collective.broadcast(ten)) == 80 * others
 
 
 @check

@@ -131,7 +131,7 @@ def train(
         microbatches,
         seed,
         precision=precision,
-        sync=Exact(overlap=overlap, bucket_mib=0.05, replicate_kib=4096 if replicated else 0),
+        sync=Exact(overlap=overlap, bucket_mib=0.05, replicate_kib=4096 if replicated else 0, share_weights=share_weights),
     )
     assert trainer.collective.size == workers
     loader = Loader(num_workers=num_workers, collate_fn=collate)

@@ -41,6 +41,12 @@ class Collective(abc.ABC):
     size: int
     bytes_sent: int = 0
 
+    @property
+    def hosts(self) -> Sequence[Sequence[int]]:
+        """Where some workers are nearer than others: the ranks of each host, contiguous, in order. By default every worker
+        counts as a host of its own: none is nearer."""
+        return [(rank,) for rank in range(self.size)]
+
     @abc.abstractmethod
     def start_exchange(
         self, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Expected]], *, name: str = "exchange"
@@ -70,14 +76,17 @@ class Collective(abc.ABC):
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """*collective*. The 1-D tensors of all workers, in order of rank; same size and dtype everywhere."""
         expected: Expected = (tensor.numel(), tensor.dtype, tensor.device)
-        received = self.exchange([[tensor]] * self.size, [[expected]] * self.size)
-        return [tensors[0] for tensors in received]
+        return [tensors[0] for tensors in self.all_gather_lists([tensor], [[expected]] * self.size)]
+
+    def all_gather_lists(self, tensors: Sequence[Tensor], expected: Sequence[Sequence[Expected]]) -> list[list[Tensor]]:
+        """*collective*. Every worker's flat tensors, by rank; ``expected`` says for each rank what it brings."""
+        return self.exchange([tensors] * self.size, expected)
 
     def all_gather_bytes(self, data: bytes) -> list[bytes]:
         """*collective*. The byte strings of all workers, of any length, in order of rank."""
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
         sizes = [int(size) for size in self.all_gather(torch.tensor([len(data)]))]
-        received = self.exchange([[mine]] * self.size, [[(size, torch.uint8, mine.device)] for size in sizes])
+        received = self.all_gather_lists([mine], [[(size, torch.uint8, mine.device)] for size in sizes])
         return [tensors[0].numpy().tobytes() for tensors in received]
 
     def barrier(self) -> None:
@@ -94,7 +103,7 @@ class Collective(abc.ABC):
         moves nothing on this host.
 
         Returns:
-            Whether this transport can do that; the same on all workers.
+            Whether this transport can do that; the same on all workers of a host.
         """
         return False
 

@@ -140,13 +140,13 @@ class SharedMemory(Collective):
             listener.bind(token)
             listener.listen(size)
             listener.settimeout(20)
-            mine = f"{_machine()}{token}"
+            mine = f"{host_identity()}{token}"
         except (OSError, AttributeError) as error:
             problem, mine = str(error) or "no sockets", "!"
         hellos = [text.decode() for text in introduce(mine.encode())]
         machines = {hello.partition("\0")[0] for hello in hellos}
         if len(machines) != 1 or "!" in machines:
-            problem = problem or "the workers run on several machines"
+            problem = problem or "the workers run on several hosts"
         elif listener is not None:
             try:
                 _connect_all(rank, [hello[hello.index("\0") :] for hello in hellos], listener, sockets)
@@ -408,9 +408,18 @@ def _connect_all(rank: int, addresses: Sequence[str], listener: socket.socket, s
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _TIMEOUT_S, 0))
 
 
-def _machine() -> str:
-    """What workers have in common that can share memory: the machine since its last start."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+def host_identity() -> str:
+    """*local*. What workers have in common that can share memory: the machine since its last start, the network namespace
+    (abstract sockets are seen in their own only), and the user, as a number and in what namespace.
+
+    Raises:
+        OSError: The machine cannot be told from others.
+    """
+    parts = [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), str(os.getuid())]
+    for namespace in ("net", "user"):
+        with contextlib.suppress(OSError):  # a kernel without namespaces
+            parts.append(str(Path(f"/proc/self/ns/{namespace}").readlink()))
+    return " ".join(parts)
 
 
 def _entries(packet: bytes | bytearray) -> tuple[int, list[tuple[int, int, int]]]:

@@ -122,17 +122,16 @@ class TorchDistributed(Collective):
         return _Exchange(self, self._start(operations), received, outgoing)
 
     def publish(self, flat: Tensor, bounds: Sequence[tuple[int, int]]) -> None:
-        lo, hi = bounds[self.rank]
-        mine = _real(flat[lo:hi])
-        operations: list[dist.P2POp] = []
-        for peer, (peer_lo, peer_hi) in enumerate(bounds):
-            if peer == self.rank:
-                continue
-            if peer_hi > peer_lo:
-                operations.append(dist.P2POp(dist.irecv, _real(flat[peer_lo:peer_hi]), peer))
-            if hi > lo:
-                operations.append(dist.P2POp(dist.isend, mine, peer))
-                self.bytes_sent += mine.nbytes
+        others = [peer for peer in range(self.size) if peer != self.rank]
+        mine = flat[slice(*bounds[self.rank])]
+        self.transfer([(peer, mine) for peer in others], [(peer, flat[slice(*bounds[peer])]) for peer in others])
+
+    def transfer(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> None:
+        """*collective* among the workers named: sends contiguous tensors to workers, and receives others from workers right
+        where they shall lie. Empty ones do not travel."""
+        operations = [dist.P2POp(dist.irecv, _real(tensor), peer) for peer, tensor in receives if tensor.numel()]
+        operations += [dist.P2POp(dist.isend, _real(tensor), peer) for peer, tensor in sends if tensor.numel()]
+        self.bytes_sent += sum(tensor.nbytes for _, tensor in sends)
         works = self._start(operations)
         with self.contact():
             for work in works:

@@ -2,7 +2,8 @@
 
 Each worker folds the gradients of its microbatches into its pieces. The owner of a segment receives every piece's part of
 that segment and finishes the tree. For aligned ranges these are the bytes of a ring all-reduce, but the order of summation
-is ours: it depends on the number of microbatches alone.
+is ours: it depends on the number of microbatches alone. Between hosts of several workers, pieces travel in two levels
+(``two_levels.py``).
 
 Where gradients are sent during backward, they go in buckets, last layers first, in the same order on every worker.
 """
@@ -16,14 +17,16 @@ import torch
 from torch import Tensor
 
 from unisono.collective import Collective, Expected, Pending
+from unisono.collective.hosts import Hosts
 from unisono.errors import ConfigurationError
 from unisono.layout import Layout, Segment, Slot, allocate
 from unisono.sync.base import Reduced, Reduction, Sync
 from unisono.sync.finish import Finisher, Norms, Run, is_large, runs
 from unisono.sync.fold import LeafPlan, LocalFold, real
 from unisono.sync.row_exchange import RowExchange
+from unisono.sync.two_levels import TwoLevels
+from unisono.tree import Span, pieces
 from unisono.tree import assignment as assign
-from unisono.tree import pieces
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +94,8 @@ class _StepState:
     pending: list[Pending] = dataclasses.field(default_factory=list)
     received: dict[int, list[list[Tensor]]] = dataclasses.field(default_factory=dict)
     """What the exchanges that have been waited for brought, by number."""
+    notes: tuple[Sequence[Tensor], Sequence[Sequence[Expected]]] = ((), ())
+    """What goes to all workers after the pieces, where these go in two levels; and what comes from them."""
 
 
 class ExactReduction(Reduction):
@@ -102,7 +107,8 @@ class ExactReduction(Reduction):
         self._settings = settings
         self._layout = layout
         self._collective = collective
-        self.ranges = assign(leaves, collective.size)
+        hosts = Hosts(collective.hosts, collective.rank)
+        self.ranges = assign(leaves, collective.size, tuple(map(len, hosts.groups)) if hosts.two_levels else ())
         self.segments = layout.segments(collective.size)
         self.replicated = collective.size > 1 and layout.nbytes <= settings.replicate_kib * 1024
         self._pieces = [pieces(lo, hi, leaves) for lo, hi in self.ranges]
@@ -121,8 +127,13 @@ class ExactReduction(Reduction):
             sparse=sparse,
             resting=self.replicated,
         )
+        self._levels: TwoLevels | None = None
+        self._arriving: Sequence[Sequence[Span]] = self._pieces  # what each worker sends here
+        if hosts.two_levels:
+            self._levels = TwoLevels(collective, hosts, self._pieces, leaves, own_changes=not self.replicated)
+            self._arriving = self._levels.arriving
         self._finisher = Finisher(
-            layout, self._pieces, collective.rank, leaves, allocate=allocate, own_changes=not self.replicated
+            layout, self._arriving, collective.rank, leaves, allocate=allocate, own_changes=not self.replicated
         )
         self.densified: set[int] = set()
         self._hooks_installed = False
@@ -171,6 +182,8 @@ class ExactReduction(Reduction):
     def begin(self, filled: int, *, overlap: bool) -> None:
         self._fold.begin(filled)
         self._rows.begin(filled)
+        if self._levels is not None:
+            self._levels.begin(filled)
         self._state = _StepState(filled=filled, overlap=overlap)
         if overlap and not self._hooks_installed:
             self._install_hooks()
@@ -204,23 +217,32 @@ class ExactReduction(Reduction):
         expected = [[*(expected[peer] if expected else ()), *self._rows.expected(peer)] for peer in range(size)]
         todo = self._buckets[len(self._state.pending) :]
         # A backend sends tensors of one device at a time.
-        along = bool(todo) and self._layout.blocks[0].device.type == "cpu"
+        along = self._levels is None and bool(todo) and self._layout.blocks[0].device.type == "cpu"
         for bucket in todo[: len(todo) - along]:
             self._send(bucket)
         if along:
             self._send(todo[-1], notes, expected)
+        elif self._levels is not None:
+            self._state.notes = (notes, expected)
         else:
             self._state.pending.append(self._collective.start_exchange([notes] * size, expected, name="notes"))
 
     def notes(self) -> list[list[Tensor]]:
-        last = len(self._state.pending) - 1
-        received = self._received(last)
-        if last < len(self._buckets):
-            received = [tensors[self._pieces_in(worker, self._buckets[last]) :] for worker, tensors in enumerate(received)]
+        received = self._all_notes()
         if self._rows.slots:
             self._rows.read([tensors[-1] for tensors in received])
             received = [tensors[:-1] for tensors in received]
         return received
+
+    def _all_notes(self) -> list[list[Tensor]]:
+        if self._levels is not None:
+            self._levels.forward()
+            return self._collective.all_gather_lists(*self._state.notes)
+        last = len(self._state.pending) - 1
+        received = self._received(last)
+        if last == len(self._buckets):
+            return received
+        return [tensors[self._pieces_in(worker, self._buckets[last]) :] for worker, tensors in enumerate(received)]
 
     def drop(self) -> None:
         for number in range(len(self._state.pending)):
@@ -256,6 +278,11 @@ class ExactReduction(Reduction):
         rank, size = self._collective.rank, self._collective.size
         block = self._layout.blocks[bucket.block]
         flats = [sums.flats[bucket.block] for sums in self._fold.pieces()]
+        name = f"reduce {bucket.number} of {len(self._buckets)}"
+        if self._levels is not None:
+            wanted = [self._wanted(bucket, peer) for peer in range(size)]
+            self._state.pending.append(self._levels.start(flats, wanted, (block.dtype, block.device), name))
+            return
         outgoing: list[list[Tensor]] = []
         incoming: list[list[Expected]] = []
         mine_lo, mine_hi = self._wanted(bucket, rank)
@@ -264,7 +291,6 @@ class ExactReduction(Reduction):
             outgoing.append([*([flat[lo:hi] for flat in flats] if peer != rank and hi > lo else ()), *notes])
             piece = (mine_hi - mine_lo, block.dtype, block.device)
             incoming.append([*[piece] * self._pieces_in(peer, bucket), *(expected[peer] if expected else ())])
-        name = f"reduce {bucket.number} of {len(self._buckets)}"
         self._state.pending.append(self._collective.start_exchange(outgoing, incoming, name=name))
 
     def _received(self, number: int) -> list[list[Tensor]]:
@@ -284,7 +310,7 @@ class ExactReduction(Reduction):
         lo, hi = self._wanted(bucket, self._collective.rank)
         if worker == self._collective.rank or hi <= lo:
             return 0
-        return sum(span[0] < self._state.filled for span in self._pieces[worker])
+        return sum(span[0] < self._state.filled for span in self._arriving[worker])
 
     # ------------------------------------------------------------------ overlap with backward
 

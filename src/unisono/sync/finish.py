@@ -157,21 +157,41 @@ class _Plan:
     """The own piece that ends as the result; None: spare memory does."""
 
 
-@lru_cache(maxsize=64)
-def _plan(spans: tuple[tuple[Span, ...], ...], leaves: int, filled: int, owner: int | None) -> _Plan:
+@dataclasses.dataclass(frozen=True)
+class NodeSums:
+    """How pieces are added up to nodes of the tree: additions ``(left, right, out)`` of memory by number: first the pieces, in
+    order, then scratch."""
+
+    pieces: int
+    additions: tuple[tuple[int, int, int], ...]
+    nodes: tuple[int | None, ...]
+    """Which memory ends as each node; None: all its leaves are absent."""
+    changed: frozenset[int]
+    """Memory that may be written to."""
+
+
+@lru_cache(maxsize=256)
+def node_sums(
+    spans: tuple[tuple[Span, ...], ...], leaves: int, filled: int, owner: int | None, nodes: tuple[Span, ...]
+) -> NodeSums:
+    """*local*. The sums of ``nodes`` from the pieces that some workers have.
+
+    Args:
+        spans: For each of them, its pieces; those that begin at leaf ``filled`` or later are absent.
+        owner: The one of them, by place, whose pieces may be written to; None: nobody's.
+    """
     parts: dict[Span, int | None] = {}
     changeable: set[int] = set()
     number = 0
-    for worker, pieces in enumerate(spans):
+    for place, pieces in enumerate(spans):
         for span in pieces:
             if span[0] >= filled:
                 parts[span] = None
                 continue
             parts[span] = number
-            if worker == owner:
+            if place == owner:
                 changeable.add(number)
             number += 1
-    result = min(changeable, default=None)
     additions: list[tuple[int, int, int]] = []
     free = number
 
@@ -185,8 +205,17 @@ def _plan(spans: tuple[tuple[Span, ...], ...], leaves: int, filled: int, owner: 
         additions.append((left, right, out))
         return out
 
-    if combine(parts, leaves, add) is None:
+    found = tuple(combine(parts, leaves, add, lo=lo, hi=hi) for lo, hi in nodes)
+    return NodeSums(number, tuple(additions), found, frozenset(changeable))
+
+
+@lru_cache(maxsize=64)
+def _plan(spans: tuple[tuple[Span, ...], ...], leaves: int, filled: int, owner: int | None) -> _Plan:
+    sums = node_sums(spans, leaves, filled, owner, ((0, leaves),))
+    if sums.nodes[0] is None:
         raise ConfigurationError("a step without a single sample has no gradient")  # pragma: no cover - never planned
+    number, additions = sums.pieces, list(sums.additions)
+    result = min((memory for memory in sums.changed if memory < number), default=None)
     if additions:
         left, right, _ = additions[-1]
         # Nothing reads the root's operands any more. A scratch that only the root would have needed is not made.

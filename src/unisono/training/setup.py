@@ -158,15 +158,15 @@ def connect(world: World, device: torch.device) -> Collective:
     from unisono.collective.torch_distributed import TorchDistributed
 
     group = TorchDistributed.connect(rank=world.rank, size=world.size, device=device, init_method=world.init_method or "env://")
-    if device.type != "cpu" or world.local_size != world.size:
+    if device.type != "cpu":
         return group
-    from unisono.collective.shared_memory import SharedMemory
+    from unisono.collective.hierarchical import come_near
 
-    shared = SharedMemory.meet(world.rank, world.size, group.all_gather_bytes)
-    if isinstance(shared, SharedMemory):
-        return shared
+    nearest = come_near(group)
+    if not isinstance(nearest, str):
+        return nearest
     if world.is_main:
-        warnings.warn(f"workers talk over Gloo, since they cannot share memory: {shared}", stacklevel=4)
+        warnings.warn(f"workers talk over Gloo, since they cannot share memory: {nearest}", stacklevel=4)
     return group
 
 

@@ -421,7 +421,8 @@ class Trainer:
 
     def _holdings(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What all workers hold alike, each in memory of its own."""
-        if not self._weights.shared:
+        # Shared weights are one copy a host: there is something to compare between hosts only.
+        if not self._weights.shared or any(len(host) > 1 for host in self.collective.hosts):
             yield from self._weights.named()
         for name, buffer in self.model.named_buffers():
             yield f"buffer {name!r}", buffer

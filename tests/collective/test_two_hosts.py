@@ -1,0 +1,129 @@
+"""Two hosts of two workers each, for real: network namespaces, torchrun on each, and the bytes on the wire between them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unisono.testing.hosts import ADDRESSES, WIRE, NoNamespaces, TwoHosts, two_hosts
+
+STEPS = 4
+LAYERS, WIDTH = 16, 256
+WEIGHTS_BYTES = 4 * LAYERS * WIDTH * WIDTH
+
+SCRIPT = f"""
+import hashlib, json, sys
+from pathlib import Path
+import torch, unisono
+from torch import nn
+
+def loss(model, batch):
+    return ((model(batch[0]) - batch[1]) ** 2).sum(), batch[0].numel()
+
+torch.manual_seed(0)
+model = nn.Sequential(*[nn.Linear({WIDTH}, {WIDTH}, bias=False) for _ in range({LAYERS})])
+data = torch.utils.data.TensorDataset(torch.randn(16, {WIDTH}), torch.randn(16, {WIDTH}))
+trainer = unisono.Trainer(
+    model, torch.optim.Adam(model.parameters()), loss, batch_size=16, microbatches=8, sync=unisono.Exact(share_weights=True)
+)
+
+def sent():
+    for line in Path("/proc/self/net/dev").read_text().splitlines():
+        if line.strip().startswith("{WIRE}:"):
+            return int(line.partition(":")[2].split()[8])
+    return 0
+
+counts = []
+for number, batch in enumerate(trainer.batches(data, epochs={STEPS} + 1)):
+    trainer.collective.barrier()
+    counts.append(sent())
+    trainer.collective.barrier()
+    if "die" in sys.argv and trainer.collective.rank == 3 and number == 2:
+        raise OSError("the data set is gone")
+    trainer.step(batch)
+trainer.collective.barrier()
+counts.append(sent())
+trainer.collective.barrier()
+weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
+found = dict(transport=type(trainer.collective).__name__, weights=weights, sent=counts[-1] - counts[1])
+Path(sys.argv[1], str(trainer.collective.rank)).write_text(json.dumps(found))
+"""
+
+
+@pytest.fixture
+def hosts() -> Iterator[TwoHosts]:
+    try:
+        with two_hosts() as made:
+            yield made
+    except NoNamespaces as error:
+        pytest.skip(f"network namespaces cannot be made here: {error}")
+
+
+def command(host: int, workers: int, script: Path, *arguments: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={host}", f"--nproc-per-node={workers}"]
+    return [*launcher, f"--master-addr={ADDRESSES[0]}", "--master-port=29400", str(script), *arguments]
+
+
+def launch(hosts: TwoHosts, workers: tuple[int, int], script: Path, *arguments: str) -> list[tuple[int, str]]:
+    """Runs the script under torchrun on both hosts: each one's exit status, and what it printed."""
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": WIRE, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            hosts.command(host, command(host, count, script, *arguments)),
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for host, count in enumerate(workers)
+    ]
+    try:
+        printed = [process.communicate(timeout=100)[0] for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()  # torchrun's workers end with it
+                process.wait()
+    return [(process.returncode, text) for process, text in zip(processes, printed, strict=True)]
+
+
+def found_in(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
+
+
+def test_weights_and_gradients_cross_the_wire_once_and_the_bits_are_those_of_one_process(hosts: TwoHosts, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    folders = [tmp_path / "several", tmp_path / "alone"]
+    for folder in folders:
+        folder.mkdir()
+
+    ended = launch(hosts, (2, 2), script, str(folders[0]))
+    assert [status for status, _ in ended] == [0, 0], ended
+    subprocess.run([sys.executable, str(script), str(folders[1])], check=True, timeout=60)
+
+    several, (alone,) = map(found_in, folders)
+    print([(entry["sent"] / STEPS / WEIGHTS_BYTES) for entry in several])
+    assert [entry["transport"] for entry in several] == ["Hierarchical"] * 4
+    assert [entry["weights"] for entry in several] == [alone["weights"]] * 4
+    for entry in several:
+        # Half of the gradient and half of the weights leave each host: a ring all-reduce between two hosts.
+        assert WEIGHTS_BYTES < entry["sent"] / STEPS < 1.03 * WEIGHTS_BYTES
+
+
+def test_an_error_on_one_host_ends_the_workers_of_both(hosts: TwoHosts, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+
+    ended = launch(hosts, (2, 2), script, str(tmp_path), "die")
+
+    assert all(status for status, _ in ended)
+    assert "OSError: the data set is gone" in ended[1][1]
+    assert "WorkerFailure" in ended[0][1]
