@@ -238,7 +238,7 @@ def newest_checkpoint(run_dir: Path) -> int:
 
 def lines(run_dir: Path) -> list[dict[str, object]]:
     """The log without what depends on time."""
-    timed = re.compile(r".*_s|samples_per_second")
+    timed = re.compile(r".*_s(_\d+)?|samples_per_second")
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in record.items() if not timed.fullmatch(key)} for record in records]
 

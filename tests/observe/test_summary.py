@@ -116,7 +116,8 @@ def test_a_remote_run_directory_is_not_given_to_sha256sum() -> None:
 def test_the_keys_of_the_json_are_these() -> None:
     assert list(json.loads(summary().to_json())) == [
         "steps", "epochs", "samples", "samples_per_second", "seconds", "workers", "weights_sha256", "loss", "metrics",
-        "waiting_share", "finished", "parameters", "run_dir", "bytes_sent_per_step",
+        "waiting_share", "finished", "parameters", "run_dir", "bytes_sent_per_step", "data_s", "compute_s",
+        "communication_s", "waiting_s",
     ]  # fmt: skip
 
 
@@ -128,7 +129,8 @@ numbers = st.floats(allow_nan=False)
         Summary, steps=st.integers(0), epochs=st.integers(0), samples=st.integers(0), samples_per_second=numbers,
         seconds=numbers, workers=st.integers(1), weights_sha256=st.text(), loss=numbers,
         metrics=st.dictionaries(st.text(), numbers), waiting_share=numbers, finished=st.booleans(),
-        parameters=st.integers(0), run_dir=st.text(), bytes_sent_per_step=numbers,
+        parameters=st.integers(0), run_dir=st.text(), bytes_sent_per_step=numbers, data_s=st.lists(numbers),
+        compute_s=st.lists(numbers), communication_s=st.lists(numbers), waiting_s=st.lists(numbers),
     )
 )  # fmt: skip
 def test_any_summary_is_read_back_as_it_was_written(written: Summary) -> None:
@@ -163,10 +165,16 @@ def test_a_damaged_summary_is_named(text: str | bytes, message: str) -> None:
     ("key", "value"),
     [
         ("steps", "7"), ("steps", True), ("loss", None), ("loss", "low"), ("finished", 1), ("run_dir", 3),
-        ("metrics", []), ("metrics", {"accuracy": "high"}),
+        ("metrics", []), ("metrics", {"accuracy": "high"}), ("data_s", 1.0), ("waiting_s", ["long"]),
     ],
 )  # fmt: skip
 def test_a_value_of_another_kind_is_named(key: str, value: object) -> None:
     text = json.dumps({**dataclasses.asdict(summary()), key: value})
     with pytest.raises(CheckpointError, match=f"'{key}' is "):
         Summary.from_json(text)
+
+
+def test_a_summary_of_an_earlier_version_lacks_the_times_of_each_worker() -> None:
+    values = json.loads(summary(data_s=[1.0, 2.0]).to_json())
+    del values["data_s"]
+    assert Summary.from_json(json.dumps(values)) == summary()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -144,7 +145,8 @@ def ending(trainers: Sequence[unisono.Trainer], run_dir: Any) -> End:
 
 def read_lines(store: Store) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in store.read("metrics.jsonl").splitlines()]
-    return [{k: v for k, v in line.items() if not k.endswith("_s") and k != "samples_per_second"} for line in lines]
+    timed = re.compile(r".*_s(_\d+)?|samples_per_second")
+    return [{k: v for k, v in line.items() if not timed.fullmatch(k)} for line in lines]
 
 
 def _tensors(trainer: unisono.Trainer) -> dict[str, bytes]:

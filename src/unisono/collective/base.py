@@ -14,10 +14,31 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from unisono.errors import WorkerFailure
 from unisono.layout import allocate
 
 Expected = tuple[int, torch.dtype, torch.device]
 """Number of elements, dtype and device of a flat tensor to be received."""
+
+
+PATIENCE_S = 300.0
+"""How long a worker waits for another one, unless it is told otherwise."""
+
+
+class Lookout:
+    """What a worker notes while it waits for another one, and what it says when that was in vain. *Local.*
+
+    ``unisono.guard.silence`` has one that goes and looks at the other worker.
+    """
+
+    def wait_for(self, peer: int) -> None:
+        """This worker stands still until worker ``peer`` is there; -1: it goes on."""
+
+    def silence(self, rank: int, peer: int, timeout_s: float) -> WorkerFailure:
+        """The error to raise: worker ``rank`` has waited ``timeout_s`` seconds for worker ``peer``."""
+        return WorkerFailure(
+            f"worker {rank} waited {timeout_s:g} s for worker {peer} in vain; look what that worker is doing", rank=peer
+        )
 
 
 class Pending(Protocol):
@@ -35,11 +56,21 @@ class Collective(abc.ABC):
         rank: This worker's number.
         size: How many workers there are.
         bytes_sent: Bytes of tensors that this worker has sent to other workers so far.
+        timeout_s: How long this worker waits for another one.
+        lookout: Told while it waits, and asked for the error when it has waited that long.
+        apart: Whether the workers are processes of their own.
     """
 
     rank: int
     size: int
     bytes_sent: int = 0
+    timeout_s: float = PATIENCE_S
+    lookout: Lookout = Lookout()
+    apart: bool = True
+
+    def limit(self, timeout_s: float, lookout: Lookout) -> None:
+        """*local*. From now on this worker waits at most ``timeout_s`` seconds for another one, watched by ``lookout``."""
+        self.timeout_s, self.lookout = timeout_s, lookout
 
     @property
     def hosts(self) -> Sequence[Sequence[int]]:

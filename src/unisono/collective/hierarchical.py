@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unisono.collective.base import Collective, Expected, Pending
+from unisono.collective.base import Collective, Expected, Lookout, Pending
 from unisono.collective.hosts import Hosts
 from unisono.collective.shared_memory import SharedMemory, host_identity
 from unisono.collective.torch_distributed import TorchDistributed
+from unisono.errors import WorkerFailure
 
 
 class _Exchange:
@@ -34,6 +35,25 @@ class _Exchange:
         return received
 
 
+class _Near(Lookout):
+    """The lookout of all workers, told of those of this host by their numbers there.
+
+    Args:
+        lookout: Knows all workers.
+        near: The ranks of this host's.
+    """
+
+    def __init__(self, lookout: Lookout, near: Sequence[int]) -> None:
+        self._lookout = lookout
+        self._near = near
+
+    def wait_for(self, peer: int) -> None:
+        self._lookout.wait_for(self._near[peer] if peer >= 0 else peer)
+
+    def silence(self, rank: int, peer: int, timeout_s: float) -> WorkerFailure:
+        return self._lookout.silence(self._near[rank], self._near[peer], timeout_s)
+
+
 class Hierarchical(Collective):
     """The collective of workers on several hosts, on the CPU. Made by ``come_near``.
 
@@ -50,6 +70,11 @@ class Hierarchical(Collective):
         self._local = local
         self._hosts = Hosts(groups, wide.rank)
         self._common: set[int] = set()  # addresses of memory that the workers of this host share
+
+    def limit(self, timeout_s: float, lookout: Lookout) -> None:
+        super().limit(timeout_s, lookout)
+        self._wide.limit(timeout_s, lookout)
+        self._local.limit(timeout_s, _Near(lookout, self._hosts.near))
 
     @property
     def hosts(self) -> Sequence[Sequence[int]]:

@@ -74,7 +74,9 @@ class _Arrived:
 
 
 class InProcess(Collective):
-    """The collective of one worker of a ``Meeting``; without arguments, of a worker that is alone."""
+    """The collective of one worker of a ``Meeting``, whose time limit holds; without arguments, of a worker that is alone."""
+
+    apart = False
 
     def __init__(self, meeting: Meeting | None = None, rank: int = 0) -> None:
         self._meeting = meeting or Meeting(1)

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unisono.collective.base import Collective, Expected
+from unisono.collective.base import PATIENCE_S, Collective, Expected, Lookout
 from unisono.errors import WorkerFailure
 
 Introduce = Callable[[bytes], list[bytes]]
@@ -49,7 +49,6 @@ _HEAD = struct.Struct("<QI")  # number of the exchange, tensors
 _ENTRY = struct.Struct("<qQQ")  # region (or how it travels), offset, bytes
 _INLINE, _ONE_SHOT = -1, -2
 _DESCRIPTOR_SPACE = socket.CMSG_SPACE(64 * array.array("i").itemsize)
-_TIMEOUT_S = 1800
 _LOOK_S = 50e-6
 _MAP_FIXED = 0x10  # mman.h
 
@@ -109,9 +108,10 @@ class SharedMemory(Collective):
     Args:
         rank: This worker's number.
         sockets: A connected ``SOCK_SEQPACKET`` socket for each other worker, None for this one.
+        timeout_s: How long this worker waits for another one.
     """
 
-    def __init__(self, rank: int, sockets: Sequence[socket.socket | None]) -> None:
+    def __init__(self, rank: int, sockets: Sequence[socket.socket | None], *, timeout_s: float = PATIENCE_S) -> None:
         self.rank = rank
         self.size = len(sockets)
         self._sockets = list(sockets)
@@ -124,12 +124,13 @@ class SharedMemory(Collective):
         self._told: list[set[int]] = [set() for _ in sockets]  # regions whose descriptor each worker has
         self._seen: list[dict[int, Tensor]] = [{} for _ in sockets]  # other workers' regions, mapped here
         self._early: list[dict[int, tuple[bytearray, deque[int]]]] = [{} for _ in sockets]
+        self.limit(timeout_s, self.lookout)
         # A forked loader process would keep the sockets open after this worker's death.
         myself = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _let_go(myself))
 
     @classmethod
-    def meet(cls, rank: int, size: int, introduce: Introduce) -> SharedMemory | str:
+    def meet(cls, rank: int, size: int, introduce: Introduce, *, timeout_s: float = PATIENCE_S) -> SharedMemory | str:
         """*collective*. Connects workers that all run on one host; else the same reason on all of them why it cannot be."""
         sockets: list[socket.socket | None] = [None] * size
         problem = ""
@@ -160,7 +161,14 @@ class SharedMemory(Collective):
             for connection in filter(None, sockets):
                 connection.close()
             return problems[0]
-        return cls(rank, sockets)
+        return cls(rank, sockets, timeout_s=timeout_s)
+
+    def limit(self, timeout_s: float, lookout: Lookout) -> None:
+        super().limit(timeout_s, lookout)
+        seconds = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+        for connection in filter(None, self._sockets):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
 
     # ------------------------------------------------------------------ the interface
 
@@ -286,7 +294,7 @@ class SharedMemory(Collective):
                     connection.sendmsg([packet], rights, socket.MSG_DONTWAIT)
                     break
                 except BlockingIOError:
-                    self._make_room(connection)
+                    self._make_room(peer, connection)
         for passing in spent:
             os.close(passing.fd)
 
@@ -301,7 +309,11 @@ class SharedMemory(Collective):
     def _read(self, peer: int) -> None:
         """Reads one packet; exchanges may be waited for in another order than they were started in."""
         with self._contact(peer) as connection:
-            received = self._look(connection) or connection.recvmsg(2 * _PACKET_BYTES, _DESCRIPTOR_SPACE)
+            received = self._look(connection)
+            if received is None:
+                self.lookout.wait_for(peer)
+                received = connection.recvmsg(2 * _PACKET_BYTES, _DESCRIPTOR_SPACE)
+                self.lookout.wait_for(-1)
         packet, ancillary, _, _ = received
         if not packet:
             raise self._lost(peer, "it closed its end")
@@ -329,14 +341,19 @@ class SharedMemory(Collective):
                 if time.perf_counter() >= until:
                     return None
 
-    def _make_room(self, blocked: socket.socket) -> None:
+    def _make_room(self, peer: int, blocked: socket.socket) -> None:
         """Waits until ``blocked`` takes another packet, reading meanwhile: two workers that only send would wait for ever."""
         poll = select.poll()
         poll.register(blocked, select.POLLOUT)
         by_descriptor = {s.fileno(): peer for peer, s in enumerate(self._sockets) if s is not None}
         for descriptor in by_descriptor:
             poll.register(descriptor, select.POLLIN | (select.POLLOUT if descriptor == blocked.fileno() else 0))
-        for descriptor, events in poll.poll(1000 * _TIMEOUT_S):
+        self.lookout.wait_for(peer)
+        ready = poll.poll(1000 * self.timeout_s)
+        if not ready:
+            raise self.lookout.silence(self.rank, peer, self.timeout_s)
+        self.lookout.wait_for(-1)
+        for descriptor, events in ready:
             if events & (select.POLLIN | select.POLLHUP):
                 self._read(by_descriptor[descriptor])
 
@@ -378,6 +395,8 @@ class SharedMemory(Collective):
             raise self._lost(peer, "this worker has left")
         try:
             yield connection
+        except BlockingIOError:  # a wait has reached its limit
+            raise self.lookout.silence(self.rank, peer, self.timeout_s) from None
         except OSError as error:
             raise self._lost(peer, str(error)) from error
 
@@ -405,7 +424,6 @@ def _connect_all(rank: int, addresses: Sequence[str], listener: socket.socket, s
         sockets[struct.unpack("<I", connection.recv(4))[0]] = connection
     for connected in filter(None, sockets):
         connected.settimeout(None)
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _TIMEOUT_S, 0))
 
 
 def host_identity() -> str:

@@ -9,41 +9,50 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unisono.collective.base import Collective, Expected
+from unisono.collective.base import PATIENCE_S, Collective, Expected
 from unisono.errors import ConfigurationError, WorkerFailure
 
 _SMALL_BYTES = 64 * 1024
+_MEETING_S = 300.0
+"""Workers may start this long after each other, however short the time limit of what they do then."""
+
+_Started = tuple[Any, int | None]
+"""What torch.distributed has begun, and the worker that it is to be begun with; None: several, on a device of its own."""
 
 
 class _Exchange:
     """Receives under way, and what is kept alive for the sends."""
 
-    def __init__(self, owner: TorchDistributed, works: list[Any], received: list[list[Tensor]], sent: Any) -> None:
+    def __init__(self, owner: TorchDistributed, works: list[_Started], received: list[list[Tensor]], sent: Any) -> None:
         self._owner = owner
         self._works = works
         self._received = received
         self._sent = sent
 
     def wait(self) -> list[list[Tensor]]:
-        with self._owner.contact():
-            for work in self._works:
-                work.wait()
+        self._owner.finish(self._works)
         self._works.clear()
         self._sent = None
         return self._received
 
 
 class TorchDistributed(Collective):
-    """The collective of the default process group, whose backends must serve the tensors' devices."""
+    """The collective of the default process group, whose backends must serve the tensors' devices.
 
-    def __init__(self) -> None:
+    Args:
+        timeout_s: How long this worker waits for another one. On Gloo each message has this limit, whatever that of the process
+            group is. On NCCL waiting is the device's, and the limit that of the process group.
+    """
+
+    def __init__(self, *, timeout_s: float = PATIENCE_S) -> None:
+        self.timeout_s = timeout_s
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self._buffers: dict[tuple[str, int, int, Expected], Tensor] = {}
@@ -56,7 +65,7 @@ class TorchDistributed(Collective):
         size: int,
         device: torch.device,
         init_method: str = "env://",
-        timeout_s: float = 1800.0,
+        timeout_s: float = PATIENCE_S,
     ) -> TorchDistributed:
         """*collective*. Makes the default process group, unless the script has made it already.
 
@@ -71,7 +80,8 @@ class TorchDistributed(Collective):
                 init_method=init_method,
                 rank=rank,
                 world_size=size,
-                timeout=datetime.timedelta(seconds=timeout_s),
+                # The workers' own limit must come first: the group's names nobody, and NCCL's aborts the process.
+                timeout=datetime.timedelta(seconds=max(_MEETING_S, timeout_s + 30)),
             )
             # Left open, Gloo's threads outlive the interpreter and abort the process now and then.
             atexit.register(_close)
@@ -91,17 +101,27 @@ class TorchDistributed(Collective):
         if device.type == "cuda":
             # NCCL connects with the first operation, which all workers must take part in; of an exchange some may have no part.
             dist.broadcast(torch.zeros(1, device=device), 0)
-        return cls()
+        return cls(timeout_s=timeout_s)
 
-    @contextlib.contextmanager
-    def contact(self) -> Iterator[None]:
-        """Turns the backend's error into ours: another worker is gone, and its own error is the one that matters."""
-        try:
-            yield
-        except RuntimeError as error:
-            raise WorkerFailure(
-                f"worker {self.rank} lost contact with another worker; look for that worker's own error. ({error})"
-            ) from error
+    def finish(self, works: Sequence[_Started]) -> None:
+        """*local*. Waits until these are done."""
+        limit = datetime.timedelta(seconds=self.timeout_s)
+        for work, peer in works:
+            try:
+                if peer is None:
+                    work.wait()  # with a limit the host would stand still, too
+                    continue
+                self.lookout.wait_for(peer)
+                work.wait(limit)
+            except RuntimeError as error:
+                if peer is not None and "timed out" in str(error).lower():
+                    raise self.lookout.silence(self.rank, peer, self.timeout_s) from None
+                raise self._lost(error) from error
+        self.lookout.wait_for(-1)
+
+    def _lost(self, error: RuntimeError) -> WorkerFailure:
+        """Another worker is gone, and its own error is the one that matters."""
+        return WorkerFailure(f"worker {self.rank} lost contact with another worker; look for that worker's own error. ({error})")
 
     def start_exchange(
         self, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Expected]], *, name: str = "exchange"
@@ -132,28 +152,31 @@ class TorchDistributed(Collective):
         operations = [dist.P2POp(dist.irecv, _real(tensor), peer) for peer, tensor in receives if tensor.numel()]
         operations += [dist.P2POp(dist.isend, _real(tensor), peer) for peer, tensor in sends if tensor.numel()]
         self.bytes_sent += sum(tensor.nbytes for _, tensor in sends)
-        works = self._start(operations)
-        with self.contact():
-            for work in works:
-                work.wait()
+        self.finish(self._start(operations))
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         if self.rank == source:
             self.bytes_sent += tensor.nbytes * (self.size - 1)
-        with self.contact():
+        peer = (source + (self.rank == source)) % self.size
+        try:
             # As bytes: backends broadcast some dtypes only (Gloo no int16, no float8), and call the others a lost connection.
-            dist.broadcast(tensor.view(-1).view(torch.uint8), source)
+            work = dist.broadcast(tensor.view(-1).view(torch.uint8), source, async_op=True)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        self.finish([(work, None if tensor.is_cuda else peer)])
 
     def close(self) -> None:
         _close()
 
-    def _start(self, operations: list[dist.P2POp]) -> list[Any]:
+    def _start(self, operations: list[dist.P2POp]) -> list[_Started]:
         if not operations:
             return []
-        with self.contact():
+        try:
             if operations[0].tensor.is_cuda:
-                return list(dist.batch_isend_irecv(operations))
-            return [operation.op(operation.tensor, operation.peer) for operation in operations]
+                return [(work, None) for work in dist.batch_isend_irecv(operations)]
+            return [(operation.op(operation.tensor, operation.peer), operation.peer) for operation in operations]
+        except RuntimeError as error:
+            raise self._lost(error) from error
 
     def _buffer(self, name: str, peer: int, number: int, what: Expected) -> Tensor:
         # Fresh memory costs a page fault per 4 KiB, more than the message itself: keep what is large from step to step.

@@ -17,9 +17,11 @@ _NOT_FINITE = ("nan", "inf", "-inf")
 
 
 def encode(value: Any) -> Any:
-    """Return ``value`` (a scalar, or a mapping of scalars) with every float that is not finite as a string. *Local*."""
+    """Return ``value`` (a scalar, or mappings and lists of scalars) with every float that is not finite as a string. *Local*."""
     if isinstance(value, dict):
         return {key: encode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [encode(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
     return value
@@ -32,6 +34,8 @@ def decode(value: Any) -> Any:
     """
     if isinstance(value, dict):
         return {key: decode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [decode(item) for item in value]
     return float(value) if isinstance(value, str) and value in _NOT_FINITE else value
 
 

@@ -60,6 +60,14 @@ class Summary:
     """The run directory, as it was given."""
     bytes_sent_per_step: float
     """Bytes that this worker sent in a step, on average."""
+    data_s: list[float] = dataclasses.field(default_factory=list)
+    """For each worker the seconds that it loaded samples in this start of the run, evaluations aside."""
+    compute_s: list[float] = dataclasses.field(default_factory=list)
+    """The same for forward, backward and update."""
+    communication_s: list[float] = dataclasses.field(default_factory=list)
+    """The same for moving bytes."""
+    waiting_s: list[float] = dataclasses.field(default_factory=list)
+    """The same for standing still until other workers were there."""
 
     def to_json(self) -> str:
         """The text of ``summary.json``: strict JSON, with ``"nan"``, ``"inf"`` and ``"-inf"`` as strings."""
@@ -81,6 +89,8 @@ class Summary:
         fields = {}
         for field in dataclasses.fields(cls):
             if field.name not in values:
+                if field.default_factory is not dataclasses.MISSING:
+                    continue  # an earlier version did not write it
                 raise _damaged(f"{field.name!r} is missing")
             try:
                 fields[field.name] = _READERS[str(field.type)](values[field.name])
@@ -206,10 +216,17 @@ def _numbers(value: object) -> dict[str, float]:
     raise TypeError
 
 
+def _list(value: object) -> list[float]:
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    raise TypeError
+
+
 _READERS: dict[str, Callable[[object], Any]] = {
     "int": _integer,
     "float": _number,
     "str": _text,
     "bool": _truth,
     "dict[str, float]": _numbers,
+    "list[float]": _list,
 }

@@ -19,14 +19,26 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 Phase = Literal["data", "compute", "communication", "waiting"]
 """Loading samples; forward, backward and update; moving bytes; standing still until other workers are there."""
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
+PHASE, SINCE, STEP = range(3)
+"""Where a clock shows the phase (as a number), since when (by ``time.perf_counter``), and the number of the step."""
+OUTSIDE, PAUSED = len(PHASES), len(PHASES) + 1
+"""What it shows for no phase, and while it is paused; a phase is its place in ``PHASES``."""
+
+_NUMBERS: dict[Phase, int] = {name: number for number, name in enumerate(PHASES)}
 _SMOOTHING_S = 5.0
+
+
+class Shown(Protocol):
+    """Where a clock shows what this worker is doing: three numbers, in a list or in memory that others can read."""
+
+    def __setitem__(self, place: int, value: float, /) -> None: ...
 
 
 class StepClock:
@@ -40,10 +52,12 @@ class StepClock:
 
     Args:
         clock: Gives seconds; only differences are used.
+        shown: Where to show the phase.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.perf_counter, shown: Shown | None = None) -> None:
         self._clock = clock
+        self._shown: Shown = [0.0, 0.0, 0.0] if shown is None else shown
         self._contexts = {name: _PhaseContext(self, name) for name in PHASES}
         self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._open: list[Phase] = []
@@ -52,16 +66,30 @@ class StepClock:
         self._paused_s = 0.0
         self._lap_began = self._mark = self._now()
         self._recent_s = self._recent_samples = self._recent_waiting_s = 0.0
+        self._step = 0
+        self._show(OUTSIDE)
+
+    def at(self, step: int) -> None:
+        """What follows is step ``step`` of the run; ``lap`` counts on from there."""
+        self._step = step
+        self._shown[STEP] = step
 
     def start(self, name: Phase) -> None:
         """Begin a phase; the phase around it, if any, stands still until the matching ``stop``."""
         self._account()
         self._open.append(name)
+        shown = self._shown  # not by a call of _show: this happens a dozen times a step
+        shown[PHASE] = _NUMBERS[name]
+        shown[SINCE] = self._mark + self._paused_s
 
     def stop(self) -> None:
         """End the phase begun last."""
         self._account()
-        self._open.pop()
+        opened = self._open
+        opened.pop()
+        shown = self._shown
+        shown[PHASE] = _NUMBERS[opened[-1]] if opened else OUTSIDE
+        shown[SINCE] = self._mark + self._paused_s
 
     def phase(self, name: Phase) -> AbstractContextManager[None]:
         """``start`` and ``stop`` as a context; the phase also ends if the body raises."""
@@ -72,13 +100,16 @@ class StepClock:
         """Leave the body out of everything: an evaluation, a callback. Pauses may be nested."""
         if not self._pauses:
             self._paused_at = self._clock()
+            self._show(PAUSED, self._paused_at)
         self._pauses += 1
         try:
             yield
         finally:
             self._pauses -= 1
             if not self._pauses:
-                self._paused_s += self._clock() - self._paused_at
+                now = self._clock()
+                self._paused_s += now - self._paused_at
+                self._show(_NUMBERS[self._open[-1]] if self._open else OUTSIDE, now)
 
     def lap(self, samples: int = 0) -> dict[str, float]:
         """End a step, and begin the next.
@@ -93,6 +124,7 @@ class StepClock:
         self._account()
         elapsed = self._mark - self._lap_began
         self._lap_began = self._mark
+        self.at(self._step + 1)
         lap = {**self._seconds, "step": elapsed}
         keep = math.exp(-elapsed / _SMOOTHING_S)
         self._recent_s = self._recent_s * keep + elapsed
@@ -119,6 +151,10 @@ class StepClock:
         if self._open:
             self._seconds[self._open[-1]] += now - self._mark
         self._mark = now
+
+    def _show(self, phase: int, since: float | None = None) -> None:
+        self._shown[PHASE] = phase
+        self._shown[SINCE] = self._mark + self._paused_s if since is None else since
 
 
 class _PhaseContext:

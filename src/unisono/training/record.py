@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import torch
+
+from unisono.collective import Collective
 from unisono.guard.ledger import NOTHING, Entry
+from unisono.guard.stragglers import Block
 from unisono.observe.progress import ProgressDisplay
-from unisono.observe.timing import StepClock
+from unisono.observe.timing import PHASES, StepClock
 from unisono.training.step import StepResult
+
+LOGGED_WORKERS = 16
+"""The log holds the times of so many workers."""
 
 
 @dataclasses.dataclass
@@ -35,7 +43,8 @@ class Record:
     steps: int = 0
     samples: int = 0
     seconds: float = 0.0
-    waiting_s: float = 0.0
+    phases_s: tuple[float, ...] = (0.0,) * len(PHASES)
+    """Seconds in data, compute, communication, waiting."""
     bytes_sent: int = 0
     last_seconds: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     """Of the last step: data, compute, communication, waiting."""
@@ -48,18 +57,27 @@ class Record:
         self.steps += 1
         self.samples += result.samples
         self.seconds += seconds["step"]
-        self.waiting_s += seconds["waiting"]
         self.bytes_sent += bytes_sent
         self.last = result
+        data, compute, communication, waiting = self.phases_s
         self.last_seconds = (seconds["data"], seconds["compute"], seconds["communication"], seconds["waiting"])
+        self.phases_s = (
+            data + seconds["data"],
+            compute + seconds["compute"],
+            communication + seconds["communication"],
+            waiting + seconds["waiting"],
+        )
         return seconds
 
-    def rates(self) -> dict[str, float]:
-        """The averages that a summary holds."""
+    def rates(self, collective: Collective) -> dict[str, Any]:
+        """*collective*. The averages that a summary holds, and where each worker's time went."""
+        everybodys = torch.stack(collective.all_gather(torch.tensor(self.phases_s, dtype=torch.float64)))
+        waiting_s = self.phases_s[PHASES.index("waiting")]
         return {
+            **{f"{name}_s": column.tolist() for name, column in zip(PHASES, everybodys.T, strict=True)},
             "seconds": self.seconds,
             "samples_per_second": self.samples / self.seconds if self.seconds else 0.0,
-            "waiting_share": self.waiting_s / self.seconds if self.seconds else 0.0,
+            "waiting_share": waiting_s / self.seconds if self.seconds else 0.0,
             "bytes_sent_per_step": self.bytes_sent / self.steps if self.steps else 0.0,
         }
 
@@ -75,8 +93,15 @@ def show(display: ProgressDisplay, result: StepResult, clock: StepClock) -> None
     )
 
 
-def log_line(result: StepResult, position: Position, clock: StepClock, seconds: dict[str, float]) -> dict[str, int | float | str]:
-    """The step's line in ``metrics.jsonl``."""
+def log_line(
+    result: StepResult, position: Position, clock: StepClock, seconds: dict[str, float], block: Block | None
+) -> dict[str, int | float | str]:
+    """The step's line in ``metrics.jsonl``.
+
+    Args:
+        seconds: Worker 0's, in this step.
+        block: All workers', up to the step before, if a block of steps is complete.
+    """
     rates = {f"lr_{number}" if number else "lr": rate for number, rate in enumerate(result.learning_rates)}
     return {
         "step": result.step,
@@ -88,4 +113,15 @@ def log_line(result: StepResult, position: Position, clock: StepClock, seconds: 
         "samples_per_second": round(clock.rate, 1),
         **{f"{name}_s": round(value, 6) for name, value in seconds.items()},
         **rates,
+        **(_others(block) if block is not None else {}),
+    }
+
+
+def _others(block: Block) -> dict[str, float]:
+    """Seconds a step, on average over the block."""
+    return {
+        f"{name}_s_{rank}": round(value, 6)
+        for rank, line in enumerate((block.seconds[:LOGGED_WORKERS] / block.steps).tolist())
+        if rank
+        for name, value in zip(PHASES, line, strict=True)
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -48,7 +49,7 @@ def check_arguments(
         raise ConfigurationError(f"checkpoint_every must be 1 or more steps, got {checkpoint_every}")
 
 
-def check_policies(on_nonfinite: str, on_desync: str, compare_every: int | None) -> None:
+def check_policies(on_nonfinite: str, on_desync: str, compare_every: int | None, timeout_s: float) -> None:
     """*local*. Whether the policies are ones that there are.
 
     Raises:
@@ -60,6 +61,8 @@ def check_policies(on_nonfinite: str, on_desync: str, compare_every: int | None)
         raise ConfigurationError(f'on_desync must be "error" or "heal", got {on_desync!r}')
     if compare_every is not None and compare_every < 1:
         raise ConfigurationError(f"compare_every must be 1 or more steps, got {compare_every}")
+    if not 1 <= timeout_s < math.inf:
+        raise ConfigurationError(f"timeout_s must be 1 or more seconds, got {timeout_s}")
 
 
 def check_model(model: Any) -> None:
@@ -151,13 +154,15 @@ def prepare_process(world: World, device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def connect(world: World, device: torch.device) -> Collective:
-    """*collective*. The transport between the workers of ``world``."""
+def connect(world: World, device: torch.device, timeout_s: float) -> Collective:
+    """*collective*. The transport between the workers of ``world``, who wait at most ``timeout_s`` seconds for each other."""
     if world.size == 1:
         return InProcess()
     from unisono.collective.torch_distributed import TorchDistributed
 
-    group = TorchDistributed.connect(rank=world.rank, size=world.size, device=device, init_method=world.init_method or "env://")
+    group = TorchDistributed.connect(
+        rank=world.rank, size=world.size, device=device, init_method=world.init_method or "env://", timeout_s=timeout_s
+    )
     if device.type != "cpu":
         return group
     from unisono.collective.hierarchical import come_near

@@ -23,6 +23,8 @@ from unisono.errors import CheckpointError, ConfigurationError, Desync
 from unisono.guard.data import check_same_data
 from unisono.guard.ledger import NOTHING, total, whole
 from unisono.guard.replicas import OnDesync, ReplicaGuard
+from unisono.guard.silence import Watch
+from unisono.guard.stragglers import Block, Machine, Stragglers, warn_about
 from unisono.layout import Layout
 from unisono.observe.progress import Progress, ProgressDisplay, SilentProgress
 from unisono.observe.summary import Summary, show_summary
@@ -38,10 +40,6 @@ from unisono.training.header import Signals
 from unisono.training.loader import Loader, dataset_length, read_sample
 from unisono.training.optimizer import (
     check_optimizer,
-    hyperparameters,
-    owned_state,
-    set_hyperparameters,
-    set_state,
     settle_state,
 )
 from unisono.training.record import Position, Record, log_line, show
@@ -60,6 +58,7 @@ from unisono.training.setup import (
     prepare_process,
     unify_replicas,
 )
+from unisono.training.state import State
 from unisono.training.step import Batch, OnNonfinite, Stepper, StepResult
 from unisono.training.weights import Weights
 from unisono.world import World
@@ -98,6 +97,8 @@ class Trainer:
             where more than half agree.
         compare_every: Replicas are compared as a whole once in this many steps; None: as often as a hundredth of the time allows,
             at least once in 64 steps.
+        timeout_s: Seconds, from 1, that a worker waits for another one before it ends the run and names it. Must exceed the
+            longest time that one may keep the others waiting: worker 0 writing a file, any worker loading its first batch.
         callbacks: Told about steps and epochs, on every worker.
         loader: How samples are loaded, unless a call says otherwise.
         world: Who takes part; None: what the launcher's environment says.
@@ -130,13 +131,14 @@ class Trainer:
         on_nonfinite: OnNonfinite = "error",
         on_desync: OnDesync = "error",
         compare_every: int | None = None,
+        timeout_s: float = 300.0,
         callbacks: Sequence[Callback] = (),
         loader: Loader | None = None,
         world: World | None = None,
         collective: Collective | None = None,
     ) -> None:
         check_arguments(batch_size, microbatches, max_grad_norm, precision, checkpoint_every)
-        check_policies(on_nonfinite, on_desync, compare_every)
+        check_policies(on_nonfinite, on_desync, compare_every, timeout_s)
         self.batch_size, self.microbatches, self.seed = batch_size, microbatches, seed
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.callbacks = tuple(callbacks)
@@ -151,7 +153,9 @@ class Trainer:
         self.world = enter(world or World.from_environment(), microbatches)
         self.device = choose_device(device, self.world, model)
         prepare_process(self.world, self.device)
-        self.collective = collective or connect(self.world, self.device)
+        self.collective = collective or connect(self.world, self.device, timeout_s)
+        watch = Watch.begin(self.collective, timeout_s)
+        self._machine = Machine(self.world)
         if self.collective.size > microbatches:
             raise ConfigurationError(
                 f"{self.collective.size} workers but only {microbatches} microbatches: start at most {microbatches} workers, or "
@@ -173,8 +177,18 @@ class Trainer:
         )
         updates = [self._reduction.updated_by(rank) for rank in range(self.collective.size)]
         settle_state(optimizer, self._layout, updates, self.collective)
-        self._clock = StepClock()
-        self._guard = ReplicaGuard(self._holdings, self.collective, on_desync, compare_every)
+        self._clock = StepClock(shown=watch.shown)
+        self._stragglers = Stragglers(self._reduction.ranges, warn_about(watch.identity, main=self.collective.rank == 0))
+        self._state = State(
+            model=model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            layout=self._layout,
+            weights=self._weights,
+            reduction=self._reduction,
+            collective=self.collective,
+        )
+        self._guard = ReplicaGuard(self._state.replicated, self.collective, on_desync, compare_every)
         self._stepper = Stepper(
             replica=self._replica,
             layout=self._layout,
@@ -287,7 +301,7 @@ class Trainer:
         result, told = self._stepper.run(batch, self.position.step + 1, signals)
         self._advance(batch, result)
         self._step_scheduler(result)
-        self._note(result, self.collective.bytes_sent - sent)
+        self._note(result, self.collective.bytes_sent - sent, self._stragglers.add(told, batch.filled))
         for callback in self.callbacks:
             callback.on_step(self, result)
         if self._run is not None:
@@ -357,6 +371,7 @@ class Trainer:
             self._complete(epochs)
             return
         check_unchanged(self.model, self._layout)
+        self._clock.at(self.position.step + 1)
         check_same_data(functools.partial(read_sample, dataset, seed=self.seed), dataset_length(dataset), self.collective)
         if self._run is not None:
             self._run.begin(self.position.step)
@@ -393,7 +408,7 @@ class Trainer:
         """What the others are told with the next step."""
         stop = int(self._stop.requested or 0) if self._stop is not None else 0
         signals = self._run.signals(stop) if self._run is not None else Signals(stop=stop)
-        return dataclasses.replace(signals, seconds=self._record.last_seconds)
+        return dataclasses.replace(signals, seconds=self._record.last_seconds, troubles=self._machine.troubles())
 
     def _advance(self, batch: Batch, result: StepResult) -> None:
         position = self.position
@@ -419,19 +434,6 @@ class Trainer:
                 step=self.position.step,
             )
 
-    def _holdings(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What all workers hold alike, each in memory of its own."""
-        # Shared weights are one copy a host: there is something to compare between hosts only.
-        if not self._weights.shared or any(len(host) > 1 for host in self.collective.hosts):
-            yield from self._weights.named()
-        for name, buffer in self.model.named_buffers():
-            yield f"buffer {name!r}", buffer
-        if self._reduction.replicated:
-            for index in self._reduction.updated_by(self.collective.rank):
-                for key, value in sorted(self.optimizer.state.get(self._layout.parameters[index], {}).items()):
-                    if isinstance(value, torch.Tensor):
-                        yield f"{key!r} of the optimizer for {self._layout.names[index]!r}", value
-
     def _step_scheduler(self, result: StepResult) -> None:
         if result.skipped:
             return
@@ -440,12 +442,12 @@ class Trainer:
         elif self.scheduler is not None:
             self.scheduler.step()
 
-    def _note(self, result: StepResult, bytes_sent: int) -> None:
+    def _note(self, result: StepResult, bytes_sent: int, block: Block | None) -> None:
         seconds = self._record.add(result, self._clock, bytes_sent)
         if self.collective.rank == 0:
             show(self._progress, result, self._clock)
             if self._run is not None:
-                self._run.log.append(log_line(result, self.position, self._clock, seconds))
+                self._run.log.append(log_line(result, self.position, self._clock, seconds, block))
 
     def _begin_checkpoint(self, run: RunDirectory) -> None:
         """Copies the current state; it is written while training goes on, and complete a few steps later."""
@@ -453,9 +455,9 @@ class Trainer:
         main = self.collective.rank == 0
         run.save(
             self.position.step,
-            part={"state": owned_state(self.optimizer, self._layout, self._reduction.owned_by(self.collective.rank))},
+            part={"state": self._state.own()},
             model=self.model.state_dict() if main else None,
-            trainer=self._shared_state() if main else None,
+            trainer=self._state.common() if main else None,
             info={
                 "position": dataclasses.asdict(self.position),
                 "data": self._data_settings,
@@ -524,6 +526,7 @@ class Trainer:
 
     def _summary(self, *, finished: bool) -> Summary:
         """*collective*."""
+        rates = self._record.rates(self.collective)
         weights = self.model.state_dict() if self.collective.rank == 0 else None
         sha256 = self._run.weights_digest(weights) if self._run is not None else ""
         earlier = self._run.read_summary() if self._run is not None else None
@@ -543,7 +546,7 @@ class Trainer:
             finished=finished,
             parameters=sum(parameter.numel() for parameter in self._layout.parameters),
             run_dir=self._run.url if self._run is not None else "",
-            **self._record.rates(),
+            **rates,
         )
 
     def _keep_metrics(self, results: dict[str, float]) -> None:
@@ -555,16 +558,6 @@ class Trainer:
 
     # ------------------------------------------------------------------ resume
 
-    def _shared_state(self) -> dict[str, Any]:
-        """What all workers have alike and the model's state dict does not hold."""
-        persistent = set(self.model.state_dict())
-        return {
-            "groups": hyperparameters(self.optimizer),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "dense": [self._layout.names[index] for index in sorted(self._reduction.densified)],
-            "buffers": {name: buffer for name, buffer in self.model.named_buffers() if name not in persistent},
-        }
-
     def _resume(self, run: RunDirectory) -> None:
         checkpoint = run.open()
         if self.collective.rank == 0:
@@ -572,21 +565,7 @@ class Trainer:
                 warnings.warn(note, stacklevel=3)
         if checkpoint is None:
             return
-        self.model.load_state_dict(checkpoint.tensors("model"))
-        shared = checkpoint.part("trainer")
-        with torch.no_grad():
-            for name, buffer in self.model.named_buffers():
-                if name in shared["buffers"]:
-                    buffer.copy_(shared["buffers"][name])
-        dense = shared.get("dense", ())
-        self._reduction.densify({index for index, name in enumerate(self._layout.names) if name in dense})
-        set_hyperparameters(self.optimizer, shared["groups"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(shared["scheduler"])
-        state: dict[str, Any] = {}
-        for name in checkpoint.part_names("optimizer-"):
-            state.update(checkpoint.part(name)["state"])
-        set_state(self.optimizer, self._layout, state, self._reduction.updated_by(self.collective.rank))
+        self._state.restore(checkpoint)
         position = checkpoint.info["position"]
         ledger = position.get("ledger")
         self.position = Position(**{**position, "ledger": None if ledger is None else tuple(ledger)})

@@ -1,0 +1,301 @@
+"""A worker that is slower than the others is named once, with the likely cause where the system knows it.
+
+With every step each worker tells all others where the time of its last step went. From that everybody reckons the same: what a
+microbatch costs each worker in computing and loading. Compared are sums over a window of at least ``STEPS`` steps and
+``SECONDS`` seconds. A single hiccup is no straggler, so a worker must be slow in most parts of the window, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from unisono.observe.timing import PHASES
+from unisono.tree import Span
+from unisono.world import World, usable_cores
+
+SLOWER = 1.2
+"""A straggler takes this many times as long for a microbatch as the median worker (the lower one of an even number)."""
+STEPS = 50
+SECONDS = 5.0
+"""What a window spans at least: steps, and time of worker 0. Fifty steps of a millisecond say nothing about a machine."""
+PARTS = 5
+SLOW_PARTS = 4
+"""A straggler is slow in this many of the window's equal parts."""
+BLOCK_S = 0.1
+"""Steps are summed up in blocks of about this time, or of one step if that takes longer, or of ``STEPS`` if they take less."""
+
+LOOK_EVERY_S = 5.0
+THROTTLED_SHARE = STOLEN_SHARE = 0.02
+"""Shares of time from which on throttling and steal time count as trouble."""
+
+THROTTLED, STOLEN, CROWDED = 1, 2, 4
+"""The bits of ``Signals.troubles``."""
+TROUBLES = {
+    THROTTLED: "its cgroup is throttled at the CPU quota",
+    STOLEN: "its host gives CPU time to other guests (steal time)",
+    CROWDED: "its host has fewer usable cores than the workers have threads",
+}
+
+Array = npt.NDArray[np.float64]
+_DATA, _COMPUTE = PHASES.index("data"), PHASES.index("compute")
+
+
+class Told(Protocol):
+    """What a worker says with each step (``unisono.training.header.Signals``)."""
+
+    @property
+    def seconds(self) -> tuple[float, float, float, float]: ...
+
+    @property
+    def troubles(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Some steps of all workers."""
+
+    steps: int
+    seconds: Array
+    """Summed over these steps: float64 ``[workers, phases]``."""
+    leaves: Array
+    """Microbatches that each worker computed in them: float64 ``[workers]``."""
+    troubles: tuple[int, ...]
+    """What each worker complained of in the last of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Straggler:
+    """A worker that the others wait for."""
+
+    rank: int
+    slowness: float
+    """Its time for a microbatch, in that of the median worker."""
+    loading: bool
+    """Whether most of what it takes longer goes into loading samples."""
+    troubles: int
+
+
+class Stragglers:
+    """Collects what all workers tell, and finds stragglers. *Collective*: all workers call it with the same.
+
+    Args:
+        ranges: Each worker's microbatches.
+        warn: Called with a straggler when it is found, once for each worker.
+    """
+
+    def __init__(self, ranges: Sequence[Span], warn: Callable[[Straggler], None]) -> None:
+        self._lo, self._hi = np.array(list(zip(*ranges, strict=True)))
+        self._warn = warn
+        self._named: set[int] = set()
+        self._before: int | None = None
+        self._pending: list[tuple[Sequence[Told], int]] = []
+        self._due = 1  # steps of the next block, by the speed of the one before
+        self._blocks: list[Block] = []
+        self._steps, self._seconds = 0, 0.0  # of these blocks
+
+    def add(self, told: Sequence[Told], filled: int) -> Block | None:
+        """Takes what was told with a step.
+
+        Args:
+            told: By rank; the seconds are those of the step before.
+            filled: Microbatches of this step that hold samples.
+
+        Returns:
+            The block that this completes, if it does.
+        """
+        filled, self._before = self._before or 0, filled
+        if not filled or len(told) == 1:
+            return None  # of the step before the first one there is nothing to tell
+        self._pending.append((told, filled))
+        if len(self._pending) < self._due:
+            return None
+        block = self._block()
+        self._pending.clear()
+        seconds = float(block.seconds[0].sum())
+        self._due = min(max(1, round(BLOCK_S * block.steps / seconds)), STEPS) if seconds > 0 else 1
+        self._blocks.append(block)
+        self._steps += block.steps
+        self._seconds += seconds
+        if self._steps >= STEPS and self._seconds >= SECONDS:
+            self._judge()
+        return block
+
+    def _block(self) -> Block:
+        filled = np.array([[filled] for _, filled in self._pending])
+        return Block(
+            steps=len(self._pending),
+            seconds=np.array([[one.seconds for one in told] for told, _ in self._pending]).sum(axis=0),
+            leaves=np.clip(np.minimum(self._hi, filled) - self._lo, 0, None).sum(axis=0).astype(np.float64),
+            troubles=tuple(one.troubles for one in self._pending[-1][0]),
+        )
+
+    def _judge(self) -> None:
+        for straggler in find_stragglers(self._blocks):
+            if straggler.rank not in self._named:
+                self._named.add(straggler.rank)
+                self._warn(straggler)
+        self._blocks.clear()
+        self._steps, self._seconds = 0, 0.0
+
+
+def find_stragglers(blocks: Sequence[Block]) -> list[Straggler]:
+    """*local*. Who was slow over all these blocks, and in most parts of them."""
+    whole = _costs(blocks)
+    cuts = [len(blocks) * part // PARTS for part in range(PARTS + 1)]
+    parts = [_slow(_costs(blocks[lo:hi]).sum(axis=1)) for lo, hi in itertools.pairwise(cuts) if hi > lo]
+    often = np.sum(parts, axis=0) * PARTS >= SLOW_PARTS * len(parts)
+    # A worker that has less to do than the others pays what is due once a step with fewer microbatches, and is still done first.
+    own = np.sum([block.seconds[:, [_DATA, _COMPUTE]].sum(axis=1) for block in blocks], axis=0)
+    holding_up = own >= np.median(own)
+    costs = whole.sum(axis=1)
+    found = []
+    for rank in np.flatnonzero(_slow(costs) & often & holding_up):
+        typical = whole[np.argsort(costs)[(len(costs) - 1) // 2]]
+        excess = whole[rank] - typical
+        troubles = 0
+        for block in blocks:
+            troubles |= block.troubles[rank]
+        found.append(
+            Straggler(int(rank), float(costs[rank] / typical.sum()), bool(excess[0] > excess[1]), troubles),
+        )
+    return found
+
+
+def _costs(blocks: Sequence[Block]) -> Array:
+    """Seconds that a microbatch took each worker to load and to compute: float64 ``[workers, 2]``."""
+    seconds = np.sum([block.seconds[:, [_DATA, _COMPUTE]] for block in blocks], axis=0)
+    leaves = np.sum([block.leaves for block in blocks], axis=0)
+    costs: Array = seconds / np.maximum(leaves, 1)[:, None]
+    return costs
+
+
+def _slow(costs: Array) -> npt.NDArray[np.bool_]:
+    median = np.sort(costs)[(len(costs) - 1) // 2]
+    slow: npt.NDArray[np.bool_] = (costs >= SLOWER * median) & (costs > 0)
+    return slow
+
+
+def warning(straggler: Straggler, identity: str) -> str:
+    """*local*. The text that a person sees.
+
+    Args:
+        identity: Host and process of the worker.
+    """
+    causes = ["most of that is loading samples: raise Loader(num_workers=...), or look at its disk"] if straggler.loading else []
+    causes += [text for bit, text in TROUBLES.items() if straggler.troubles & bit]
+    cause = f"Likely cause: {'; '.join(causes)}" if causes else "The system knows no cause: look what else runs on that host"
+    return (
+        f"worker {straggler.rank} ({identity}) is slow: a microbatch takes it {straggler.slowness:.2f} times as long as the "
+        f"median worker, and the others wait for it. {cause}"
+    )
+
+
+def warn_about(identity: Callable[[int], str], *, main: bool) -> Callable[[Straggler], None]:
+    """*local*. What ``Stragglers`` calls: warns on the worker that speaks for all.
+
+    Args:
+        identity: Host and process of a worker, by rank.
+        main: Whether this is that worker.
+    """
+
+    def warn(straggler: Straggler) -> None:
+        if main:
+            warnings.warn(warning(straggler, identity(straggler.rank)), stacklevel=2)
+
+    return warn
+
+
+# ---------------------------------------------------------------------- the machine
+
+
+class Machine:
+    """Looks at this worker's machine now and then. *Local.*
+
+    Args:
+        world: How many workers this host has, and their threads.
+        root: Where /proc and /sys/fs/cgroup are looked up.
+        clock: Gives seconds; only differences are used.
+    """
+
+    def __init__(self, world: World, *, root: Path = Path("/"), clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._stat = root / "proc/stat"
+        self._groups = _cpu_stats(root)
+        self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+        self._fixed = CROWDED if world.local_size * world.threads > usable_cores(root) else 0
+        self._troubles = self._fixed
+        self._looked_s = clock()
+        self._throttled_s, (self._stolen, self._ticks) = self._read_throttled(), self._read_ticks()
+
+    def troubles(self) -> int:
+        """What might slow this worker down, as bits; as of the last look, at most ``LOOK_EVERY_S`` ago."""
+        now = self._clock()
+        if now - self._looked_s >= LOOK_EVERY_S:
+            self._look(now - self._looked_s)
+            self._looked_s = now
+        return self._troubles
+
+    def _look(self, elapsed_s: float) -> None:
+        throttled_s, (stolen, ticks) = self._read_throttled(), self._read_ticks()
+        throttled = throttled_s - self._throttled_s >= THROTTLED_SHARE * elapsed_s
+        robbed = stolen - self._stolen >= max(1, STOLEN_SHARE * (ticks - self._ticks))
+        self._troubles = self._fixed | THROTTLED * throttled | STOLEN * robbed
+        self._throttled_s, self._stolen, self._ticks = throttled_s, stolen, ticks
+
+    def _read_throttled(self) -> float:
+        """Seconds that the cgroups around this process have been throttled, all cores together."""
+        return sum(_throttled_s(_fields(file)) for file in self._groups)
+
+    def _read_ticks(self) -> tuple[int, int]:
+        """Ticks that this process's cores were stolen, and all their ticks."""
+        stolen = ticks = 0
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            for line in self._stat.read_text().splitlines():
+                name, *fields = line.split()
+                if name.startswith("cpu") and name[3:].isdecimal() and int(name[3:]) in self._cores:
+                    # user nice system idle iowait irq softirq steal; guest time is counted in user already
+                    stolen += int(fields[7])
+                    ticks += sum(map(int, fields[:8]))
+        return stolen, ticks
+
+
+def _cpu_stats(root: Path) -> list[Path]:
+    """The ``cpu.stat`` of every cgroup (v1 and v2) around this process; one that is not visible in a container has none."""
+    found: dict[Path, None] = {}
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            number, _, rest = line.partition(":")
+            controllers, _, path = rest.partition(":")
+            mounts = (
+                [""] if number == "0" and not controllers else [controllers, "cpu"] if "cpu" in controllers.split(",") else []
+            )
+            inside = PurePosixPath(path.lstrip("/"))
+            for mount in mounts:
+                for group in (inside, *inside.parents):
+                    file = (root / "sys/fs/cgroup" / mount / group / "cpu.stat").resolve()
+                    if file.exists():
+                        found[file] = None
+    return list(found)
+
+
+def _fields(file: Path) -> Mapping[str, int]:
+    with contextlib.suppress(OSError, ValueError):
+        pairs = (line.split() for line in file.read_text().splitlines())
+        return {name: int(value) for name, value in pairs}
+    return {}
+
+
+def _throttled_s(fields: Mapping[str, int]) -> float:
+    # cgroup v2 counts microseconds, v1 nanoseconds.
+    return fields["throttled_usec"] / 1e6 if "throttled_usec" in fields else fields.get("throttled_time", 0) / 1e9
