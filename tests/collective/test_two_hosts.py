@@ -110,7 +110,6 @@ def test_weights_and_gradients_cross_the_wire_once_and_the_bits_are_those_of_one
     subprocess.run([sys.executable, str(script), str(folders[1])], check=True, timeout=60)
 
     several, (alone,) = map(found_in, folders)
-    print([(entry["sent"] / STEPS / WEIGHTS_BYTES) for entry in several])
     assert [entry["transport"] for entry in several] == ["Hierarchical"] * 4
     assert [entry["weights"] for entry in several] == [alone["weights"]] * 4
     for entry in several:

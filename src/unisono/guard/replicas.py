@@ -33,7 +33,7 @@ OnDesync = Literal["error", "heal"]
 _PIECE_BYTES = 2**20
 _HASHED_BYTES = 2**15
 _COLUMNS = 256
-_SHARE = 0.006
+_SHARE = 0.003
 _PIECE_S, _BYTES_PER_S = 30e-6, 6e9
 """What looking at a piece costs, and how fast its bytes go; not measured here, since all workers must reckon with the same."""
 
