@@ -75,7 +75,7 @@ def test_two_workers_that_differ_are_both_named() -> None:
 
 
 def test_data_drawn_without_a_seed_is_not_taken_for_another_file() -> None:
-    run_threads(3, lambda collective: make(collective).fit(Restless(False), 1))
+    assert [summary.steps for summary in run_threads(3, lambda collective: make(collective).fit(Restless(False), 1))] == [2] * 3
 
 
 def test_a_data_set_of_another_length_is_refused_by_name() -> None:

@@ -164,7 +164,9 @@ def test_workers_in_processes_notice_it_too() -> None:
 
 
 def test_equal_replicas_raise_no_alarm() -> None:
-    run_threads(3, lambda collective: trained(collective, Callback(), steps=2 * PERIOD + 1))
+    trainers = run_threads(3, lambda collective: trained(collective, Callback(), steps=2 * PERIOD + 1))
+
+    assert [trainer.position.step for trainer in trainers] == [2 * PERIOD + 1] * 3
 
 
 # ---- every bit is looked at ----

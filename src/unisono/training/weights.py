@@ -87,7 +87,7 @@ class Weights:
 
     def _values(self) -> list[Tensor]:
         # As bytes, so that a NaN equals itself.
-        return [flat[where].view(torch.uint8) for flat, where in zip(self.flats, self._probes, strict=True)]
+        return [flat.index_select(0, where).view(torch.uint8) for flat, where in zip(self.flats, self._probes, strict=True)]
 
 
 def _probe(offset: int, numel: int) -> Tensor:
