@@ -10,6 +10,9 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+RESTART = 79
+"""Exit status of a worker that cannot go on without what another one held: all have to start again, from the last checkpoint."""
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

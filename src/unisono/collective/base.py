@@ -25,6 +25,17 @@ PATIENCE_S = 300.0
 """How long a worker waits for another one, unless it is told otherwise."""
 
 
+class LostWorker(WorkerFailure):
+    """Another worker is gone, or does not answer. Those who are left can go on without it, where there is a way to meet again
+    (``unisono.elastic``).
+
+    Attributes:
+        silent: Whether it was given time to answer, and did not.
+    """
+
+    silent = False
+
+
 class Lookout:
     """What a worker notes while it waits for another one, and what it says when that was in vain. *Local.*
 
@@ -36,9 +47,11 @@ class Lookout:
 
     def silence(self, rank: int, peer: int, timeout_s: float) -> WorkerFailure:
         """The error to raise: worker ``rank`` has waited ``timeout_s`` seconds for worker ``peer``."""
-        return WorkerFailure(
+        failure = LostWorker(
             f"worker {rank} waited {timeout_s:g} s for worker {peer} in vain; look what that worker is doing", rank=peer
         )
+        failure.silent = True
+        return failure
 
 
 class Pending(Protocol):
@@ -140,6 +153,20 @@ class Collective(abc.ABC):
 
     def unshare(self, flat: Tensor) -> None:  # noqa: B027 - where nothing is shared there is nothing to do
         """*local*. Gives this worker a copy of its own again, if ``flat`` is shared. Nobody may write to it meanwhile."""
+
+    def common(self, numel: int, dtype: torch.dtype, mine: Tensor | None = None) -> Tensor | None:
+        """*collective*. Memory that the workers of this host have in common: a worker's writes are everybody's, and it stays for
+        as long as any of them holds on to it, however the others end.
+
+        Args:
+            numel: Elements of the flat tensor, the same on all workers.
+            mine: What this worker has from an earlier call, perhaps with other workers; None: nothing yet. If some have
+                nothing yet, they get the same memory.
+
+        Returns:
+            The memory, zeroed if it is new and aligned to 64 bytes; None where this transport has no such memory.
+        """
+        return mine if self.size == 1 else None
 
     def close(self) -> None:  # noqa: B027 - most transports hold nothing
         """*local*. Ends this worker's part; others that still wait for it get a ``WorkerFailure``."""

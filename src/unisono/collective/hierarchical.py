@@ -146,6 +146,9 @@ class Hierarchical(Collective):
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return self._local.allocate(numel, dtype, device)
 
+    def common(self, numel: int, dtype: torch.dtype, mine: Tensor | None = None) -> Tensor | None:
+        return self._local.common(numel, dtype, mine)
+
     def share(self, flat: Tensor) -> bool:
         shared = self._local.share(flat)
         if shared:

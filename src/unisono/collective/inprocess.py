@@ -11,9 +11,10 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from unisono.collective.base import Collective, Expected
+from unisono.collective.base import Collective, Expected, LostWorker
 from unisono.errors import WorkerFailure
 
 
@@ -42,7 +43,7 @@ class Meeting:
         self.baton.notify_all()
         here = self.baton.wait_for(lambda: self._gone is not None or all(table), timeout=self.timeout_s)
         if not all(table):
-            raise WorkerFailure(
+            raise LostWorker(
                 f"worker {self._gone} ended while worker {rank} was waiting for it"
                 if here
                 else f"worker {rank} waited {self.timeout_s} s for worker {table.index(None)} in vain",
@@ -123,6 +124,12 @@ class InProcess(Collective):
         if self.rank != source:
             tensor.copy_(others[source])
         self._meet(None)
+
+    def common(self, numel: int, dtype: torch.dtype, mine: Tensor | None = None) -> Tensor:
+        have = self._meet(mine)
+        made = self._meet(torch.zeros(numel, dtype=dtype) if self.rank == 0 and all(one is None for one in have) else None)
+        found: Tensor = next(one for one in [*have, *made] if one is not None)
+        return found
 
     def close(self) -> None:
         self._meeting.leave(self.rank)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import array
 import contextlib
-import ctypes
 import mmap
 import os
 import secrets
@@ -33,7 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unisono.collective.base import PATIENCE_S, Collective, Expected, Lookout
+from unisono.collective.base import PATIENCE_S, Collective, Expected, Lookout, LostWorker
+from unisono.collective.regions import Memory, Region, make_file, mapped
 from unisono.errors import WorkerFailure
 
 Introduce = Callable[[bytes], list[bytes]]
@@ -43,46 +43,13 @@ _INLINE_BYTES = 16 * 1024
 """Tensors up to this size travel in the packet: copying them is cheaper than the page faults of new memory."""
 _PACKET_BYTES = 128 * 1024
 """A packet holds at most this much (Linux refuses more than its socket buffer, 208 KiB by default)."""
-_REGION_BYTES = _INLINE_BYTES
-"""Smaller allocations stay private: they travel in packets anyway."""
 _HEAD = struct.Struct("<QI")  # number of the exchange, tensors
 _ENTRY = struct.Struct("<qQQ")  # region (or how it travels), offset, bytes
 _INLINE, _ONE_SHOT = -1, -2
 _DESCRIPTOR_SPACE = socket.CMSG_SPACE(64 * array.array("i").itemsize)
 _LOOK_S = 50e-6
-_MAP_FIXED = 0x10  # mman.h
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-
-
-class _Region:
-    """A stretch of shared memory, mapped by this process. Its pages are made when they are first touched: of a gradient, this
-    worker's own part never is."""
-
-    def __init__(self, fd: int, nbytes: int) -> None:
-        self.fd = fd
-        self.nbytes = nbytes
-        self._map = mmap.mmap(fd, nbytes)
-        self.memory = torch.frombuffer(self._map, dtype=torch.uint8)
-
-    @classmethod
-    def make(cls, nbytes: int) -> _Region:
-        fd = os.memfd_create("unisono", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(fd, nbytes)
-            return cls(fd, nbytes)
-        except BaseException:
-            os.close(fd)
-            raise
-
-    def show(self, fd: int) -> None:
-        """From now on this region's addresses show the memory of ``fd``, which has the same size."""
-        protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED
-        address = self.memory.data_ptr()
-        if _libc.mmap(address, self.nbytes, protection, flags, fd, 0) != address:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+_MEETING_S = 20.0
+_CHECK_S = 0.05
 
 
 class _Exchange:
@@ -109,18 +76,27 @@ class SharedMemory(Collective):
         rank: This worker's number.
         sockets: A connected ``SOCK_SEQPACKET`` socket for each other worker, None for this one.
         timeout_s: How long this worker waits for another one.
+        memory: This worker's memory, if it has been in touch with others before.
+
+    Attributes:
+        memory: Where this worker's tensors lie.
     """
 
-    def __init__(self, rank: int, sockets: Sequence[socket.socket | None], *, timeout_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self,
+        rank: int,
+        sockets: Sequence[socket.socket | None],
+        *,
+        timeout_s: float = PATIENCE_S,
+        memory: Memory | None = None,
+    ) -> None:
         self.rank = rank
         self.size = len(sockets)
         self._sockets = list(sockets)
         self._number = 0
         # With more workers than cores, whoever looks keeps others from working.
         self._look_s = _LOOK_S if self.size <= len(os.sched_getaffinity(0)) else 0.0
-        self._regions: dict[int, _Region] = {}
-        self._starts: list[tuple[int, int, int]] = []  # (address, bytes, region) of own memory
-        self._shared: set[int] = set()  # addresses of own regions that show the host's common memory
+        self.memory = Memory() if memory is None else memory
         self._told: list[set[int]] = [set() for _ in sockets]  # regions whose descriptor each worker has
         self._seen: list[dict[int, Tensor]] = [{} for _ in sockets]  # other workers' regions, mapped here
         self._early: list[dict[int, tuple[bytearray, deque[int]]]] = [{} for _ in sockets]
@@ -130,38 +106,31 @@ class SharedMemory(Collective):
         os.register_at_fork(after_in_child=lambda: _let_go(myself))
 
     @classmethod
-    def meet(cls, rank: int, size: int, introduce: Introduce, *, timeout_s: float = PATIENCE_S) -> SharedMemory | str:
-        """*collective*. Connects workers that all run on one host; else the same reason on all of them why it cannot be."""
+    def meet(
+        cls,
+        rank: int,
+        size: int,
+        introduce: Introduce,
+        *,
+        timeout_s: float = PATIENCE_S,
+        memory: Memory | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> SharedMemory | str:
+        """*collective*. Connects workers that all run on one host; else the same reason on all of them why it cannot be.
+
+        Args:
+            memory: As for the class.
+            check: Called while this worker waits for another one; raises if that is in vain.
+        """
         sockets: list[socket.socket | None] = [None] * size
-        problem = ""
-        listener: socket.socket | None = None
-        try:
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            token = f"\0unisono-{secrets.token_hex(16)}"
-            listener.bind(token)
-            listener.listen(size)
-            listener.settimeout(20)
-            mine = f"{host_identity()}{token}"
-        except (OSError, AttributeError) as error:
-            problem, mine = str(error) or "no sockets", "!"
-        hellos = [text.decode() for text in introduce(mine.encode())]
-        machines = {hello.partition("\0")[0] for hello in hellos}
-        if len(machines) != 1 or "!" in machines:
-            problem = problem or "the workers run on several hosts"
-        elif listener is not None:
-            try:
-                _connect_all(rank, [hello[hello.index("\0") :] for hello in hellos], listener, sockets)
-                os.close(_Region.make(mmap.PAGESIZE).fd)  # whether there is such memory at all
-            except (OSError, AttributeError) as error:
-                problem = str(error) or type(error).__name__
-        if listener is not None:
-            listener.close()
-        problems = [text.decode() for text in introduce(problem.encode()) if text]
-        if problems:
-            for connection in filter(None, sockets):
-                connection.close()
-            return problems[0]
-        return cls(rank, sockets, timeout_s=timeout_s)
+        with contextlib.ExitStack() as undo:
+            undo.callback(_close_all, sockets)
+            problem = _connect(rank, sockets, introduce, check)
+            problems = [text.decode() for text in introduce(problem.encode()) if text]
+            if problems:
+                return problems[0]
+            undo.pop_all()
+        return cls(rank, sockets, timeout_s=timeout_s, memory=memory)
 
     def limit(self, timeout_s: float, lookout: Lookout) -> None:
         super().limit(timeout_s, lookout)
@@ -183,7 +152,7 @@ class SharedMemory(Collective):
         return _Exchange(self, self._number, list(outgoing[self.rank]), incoming)
 
     def publish(self, flat: Tensor, bounds: Sequence[tuple[int, int]]) -> None:
-        if flat.data_ptr() in self._shared:
+        if self.memory.is_common(flat):
             self.barrier()  # what the others wrote is here already, once they have written it
             return
         lo, hi = bounds[self.rank]
@@ -210,49 +179,57 @@ class SharedMemory(Collective):
         self.exchange(nobody, [[] for _ in range(self.size)])
 
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if device.type != "cpu" or numel * dtype.itemsize < _INLINE_BYTES:
+            return super().allocate(numel, dtype, device)  # it travels in packets anyway
+        return self.memory.allocate(numel * dtype.itemsize).view(dtype)
+
+    def common(self, numel: int, dtype: torch.dtype, mine: Tensor | None = None) -> Tensor:
         nbytes = numel * dtype.itemsize
-        if device.type != "cpu" or nbytes < _REGION_BYTES:
-            return super().allocate(numel, dtype, device)
-        region = _Region.make(nbytes)
-        number = len(self._regions)
-        self._regions[number] = region
-        self._starts.append((region.memory.data_ptr(), nbytes, number))
-        return region.memory.view(dtype)
+        have = None if mine is None else self.memory.common_descriptor(mine)
+        descriptor = self._common_descriptor(have, lambda: make_file(nbytes))
+        if mine is None or have is None:
+            mine = self.memory.join(nbytes, descriptor).view(dtype)
+        self.barrier()  # whoever made it may end now
+        return mine
 
     def share(self, flat: Tensor) -> bool:
-        number, offset = self._place(flat)
-        if number is None or offset or self._regions[number].nbytes != flat.nbytes:
+        if not self.memory.is_whole(flat):
             return False
-        region = self._regions[number]
-        self.barrier()  # no packet is under way that could be taken for the next one
-        if self.rank == 0:
-            common = _Region.make(region.nbytes)
-            common.memory.copy_(region.memory)
-            fd = common.fd
-            for peer in range(1, self.size):
-                with self._contact(peer) as connection:
-                    socket.send_fds(connection, [b"share"], [fd])
-        else:
-            with self._contact(0) as connection:
-                _, descriptors, _, _ = socket.recv_fds(connection, 16, 1)
-            if not descriptors:
-                raise self._lost(0, "it closed its end")
-            fd = descriptors[0]
-        region.show(fd)
-        os.close(fd)
-        os.ftruncate(region.fd, 0)  # the memory that nobody sees now
-        self._shared.add(flat.data_ptr())
+        have = self.memory.common_descriptor(flat)
+        descriptor = self._common_descriptor(have, lambda: make_file(flat.nbytes, flat))
+        if have is None:
+            self.memory.show(flat, descriptor)
+        self.barrier()
         return True
 
     def unshare(self, flat: Tensor) -> None:
-        if flat.data_ptr() not in self._shared:
-            return
-        region = self._regions[self._place(flat)[0] or 0]
-        os.ftruncate(region.fd, region.nbytes)
-        mine = mmap.mmap(region.fd, region.nbytes)
-        torch.frombuffer(mine, dtype=torch.uint8).copy_(region.memory)
-        region.show(region.fd)
-        self._shared.discard(flat.data_ptr())
+        self.memory.unshow(flat)
+
+    def _common_descriptor(self, mine: int | None, make: Callable[[], int]) -> int:
+        """*collective*. Hands the descriptor of common memory from the first worker that has one to those who have none; if
+        nobody has one, worker 0 makes it."""
+        holders = [bool(has) for has in self.all_gather(torch.tensor([mine is not None]))]
+        source = holders.index(True) if any(holders) else 0
+        needy = [peer for peer, has in enumerate(holders) if not has and peer != source]
+        self.barrier()  # no packet is under way that could be taken for the next one
+        if self.rank == source:
+            descriptor = make() if mine is None else mine
+            try:
+                for peer in needy:
+                    with self._contact(peer) as connection:
+                        socket.send_fds(connection, [b"common"], [descriptor])
+            except LostWorker:
+                if mine is None:
+                    os.close(descriptor)
+                raise
+            return descriptor
+        if mine is not None:
+            return mine
+        with self._contact(source) as connection:
+            _, descriptors, _, _ = socket.recv_fds(connection, 16, 1)
+        if not descriptors:
+            raise self._lost(source, "it closed its end")
+        return descriptors[0]
 
     def close(self) -> None:
         for number, connection in enumerate(self._sockets):
@@ -266,25 +243,25 @@ class SharedMemory(Collective):
         entries: list[bytes] = []
         inline: list[bytes] = []
         descriptors: list[int] = []
-        spent: list[_Region] = []
+        spent: list[Region] = []
         room = _PACKET_BYTES
         for tensor in tensors:
             nbytes = tensor.nbytes
-            region, offset = self._place(tensor)
+            region, offset = self.memory.place(tensor)
             if nbytes <= min(_INLINE_BYTES, room):
                 room -= nbytes
                 region, offset = _INLINE, 0
                 inline.append(_raw(tensor))
             elif region is None:
                 # Memory of its own for a large tensor from elsewhere: it is gone once the receiver is done with it.
-                passing = _Region.make(nbytes)
+                passing = Region.make(nbytes)
                 passing.memory.copy_(tensor.reshape(-1).view(torch.uint8))
                 spent.append(passing)
                 descriptors.append(passing.fd)
                 region, offset = _ONE_SHOT, 0
             elif region not in self._told[peer]:
                 self._told[peer].add(region)
-                descriptors.append(self._regions[region].fd)
+                descriptors.append(self.memory.descriptor(region))
             entries.append(_ENTRY.pack(region, offset, nbytes))
         packet = b"".join([_HEAD.pack(self._number, len(tensors)), *entries, *inline])
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors).tobytes())] if descriptors else []
@@ -328,7 +305,7 @@ class SharedMemory(Collective):
             if region == _ONE_SHOT:
                 one_shots.append(descriptors.popleft())
             elif region != _INLINE and region not in self._seen[peer]:
-                self._seen[peer][region] = _mapped(descriptors.popleft(), None)
+                self._seen[peer][region] = mapped(descriptors.popleft(), None)
         self._early[peer][number] = (bytearray(packet), one_shots)
 
     def _look(self, connection: socket.socket) -> Any:
@@ -375,18 +352,11 @@ class SharedMemory(Collective):
                     tensor.view(torch.uint8).copy_(torch.frombuffer(packet, dtype=torch.uint8, count=nbytes, offset=place))
                 place += nbytes
             elif region == _ONE_SHOT:
-                tensor = _mapped(one_shots.popleft(), nbytes).view(dtype)
+                tensor = mapped(one_shots.popleft(), nbytes).view(dtype)
             else:
                 tensor = self._seen[peer][region][offset : offset + nbytes].view(dtype)
             received.append(tensor)
         return received
-
-    def _place(self, tensor: Tensor) -> tuple[int | None, int]:
-        address = tensor.data_ptr()
-        for start, nbytes, region in self._starts:
-            if start <= address < start + nbytes:
-                return region, address - start
-        return None, 0
 
     @contextlib.contextmanager
     def _contact(self, peer: int) -> Iterator[socket.socket]:
@@ -400,30 +370,80 @@ class SharedMemory(Collective):
         except OSError as error:
             raise self._lost(peer, str(error)) from error
 
-    def _lost(self, peer: int, why: str) -> WorkerFailure:
-        return WorkerFailure(
+    def _lost(self, peer: int, why: str) -> LostWorker:
+        return LostWorker(
             f"worker {self.rank} lost contact with worker {peer} ({why}); look for that worker's own error", rank=peer
         )
 
 
-def _connect_all(rank: int, addresses: Sequence[str], listener: socket.socket, sockets: list[socket.socket | None]) -> None:
+def _connect(rank: int, sockets: list[socket.socket | None], introduce: Introduce, check: Callable[[], None]) -> str:
+    """*collective*. Connects this worker with all others; why that could not be, or ""."""
+    problem = ""
+    with contextlib.ExitStack() as end:
+        try:
+            listener = end.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            token = f"\0unisono-{secrets.token_hex(16)}"
+            listener.bind(token)
+            listener.listen(len(sockets))
+            listener.settimeout(_CHECK_S)
+            mine = f"{host_identity()}{token}"
+        except (OSError, AttributeError) as error:
+            problem, mine = str(error) or "no sockets", "!"
+        hellos = [text.decode() for text in introduce(mine.encode())]
+        machines = {hello.partition("\0")[0] for hello in hellos}
+        if len(machines) != 1 or "!" in machines:
+            return problem or "the workers run on several hosts"
+        try:
+            _connect_all(rank, [hello[hello.index("\0") :] for hello in hellos], listener, sockets, check)
+            os.close(Region.make(mmap.PAGESIZE).fd)  # whether there is such memory at all
+        except (OSError, AttributeError) as error:
+            problem = str(error) or type(error).__name__
+    return problem
+
+
+def _close_all(sockets: Sequence[socket.socket | None]) -> None:
+    for connection in filter(None, sockets):
+        connection.close()
+
+
+def _connect_all(
+    rank: int,
+    addresses: Sequence[str],
+    listener: socket.socket,
+    sockets: list[socket.socket | None],
+    check: Callable[[], None],
+) -> None:
     """Every pair of workers gets a connection: the higher rank calls, and says who it is."""
     for peer in range(rank):
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sockets[peer] = connection
-        connection.settimeout(20)
+        connection.settimeout(_MEETING_S)
         connection.connect(addresses[peer])
         connection.send(struct.pack("<I", rank))
     for _ in range(rank + 1, len(addresses)):
-        connection, _ = listener.accept()
-        connection.settimeout(20)
+        connection = _accept(listener, check)
+        connection.settimeout(_MEETING_S)
         _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
         if user != os.getuid():
             connection.close()
             raise PermissionError(f"user {user} tried to take part")
-        sockets[struct.unpack("<I", connection.recv(4))[0]] = connection
+        caller = connection.recv(4)
+        if len(caller) < 4:
+            raise ConnectionError("a worker that connected has gone again")
+        sockets[struct.unpack("<I", caller)[0]] = connection
     for connected in filter(None, sockets):
         connected.settimeout(None)
+
+
+def _accept(listener: socket.socket, check: Callable[[], None]) -> socket.socket:
+    until = time.monotonic() + _MEETING_S
+    while True:
+        try:
+            return listener.accept()[0]
+        except TimeoutError:
+            check()
+            if time.monotonic() > until:
+                raise
 
 
 def host_identity() -> str:
@@ -444,13 +464,6 @@ def _entries(packet: bytes | bytearray) -> tuple[int, list[tuple[int, int, int]]
     """Number of the exchange; and region, offset and bytes of each tensor."""
     number, count = _HEAD.unpack_from(packet)
     return number, [_ENTRY.unpack_from(packet, _HEAD.size + place * _ENTRY.size) for place in range(count)]
-
-
-def _mapped(fd: int, nbytes: int | None) -> Tensor:
-    try:
-        return torch.frombuffer(mmap.mmap(fd, nbytes or os.fstat(fd).st_size), dtype=torch.uint8)
-    finally:
-        os.close(fd)
 
 
 def _raw(tensor: Tensor) -> bytes:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unisono.collective.base import PATIENCE_S, Collective, Expected
+from unisono.collective.base import PATIENCE_S, Collective, Expected, LostWorker
 from unisono.errors import ConfigurationError, WorkerFailure
 
 _SMALL_BYTES = 64 * 1024
@@ -119,9 +119,9 @@ class TorchDistributed(Collective):
                 raise self._lost(error) from error
         self.lookout.wait_for(-1)
 
-    def _lost(self, error: RuntimeError) -> WorkerFailure:
+    def _lost(self, error: RuntimeError) -> LostWorker:
         """Another worker is gone, and its own error is the one that matters."""
-        return WorkerFailure(f"worker {self.rank} lost contact with another worker; look for that worker's own error. ({error})")
+        return LostWorker(f"worker {self.rank} lost contact with another worker; look for that worker's own error. ({error})")
 
     def start_exchange(
         self, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Expected]], *, name: str = "exchange"

@@ -25,8 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from unisono.collective.base import Collective, Lookout
-from unisono.errors import WorkerFailure
+from unisono.collective.base import Collective, Lookout, LostWorker
 from unisono.observe.timing import OUTSIDE, PAUSED, PHASE, PHASES, SINCE, STEP, Shown
 
 _WAITS_FOR = STEP + 1
@@ -97,6 +96,13 @@ class Board:
         myself = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _forget(myself))
 
+    @classmethod
+    def make(cls) -> Board | None:
+        """A board; None where the system has no such memory."""
+        with contextlib.suppress(OSError, AttributeError):
+            return cls()
+        return None
+
     def forget(self) -> None:
         """What a forked child does with its parent's board."""
         self._end()
@@ -120,16 +126,17 @@ class Watch(Lookout):
         self._cells = board.cells if board is not None else memoryview(bytearray(_CELLS * _CELL_BYTES)).cast("d")
 
     @classmethod
-    def begin(cls, collective: Collective, timeout_s: float) -> Watch:
+    def begin(cls, collective: Collective, timeout_s: float, board: Board | None = None) -> Watch:
         """*collective*. From now on a worker that another one waits for longer than ``timeout_s`` is looked at and named.
 
         Workers in one process keep the limit with which their ``Meeting`` was made, and need not be looked at.
+
+        Args:
+            board: This worker's board, if it has one already.
         """
-        if collective.size == 1 or not collective.apart:
+        if not collective.apart or (collective.size == 1 and board is None):
             return cls(collective.rank, [], None)
-        board: Board | None = None
-        with contextlib.suppress(OSError, AttributeError):
-            board = Board()
+        board = board or Board.make()
         mine = json.dumps(dataclasses.asdict(_identity(board))).encode()
         workers = [Identity(**json.loads(text)) for text in collective.all_gather_bytes(mine)]
         watch = cls(collective.rank, workers, board)
@@ -150,7 +157,7 @@ class Watch(Lookout):
     def wait_for(self, peer: int) -> None:
         self._cells[_WAITS_FOR] = peer
 
-    def silence(self, rank: int, peer: int, timeout_s: float) -> WorkerFailure:
+    def silence(self, rank: int, peer: int, timeout_s: float) -> LostWorker:
         culprit = self._culprit(peer)
         worker = self._workers[culprit]
         look = self._look(worker)
@@ -163,7 +170,9 @@ class Watch(Lookout):
                 "If it was only slow: Trainer(timeout_s=...) must exceed the longest time that a worker may keep others waiting",
             ]
         )
-        return WorkerFailure(text, rank=culprit, host=worker.host, step=step or None, traceback=text)
+        failure = LostWorker(text, rank=culprit, host=worker.host, step=step or None, traceback=text)
+        failure.silent = True
+        return failure
 
     def _look(self, worker: Identity) -> _Look:
         if worker.place != self._workers[self._rank].place:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from unisono.errors import CheckpointError, ConfigurationError
@@ -74,6 +74,22 @@ class MetricsLog:
         wanted = b"".join(line + b"\n" for line in kept)
         if wanted != data:
             self._store.write(METRICS_FILE, wanted)
+
+    def take_over(self, records: Iterable[Mapping[str, Scalar]]) -> None:
+        """Go on with the log of a worker that died while it wrote. *Local*.
+
+        Args:
+            records: The last lines, in order; those of steps that the file has are left out.
+        """
+        data = self._store.read(METRICS_FILE) if self._store.exists(METRICS_FILE) else b""
+        kept = list(_parse(data))
+        whole = b"".join(line + b"\n" for line, _ in kept)
+        if whole != data:
+            self._store.write(METRICS_FILE, whole)
+        last = max((int(record["step"]) for _, record in kept), default=0)
+        for record in records:
+            if int(record["step"]) > last:
+                self.append(record)
 
     def append(self, record: Mapping[str, Scalar]) -> None:
         """Add one line. *Local*.

@@ -53,13 +53,15 @@ class Reduction(abc.ABC):
     Attributes:
         ranges: Each worker's microbatches.
         segments: For each block of the layout, each worker's segment: what it saves, and what it publishes.
-        replicated: Whether every worker updates every parameter, so that nothing has to be published.
+        replicates: Whether, where there are several workers, every one updates every parameter.
+        replicated: Whether that is so now, and nothing has to be published.
         densified: Slots that were said to get few rows, but got a dense gradient at some step.
         present: For each slot, 1 if any own microbatch of this step had a gradient for it.
     """
 
     ranges: Sequence[Span]
     segments: Sequence[Sequence[Segment]]
+    replicates: bool
     replicated: bool
     densified: Set[int]
 
@@ -123,6 +125,9 @@ class Reduction(abc.ABC):
         Args:
             present: Which slots have a gradient from any microbatch of any worker.
         """
+
+    def close(self) -> None:  # noqa: B027 - most leave nothing behind
+        """*local*. Another one takes its place: takes its hooks off the parameters."""
 
     @property
     @abc.abstractmethod

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from unisono.collective import Collective, Expected, Pending
 from unisono.collective.hosts import Hosts
@@ -110,7 +111,8 @@ class ExactReduction(Reduction):
         hosts = Hosts(collective.hosts, collective.rank)
         self.ranges = assign(leaves, collective.size, tuple(map(len, hosts.groups)) if hosts.two_levels else ())
         self.segments = layout.segments(collective.size)
-        self.replicated = collective.size > 1 and layout.nbytes <= settings.replicate_kib * 1024
+        self.replicates = layout.nbytes <= settings.replicate_kib * 1024
+        self.replicated = collective.size > 1 and self.replicates
         self._pieces = [pieces(lo, hi, leaves) for lo, hi in self.ranges]
         self._slots = [slot for block in layout.blocks for slot in block.slots]
         self._rows = RowExchange(
@@ -136,7 +138,7 @@ class ExactReduction(Reduction):
             layout, self._arriving, collective.rank, leaves, allocate=allocate, own_changes=not self.replicated
         )
         self.densified: set[int] = set()
-        self._hooks_installed = False
+        self._hooks: list[RemovableHandle] = []
         self._state = _StepState(filled=0, overlap=False)
         self._divide()
 
@@ -185,7 +187,7 @@ class ExactReduction(Reduction):
         if self._levels is not None:
             self._levels.begin(filled)
         self._state = _StepState(filled=filled, overlap=overlap)
-        if overlap and not self._hooks_installed:
+        if overlap and not self._hooks:
             self._install_hooks()
 
     def before_backward(self, leaf: int) -> None:
@@ -316,8 +318,13 @@ class ExactReduction(Reduction):
 
     def _install_hooks(self) -> None:
         for index, parameter in enumerate(self._layout.parameters):
-            parameter.register_post_accumulate_grad_hook(self._arrived(index))  # type: ignore[no-untyped-call]
-        self._hooks_installed = True
+            handle = parameter.register_post_accumulate_grad_hook(self._arrived(index))  # type: ignore[no-untyped-call]
+            self._hooks.append(handle)
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def _arrived(self, index: int) -> Callable[[Tensor], None]:
         def hook(_: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from hashlib import blake2b
 from typing import Any
 
@@ -100,6 +100,7 @@ class BatchStream:
                     samples=len(indices),
                     filled=filled,
                     parts=(),
+                    span=(self._own.start, self._own.stop),
                     digest=_digest(indices, current, k, plan.batches),
                     ledger=entry(indices),
                 )
@@ -119,6 +120,42 @@ class BatchStream:
         data = [first, *(next(loaded) for _ in outline.parts[1:])]
         parts = [Microbatch(m, indices, one) for (m, indices), one in zip(outline.parts, data, strict=True)]
         return [*ready, dataclasses.replace(outline.batch, parts=parts)], False
+
+
+class Feed:
+    """Batches from any position, one after the other where that is what is asked for. *Local.*
+
+    Args:
+        stream: Makes a stream of this worker's share of now.
+        epochs: Where the last epoch ends.
+    """
+
+    def __init__(self, stream: Callable[[], BatchStream], epochs: int) -> None:
+        self._stream = stream
+        self._epochs = epochs
+        self._batches: Iterator[Batch] | None = None
+        self._next = (-1, -1)
+
+    def at(self, epoch: int, number: int) -> Batch | None:
+        """Batch ``number`` of ``epoch``; None behind the last epoch."""
+        if self._batches is None or self._next != (epoch, number):
+            self.drop()
+            self._batches = self._stream().batches(epoch, number, self._epochs)
+        batch = next(self._batches, None)
+        if batch is not None:
+            self._next = following(batch)
+        return batch
+
+    def drop(self) -> None:
+        """Forgets what has been loaded ahead: the share of this worker has changed, or nothing more is wanted."""
+        if isinstance(self._batches, Generator):
+            self._batches.close()
+        self._batches = None
+
+
+def following(batch: Batch) -> tuple[int, int]:
+    """Epoch and number of the batch after this one."""
+    return (batch.epoch + 1, 0) if batch.number + 1 == batch.of else (batch.epoch, batch.number + 1)
 
 
 def _digest(indices: Indices, *position: int) -> int:

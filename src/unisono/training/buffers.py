@@ -99,6 +99,21 @@ class Buffers:
             for i in moved:
                 self._versions[i] = self._tensors[i]._version
 
+    @property
+    def tracked(self) -> bytes:
+        """*local*. For each buffer, 1 if some forward has changed it."""
+        return self._tracked.tobytes()
+
+    def start(self) -> list[Tensor]:
+        """*local*. Copies of the values of now, for ``go_to``."""
+        return [tensor.detach().clone() for tensor in self._tensors]
+
+    def go_to(self, values: Sequence[Tensor]) -> None:
+        """*local*. Makes the values of ``start`` those of now."""
+        with torch.no_grad():
+            for tensor, value in zip(self._tensors, values, strict=True):
+                tensor.copy_(value)
+
     def put_back(self) -> None:
         """*local*. Undoes whatever happened to the buffers since ``begin``, outside a step."""
         for tensor, (_, module, key) in zip(self._tensors, self._places, strict=True):

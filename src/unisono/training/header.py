@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unisono.collective import Expected
 
-_FIXED = 15
+_FIXED = 16
 """Numbers in a header before the losses."""
 
 
@@ -29,6 +29,12 @@ class Signals:
     """Where the time of its last step went: data, compute, communication, waiting."""
     troubles: int = 0
     """What might slow it down, as bits (see ``unisono.guard.stragglers``)."""
+    leaves: bool = False
+    """Whether it leaves after this step, and the others go on."""
+    admits: bool = False
+    """Whether others wait to join; worker 0 says so."""
+    grown: bool = False
+    """Whether its part of the optimizer's state has something new (see ``unisono.training.holdings``)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +71,7 @@ class HeaderFormat:
 
     def __init__(self, leaves: int, slots: int, buffers: int) -> None:
         self._leaves = leaves
-        self._struct = struct.Struct(f"<Q4QQqBBBB4f{leaves}d{leaves}d{slots}s{buffers}s")
+        self._struct = struct.Struct(f"<Q4QQqBBBBB4f{leaves}d{leaves}d{slots}s{buffers}s")
 
     @property
     def expected(self) -> Expected:
@@ -87,6 +93,7 @@ class HeaderFormat:
             signals.failed,
             header.torn,
             signals.troubles,
+            signals.leaves | signals.admits << 1 | signals.grown << 2,
             *signals.seconds,
             *header.losses,
             *header.counts,
@@ -98,7 +105,7 @@ class HeaderFormat:
     def unpack(self, packed: Tensor) -> Header:
         """What ``pack`` was given."""
         fields = self._struct.unpack(packed.numpy().tobytes())
-        digest, l0, l1, l2, l3, replica, written, stop, failed, torn, troubles, s0, s1, s2, s3 = fields[:_FIXED]
+        digest, l0, l1, l2, l3, replica, written, stop, failed, torn, troubles, flags, s0, s1, s2, s3 = fields[:_FIXED]
         numbers = fields[_FIXED:]
         return Header(
             losses=numbers[: self._leaves],
@@ -109,7 +116,16 @@ class HeaderFormat:
             present=numbers[-2],
             changed=numbers[-1],
             torn=bool(torn),
-            signals=Signals(stop=stop, written=written, failed=bool(failed), seconds=(s0, s1, s2, s3), troubles=troubles),
+            signals=Signals(
+                stop=stop,
+                written=written,
+                failed=bool(failed),
+                seconds=(s0, s1, s2, s3),
+                troubles=troubles,
+                leaves=bool(flags & 1),
+                admits=bool(flags & 2),
+                grown=bool(flags & 4),
+            ),
         )
 
 

@@ -62,6 +62,14 @@ def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
 
 
+def copied_hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """*local*. ``hyperparameters`` that later steps do not change."""
+    return [
+        {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()}
+        for group in hyperparameters(optimizer)
+    ]
+
+
 def set_hyperparameters(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
     """*local*. Gives each parameter group its saved settings back."""
     if len(groups) != len(optimizer.param_groups):
@@ -85,6 +93,21 @@ def owned_state(optimizer: Optimizer, layout: Layout, owned: Iterable[int]) -> d
         for index in owned
         if layout.parameters[index] in optimizer.state
     }
+
+
+def full_state(optimizer: Optimizer, layout: Layout) -> dict[int, dict[str, Any]]:
+    """*local*. All state that this worker holds, by slot."""
+    return {
+        index: dict(optimizer.state[parameter])
+        for index, parameter in enumerate(layout.parameters)
+        if parameter in optimizer.state
+    }
+
+
+def set_full_state(optimizer: Optimizer, layout: Layout, state: Mapping[int, Mapping[str, Any]]) -> None:
+    """*local*. Takes over what ``full_state`` gave on another worker."""
+    named = {layout.names[index]: values for index, values in state.items()}
+    set_state(optimizer, layout, named, range(len(layout.parameters)))
 
 
 def settle_state(optimizer: Optimizer, layout: Layout, owners: Sequence[Sequence[int]], collective: Collective) -> None:

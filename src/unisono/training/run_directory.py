@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,10 +25,13 @@ from unisono.checkpoint.writer import BackgroundWriter
 from unisono.collective import Collective
 from unisono.errors import CheckpointError, ConfigurationError, UnisonoError
 from unisono.observe.metrics import MetricsLog
+from unisono.observe.strict_json import Scalar
 from unisono.observe.summary import SUMMARY_FILE, Summary
 from unisono.training.header import Signals
 from unisono.version import __version__
 
+_RECENT_LINES = 4096
+"""Lines of the log that a worker remembers which does not write it; worker 0 writes them about once a second."""
 MODEL_FILE = "model.safetensors"
 MANIFEST_FILE = "manifest.json"
 Entries = dict[str, FileEntry]
@@ -70,6 +74,7 @@ class RunDirectory:
         self.notes: list[str] = []
         self.saved_step: int | None = None
         self.log = MetricsLog(self._store)
+        self._recent: deque[Mapping[str, Scalar]] = deque(maxlen=_RECENT_LINES)
 
     # ------------------------------------------------------------------ start
 
@@ -123,6 +128,27 @@ class RunDirectory:
         if self._collective.rank == 0 or self._strict:
             fingerprints.check(checkpoint.info["fingerprint"], self._fingerprint, strict=self._strict)
 
+    def note(self, line: Mapping[str, Scalar]) -> None:
+        """*local*. Adds a line to the log (worker 0), or remembers it in case this worker becomes the one that writes."""
+        if self._collective.rank == 0:
+            self.log.append(line)
+        else:
+            self._recent.append(line)
+
+    @property
+    def pending(self) -> bool:
+        """*local*. Whether a checkpoint has begun and is not complete."""
+        return self._pending is not None
+
+    def regroup(self, collective: Collective) -> None:
+        """*local*, alike on all workers. From now on these are the other workers; what was under way is given up."""
+        self._collective = collective
+        self._pending, self._entries, self._failure, self.saved_step = None, None, None, None
+        if collective.rank == 0 and self._recent:
+            self.log.take_over(self._recent)
+        if collective.rank == 0:
+            self._recent.clear()
+
     # ------------------------------------------------------------------ checkpoints
 
     def save(self, step: int, *, part: Any, model: Mapping[str, Tensor] | None, trainer: Any, info: dict[str, Any]) -> None:
@@ -162,10 +188,14 @@ class RunDirectory:
 
     def told(self, signals: Sequence[Signals]) -> None:
         """*collective*. Acts on what all workers signalled with a step."""
-        if any(signal.failed for signal in signals) or (
-            self._pending is not None and all(signal.written == self._pending for signal in signals)
-        ):
+        if self.is_written(signals):
             self.finish()
+
+    @staticmethod
+    def is_written(signals: Sequence[Signals]) -> bool:
+        """*local*. Whether, by what all workers signalled with a step, a checkpoint is there to be completed, or has failed."""
+        written = {signal.written for signal in signals}
+        return any(signal.failed for signal in signals) or (len(written) == 1 and min(written) >= 0)
 
     def finish(self) -> None:
         """*collective*. Waits until the checkpoint under way, if any, is complete.

@@ -6,8 +6,11 @@ import hashlib
 import json
 import math
 import os
+import sys
+import time
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from unisono.collective import Collective, InProcess
-from unisono.errors import ConfigurationError
+from unisono.elastic.link import Link
+from unisono.errors import ConfigurationError, FingerprintMismatch
 from unisono.layout import Layout
 from unisono.sync import Sync
 from unisono.training.memory import keep_freed_memory
@@ -173,6 +177,58 @@ def connect(world: World, device: torch.device, timeout_s: float) -> Collective:
     if world.is_main:
         warnings.warn(f"workers talk over Gloo, since they cannot share memory: {nearest}", stacklevel=4)
     return group
+
+
+def link_of(world: World, device: torch.device, others: Collective | Link | None, timeout_s: float) -> Link | None:
+    """*local*. How this worker meets the others again when one is lost; None where they cannot."""
+    if isinstance(others, Link):
+        return others
+    if others is not None or world.store is None:
+        return None
+    link = Link.of(world, timeout_s=timeout_s)
+    if device.type != "cpu":
+        link.tell("whole", "0")  # what a GPU holds is gone with its process
+        return None
+    return link
+
+
+def check_identity(link: Link, settings: Mapping[str, Any], fingerprint: Mapping[str, Any], *, joins: bool) -> None:
+    """*local*. Tells what run this is; on a worker that is to join it, whether it belongs there.
+
+    Raises:
+        FingerprintMismatch: It does not; the message names the first difference.
+        SystemExit: With status 0: the run was finished before.
+    """
+    key = f"identity/{link.trainers}"
+    mine = {"script": _script(), **{f"fingerprint {name}": value for name, value in fingerprint.items()}, **settings}
+    if not joins:
+        link.tell(key, json.dumps(mine))
+        return
+    while (text := link.ask(key)) is None:
+        if link.ask("over") is not None:
+            raise SystemExit(0)
+        time.sleep(0.02)
+    theirs = json.loads(text)
+    for name, value in json.loads(json.dumps(mine)).items():
+        if theirs.get(name) != value:
+            raise FingerprintMismatch(
+                f"this worker (process {os.getpid()}) cannot join the run: its {name} is {_short(value)}, the run's "
+                f"{_short(theirs.get(name))}. Start it with the same script, settings and builds; the run goes on without it",
+                fields=[name],
+            )
+
+
+def _script() -> str:
+    """Digest of the script, as far as there is a file."""
+    try:
+        return hashlib.blake2b(Path(sys.argv[0]).read_bytes(), digest_size=16).hexdigest()
+    except OSError:
+        return ""
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def describe_settings(

@@ -27,10 +27,11 @@ from unisono.order import derive_seed
 from unisono.sync import Reduced, Reduction
 from unisono.training.buffers import Buffers
 from unisono.training.header import Header, HeaderFormat, Signals, union
+from unisono.training.holdings import Holdings
 from unisono.training.randomness import seed_generators
 from unisono.training.replica import Replica
 from unisono.training.weights import Weights
-from unisono.tree import fold_all
+from unisono.tree import Span, fold_all
 
 OnNonfinite = Literal["error", "skip"]
 
@@ -66,6 +67,8 @@ class Batch:
     given the same order."""
     ledger: Entry | None = None
     """Of the samples of the global batch; None: not known, and nothing to check."""
+    span: Span | None = None
+    """The range of microbatches whose filled ones are ``parts``; None: the batch does not tell."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,6 +148,8 @@ class Stepper:
         self._addresses = [parameter.data_ptr() for parameter in layout.parameters]
         self._held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._frozen = [parameter for parameter in self._held if not parameter.requires_grad]
+        self.holdings: Holdings | None = None
+        """What the workers of this host hold in common, if they do."""
         self._step_s = 0.0  # of worker 0's step before: something that all workers know
         self._format = HeaderFormat(leaves, len(layout.parameters), len(buffers.names))
 
@@ -181,8 +186,14 @@ class Stepper:
                 return self._skip(batch, step, losses, counts), told
             self._explain_gradient(norms, batch, step)
         learning_rates = self._learning_rates()
+        if self.holdings is not None:
+            if any(signal.grown for signal in told):
+                self.holdings.settle(step - 1)
+            self.holdings.before_update(step, self._step_s)
         with self._clock.phase("compute"):
             self._update(reduced, norm)
+        if self.holdings is not None:
+            self.holdings.after_update(step)
         if not self._reduction.replicated:
             with self._clock.phase("communication"):
                 self._publish()
@@ -204,6 +215,8 @@ class Stepper:
 
     def _skip(self, batch: Batch, step: int, losses: Sequence[float], counts: Sequence[float]) -> StepResult:
         """Leaves everything as it was before the step; all workers do so, since all know the same losses and norms."""
+        if self.holdings is not None:
+            self.holdings.skip(step)
         self._reduction.drop()
         self._buffers.restore()
         seed_generators(derive_seed("between", self._seed, step), self._replica.device)

@@ -19,12 +19,13 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from unisono.checkpoint.fingerprint import fingerprint
 from unisono.collective import Collective
+from unisono.elastic.link import Link
 from unisono.errors import CheckpointError, ConfigurationError, Desync
-from unisono.guard.data import check_same_data
+from unisono.guard.data import check_same_data, probe
 from unisono.guard.ledger import NOTHING, total, whole
-from unisono.guard.replicas import OnDesync, ReplicaGuard
-from unisono.guard.silence import Watch
-from unisono.guard.stragglers import Block, Machine, Stragglers, warn_about
+from unisono.guard.replicas import OnDesync
+from unisono.guard.silence import Board
+from unisono.guard.stragglers import Block, Machine
 from unisono.layout import Layout
 from unisono.observe.progress import Progress, ProgressDisplay, SilentProgress
 from unisono.observe.summary import Summary, show_summary
@@ -32,11 +33,12 @@ from unisono.observe.timing import StepClock
 from unisono.order import Order, OrderLike, make_order
 from unisono.signals import StopRequest
 from unisono.sync import Exact, Sync
-from unisono.training.batches import BatchStream
+from unisono.training.batches import BatchStream, Feed, following
 from unisono.training.buffers import Buffers
 from unisono.training.callbacks import Callback
 from unisono.training.evaluation import MetricFunction, evaluate
 from unisono.training.header import Signals
+from unisono.training.history import History
 from unisono.training.loader import Loader, dataset_length, read_sample
 from unisono.training.optimizer import (
     check_optimizer,
@@ -48,6 +50,7 @@ from unisono.training.run_directory import RunDirectory
 from unisono.training.setup import (
     check_alike,
     check_arguments,
+    check_identity,
     check_model,
     check_policies,
     check_unchanged,
@@ -55,11 +58,12 @@ from unisono.training.setup import (
     connect,
     describe_settings,
     enter,
+    link_of,
     prepare_process,
     unify_replicas,
 )
-from unisono.training.state import State
-from unisono.training.step import Batch, OnNonfinite, Stepper, StepResult
+from unisono.training.step import Batch, OnNonfinite, StepResult
+from unisono.training.team import Part, Settings, Team
 from unisono.training.weights import Weights
 from unisono.world import World
 
@@ -135,7 +139,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         loader: Loader | None = None,
         world: World | None = None,
-        collective: Collective | None = None,
+        collective: Collective | Link | None = None,
     ) -> None:
         check_arguments(batch_size, microbatches, max_grad_norm, precision, checkpoint_every)
         check_policies(on_nonfinite, on_desync, compare_every, timeout_s)
@@ -146,6 +150,15 @@ class Trainer:
         self._checkpoint_every = checkpoint_every
         self._loader = loader or Loader()
         self._sync = sync or Exact()
+        self._stop: StopRequest | None = None
+        self._screen = contextlib.ExitStack()
+        self._progress: ProgressDisplay = SilentProgress()
+        self._plan = (0, 0)
+        self._record = Record()
+        self._data_settings: dict[str, Any] | None = None
+        self._feed: Feed | None = None
+        self._unsaved_since: int | None = None
+        self._run: RunDirectory | None = None
 
         check_model(model)
         trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -153,73 +166,76 @@ class Trainer:
         self.world = enter(world or World.from_environment(), microbatches)
         self.device = choose_device(device, self.world, model)
         prepare_process(self.world, self.device)
-        self.collective = collective or connect(self.world, self.device, timeout_s)
-        watch = Watch.begin(self.collective, timeout_s)
         self._machine = Machine(self.world)
-        if self.collective.size > microbatches:
+        model.to(self.device)
+        self._link = link_of(self.world, self.device, collective, timeout_s)
+        if isinstance(collective, Collective):
+            met = collective
+        else:
+            met = connect(self.world, self.device, timeout_s) if self._link is None else self._link.first()
+        if met.size > microbatches:
             raise ConfigurationError(
-                f"{self.collective.size} workers but only {microbatches} microbatches: start at most {microbatches} workers, or "
+                f"{met.size} workers but only {microbatches} microbatches: start at most {microbatches} workers, or "
                 "raise microbatches"
             )
-
-        model.to(self.device)
-        settings = describe_settings(self, trainable, max_grad_norm, precision, self._sync, on_nonfinite)
-        check_alike(
-            self.collective, {**settings, "checkpoint_every": checkpoint_every, "run_dir": None if run_dir is None else "given"}
-        )
-        unify_replicas(model, self.collective)
+        self._history = History(self._link, joins=self._link is not None and self._link.generation is None)
         self._layout = Layout(trainable)
-        self._weights = Weights(self._layout, self.collective)
+        self._weights = Weights(self._layout, met)
         self._replica = TorchReplica(model, loss, device=self.device, precision=precision)
         self._buffers = Buffers(model, microbatches)
-        self._reduction = self._sync.bind(
-            self._layout, self.collective, microbatches, sparse=self._replica.tables.slots(self._layout)
-        )
-        updates = [self._reduction.updated_by(rank) for rank in range(self.collective.size)]
-        settle_state(optimizer, self._layout, updates, self.collective)
-        self._clock = StepClock(shown=watch.shown)
-        self._stragglers = Stragglers(self._reduction.ranges, warn_about(watch.identity, main=self.collective.rank == 0))
-        self._state = State(
+        board = None if met.size == 1 and self._link is None else Board.make()
+        self._clock = StepClock(shown=None if board is None else board.cells)
+        self._team = Team(
             model=model,
             optimizer=optimizer,
             scheduler=scheduler,
             layout=self._layout,
             weights=self._weights,
-            reduction=self._reduction,
-            collective=self.collective,
-        )
-        self._guard = ReplicaGuard(self._state.replicated, self.collective, on_desync, compare_every)
-        self._stepper = Stepper(
-            replica=self._replica,
-            layout=self._layout,
-            weights=self._weights,
             buffers=self._buffers,
-            reduction=self._reduction,
-            optimizer=optimizer,
-            collective=self.collective,
-            leaves=microbatches,
-            seed=seed,
-            max_grad_norm=max_grad_norm,
-            guard=self._guard,
-            on_nonfinite=on_nonfinite,
-            overlap=self._sync.overlaps(self.device),
+            replica=self._replica,
+            sync=self._sync,
+            settings=Settings(
+                microbatches=microbatches,
+                seed=seed,
+                max_grad_norm=max_grad_norm,
+                on_nonfinite=on_nonfinite,
+                on_desync=on_desync,
+                compare_every=compare_every,
+                timeout_s=timeout_s,
+                overlap=self._sync.overlaps(self.device),
+            ),
             clock=self._clock,
+            board=board,
+            link=self._link,
+            part=Part(
+                batch=self._batch_at,
+                regrouped=self._regrouped,
+                unsaved=lambda: self._run is not None and self._run.pending,
+                describe=self._describe,
+                adopt=self._adopt,
+            ),
         )
-        self._stop: StopRequest | None = None
-        self._progress: ProgressDisplay = SilentProgress()
-        self._record = Record()
-        self._data_settings: dict[str, Any] | None = None
-        self._run: RunDirectory | None = None
+        settings = describe_settings(self, trainable, max_grad_norm, precision, self._sync, on_nonfinite)
+        ground = fingerprint(threads=self.world.threads, device=self.device)
+        if self._link is not None:
+            check_identity(self._link, settings, ground, joins=self._history.outside)
         if run_dir is not None:
-            self._run = RunDirectory(
-                run_dir,
-                self.collective,
-                settings=settings,
-                fingerprint=fingerprint(threads=self.world.threads, device=self.device),
-                keep=keep,
-                strict=strict,
-            )
-            self._resume(self._run)
+            self._run = RunDirectory(run_dir, met, settings=settings, fingerprint=ground, keep=keep, strict=strict)
+
+        def begin() -> int:
+            others = self._team.collective
+            alike = {**settings, "checkpoint_every": checkpoint_every, "run_dir": None if run_dir is None else "given"}
+            check_alike(others, alike)
+            unify_replicas(model, others)
+            updates = [self._team.reduction.updated_by(rank) for rank in range(others.size)]
+            settle_state(optimizer, self._layout, updates, others)
+            if self._run is not None and not self._history.outside:
+                self._run.regroup(others)
+                self._resume(self._run)
+            return self.position.step
+
+        self._team.found(met, begin)
+        self._place_in_world()
 
     # ------------------------------------------------------------------ training
 
@@ -248,22 +264,33 @@ class Trainer:
             DataError: A sample cannot be read, or a loss or gradient is not finite; the last step stands.
             SystemExit: With status 128 + signal number, after a checkpoint, when asked to stop.
         """
-        samples = self._make_order(dataset, order, drop_last, epochs)
-        if self._is_done(epochs):
-            self._complete(epochs)
-            return self._say_finished()
-        with self._display(samples, epochs) as self._progress:
+        earlier = self._catch_up(dataset, own_loop=False)
+        if earlier:
+            return Summary(**earlier[0])
+        with self._history.call():
+            samples = self._make_order(dataset, order, drop_last, epochs)
+            if self._is_done(epochs):
+                self._complete(epochs)
+                summary = self._say_finished()
+            else:
+                summary = self._train(dataset, samples, epochs, loader or self._loader)
+        self._history.done(dataclasses.asdict(summary), main=self.collective.rank == 0)
+        return summary
+
+    def _train(self, dataset: Any, samples: Order, epochs: int, loader: Loader) -> Summary:
+        with self._screen:
+            # Before the look at the rank: a sampler that counts how often it is read must count alike on all workers.
+            self._plan = (samples.epoch(self.position.epoch).batches * epochs, epochs)
+            self._show_progress()
             try:
                 # Closed also after an error, so that the log is written as far as training came.
-                with contextlib.closing(
-                    self._batches(dataset, samples, epochs, loader or self._loader, own_loop=False)
-                ) as batches:
+                with contextlib.closing(self._batches(dataset, samples, epochs, loader, own_loop=False)) as batches:
                     for batch in batches:
                         self.step(batch)
             finally:
                 progress, self._progress = self._progress, SilentProgress()
             progress.finish()
-        summary = self._summary(finished=True)
+        summary = self._team.act(lambda: self._summary(finished=True))
         if self.collective.rank == 0 and self._run is not None:
             show_summary(summary, self._run.url)
         return summary
@@ -282,11 +309,15 @@ class Trainer:
         Pass each to ``step``. Leaving early is fine: the next call goes on after the last batch that was stepped. When the
         last one is done the run is finished and its files are written.
         """
+        if self._catch_up(dataset, own_loop=True):
+            return iter(())
         samples = self._make_order(dataset, order, drop_last, epochs)
-        return self._batches(dataset, samples, epochs, loader or self._loader, own_loop=True)
+        return self._own_batches(dataset, samples, epochs, loader or self._loader)
 
     def step(self, batch: Batch) -> StepResult:
         """*collective*. One optimizer step on a batch from ``batches``.
+
+        If a worker is lost meanwhile, and the launcher is ``unisono run``, the others do the step again without it.
 
         Returns:
             Loss, gradient norm and so on; the same on every worker.
@@ -296,24 +327,33 @@ class Trainer:
             SystemExit: After a checkpoint, when asked to stop.
         """
         self._check_batch(batch)
-        signals = self._signals()
+        self._team.await_more()
         sent = self.collective.bytes_sent
-        result, told = self._stepper.run(batch, self.position.step + 1, signals)
+        taken = self._team.step(batch, self.position.step + 1, self._signals)
+        result, told = taken.result, taken.told
         self._advance(batch, result)
         self._step_scheduler(result)
-        self._note(result, self.collective.bytes_sent - sent, self._stragglers.add(told, batch.filled))
+        alike = len(told) == self.collective.size
+        self._note(result, self.collective.bytes_sent - sent, self._team.stragglers.add(told, batch.filled) if alike else None)
         for callback in self.callbacks:
             callback.on_step(self, result)
-        if self._run is not None:
-            self._run.told(told)
+        if self._run is not None and self._run.is_written(told):
+            self._team.act(self._run.finish)
         stop = max(signal.stop for signal in told)
         if batch.number + 1 == batch.of:
             for callback in self.callbacks:
                 callback.on_epoch(self, batch.epoch)
         if self._run is not None and self._checkpoint_is_due(batch):
-            self._begin_checkpoint(self._run)
+            self._unsaved_since = None
+            self._team.act(self._begin_checkpoint)
+        if not stop and taken.leavers and len(taken.leavers) == len(told):
+            stop = int(signal.SIGTERM)
         if stop:
             self._leave(stop)
+        if taken.leavers or taken.admits:
+            if self._run is not None:
+                self._run.log.flush()
+            self._team.change(taken.leavers, admit=taken.admits)
         return result
 
     def evaluate(
@@ -333,12 +373,16 @@ class Trainer:
             batch_size: Samples computed at a time; by default the size of a training microbatch.
             loader: How samples are loaded.
         """
+        if self._history.outside:
+            recalled: dict[str, float] = self._history.wait()
+            return recalled
         size = batch_size or -(-self.batch_size // self.microbatches)
-        check_alike(self.collective, {"samples": dataset_length(dataset), "batch_size": size})
-        with self._clock.pause():
+
+        def act() -> dict[str, float]:
+            check_alike(self.collective, {"samples": dataset_length(dataset), "batch_size": size})
             self._buffers.begin()
             try:
-                results = evaluate(
+                return evaluate(
                     self._replica,
                     self.collective,
                     dataset,
@@ -349,7 +393,11 @@ class Trainer:
                 )
             finally:
                 self._buffers.put_back()
+
+        with self._history.call(), self._clock.pause():
+            results = self._team.act(act)
         self._keep_metrics(results)
+        self._history.done(results, main=self.collective.rank == 0)
         return results
 
     def save(self) -> None:
@@ -361,10 +409,23 @@ class Trainer:
         """
         if self._run is None:
             raise ConfigurationError("there is no run directory to save to: pass run_dir=... to Trainer")
-        self._begin_checkpoint(self._run)
-        self._run.finish()
+        if self._history.outside:
+            self._history.wait()
+            return
+        self._team.act(self._save)
+        self._history.done(None, main=self.collective.rank == 0)
+
+    @property
+    def collective(self) -> Collective:
+        """*local*. The workers of now; under ``unisono run`` others, once one is lost, leaves or joins."""
+        return self._team.collective
 
     # ------------------------------------------------------------------ the parts of a step
+
+    def _own_batches(self, dataset: Any, samples: Order, epochs: int, loader: Loader) -> Iterator[Batch]:
+        with self._history.call():
+            yield from self._batches(dataset, samples, epochs, loader, own_loop=True)
+        self._history.done(None, main=self.collective.rank == 0)
 
     def _batches(self, dataset: Any, samples: Order, epochs: int, loader: Loader, *, own_loop: bool) -> Generator[Batch]:
         if self._is_done(epochs):
@@ -372,13 +433,46 @@ class Trainer:
             return
         check_unchanged(self.model, self._layout)
         self._clock.at(self.position.step + 1)
-        check_same_data(functools.partial(read_sample, dataset, seed=self.seed), dataset_length(dataset), self.collective)
         if self._run is not None:
             self._run.begin(self.position.step)
-        stream = BatchStream(
+        feed = self._feed = Feed(lambda: self._stream(dataset, samples, loader), epochs)
+        share = self._may_share(own_loop)
+        with StopRequest() as self._stop, self._weights.in_common(share):
+            try:
+                self._begin_steps(dataset, replay=self._may_repeat(own_loop))
+                batch = feed.at(self.position.epoch, self.position.batch)
+                while batch is not None:
+                    yield batch
+                    batch = feed.at(*following(batch))
+            finally:
+                self._stop = None
+                feed.drop()
+                self._feed = None
+                if self._run is not None:
+                    with contextlib.suppress(CheckpointError):  # an error on its way is more important
+                        self._run.log.flush()
+        self._finish()
+
+    def _begin_steps(self, dataset: Any, *, replay: bool) -> None:
+        if self._history.just_joined:
+            self._history.just_joined = False
+            return  # the others are in the middle of it
+        length = dataset_length(dataset)
+        read = functools.partial(read_sample, dataset, seed=self.seed)
+
+        def act() -> None:
+            check_same_data(read, length, self.collective)
+            self._team.begin(replay=replay)
+
+        self._team.act(act)
+        if self._link is not None:
+            self._history.begin_loop(probe(read, length), main=self.collective.rank == 0)
+
+    def _stream(self, dataset: Any, samples: Order, loader: Loader) -> BatchStream:
+        return BatchStream(
             dataset,
             samples,
-            own=self._reduction.ranges[self.collective.rank],
+            own=self._team.reduction.ranges[self.collective.rank],
             batch_size=self.batch_size,
             microbatches=self.microbatches,
             loader=loader,
@@ -386,29 +480,44 @@ class Trainer:
             device=self.device,
             clock=self._clock,
         )
-        with StopRequest() as self._stop, self._weights.in_common(self._may_share(own_loop)):
-            try:
-                yield from stream.batches(self.position.epoch, self.position.batch, epochs)
-            finally:
-                self._stop = None
-                if self._run is not None:
-                    with contextlib.suppress(CheckpointError):  # an error on its way is more important
-                        self._run.log.flush()
-        self._finish()
+
+    def _batch_at(self, epoch: int, number: int) -> Batch:
+        batch = self._feed.at(epoch, number) if self._feed is not None else None
+        if batch is None:
+            raise ConfigurationError(
+                f"batch {number} of epoch {epoch} is stepped outside the loop over batches(...) that yielded it: step each batch "
+                "before the loop ends"
+            )
+        return batch
 
     def _may_share(self, own_loop: bool) -> bool:
         """Whether nobody but the trainer writes to the weights while it trains."""
-        if self._reduction.replicated:
+        if self._team.reduction.replicates:
             return False
         if self._sync.share_weights is not None:
             return self._sync.share_weights
         return not own_loop and not any(callback.edits_weights for callback in self.callbacks)
 
+    def _may_repeat(self, own_loop: bool) -> bool:
+        """Whether steps may be done again in between: nothing that a user has written would be left out then."""
+        return not own_loop and not any(callback.edits_weights for callback in self.callbacks)
+
     def _signals(self) -> Signals:
         """What the others are told with the next step."""
         stop = int(self._stop.requested or 0) if self._stop is not None else 0
+        # Whoever gets the signal alone is to leave; a stop of all is announced by the launcher first.
+        leaves = stop == signal.SIGTERM and self._link is not None and self._link.ask("stop") is None
+        if leaves:
+            stop = 0
         signals = self._run.signals(stop) if self._run is not None else Signals(stop=stop)
-        return dataclasses.replace(signals, seconds=self._record.last_seconds, troubles=self._machine.troubles())
+        return dataclasses.replace(
+            signals,
+            seconds=self._record.last_seconds,
+            troubles=self._machine.troubles(),
+            leaves=leaves,
+            admits=self._team.applicants(),
+            grown=self._team.grown,
+        )
 
     def _advance(self, batch: Batch, result: StepResult) -> None:
         position = self.position
@@ -444,20 +553,23 @@ class Trainer:
 
     def _note(self, result: StepResult, bytes_sent: int, block: Block | None) -> None:
         seconds = self._record.add(result, self._clock, bytes_sent)
-        if self.collective.rank == 0:
+        main = self.collective.rank == 0
+        if main:
             show(self._progress, result, self._clock)
-            if self._run is not None:
-                self._run.log.append(log_line(result, self.position, self._clock, seconds, block))
+        if self._run is not None and (main or self._link is not None):
+            self._run.note(log_line(result, self.position, self._clock, seconds, block))
 
-    def _begin_checkpoint(self, run: RunDirectory) -> None:
+    def _begin_checkpoint(self) -> None:
         """Copies the current state; it is written while training goes on, and complete a few steps later."""
-        self._guard.check_all(self.position.step)
+        run = self._run
+        assert run is not None
+        self._team.guard.check_all(self.position.step)
         main = self.collective.rank == 0
         run.save(
             self.position.step,
-            part={"state": self._state.own()},
+            part={"state": self._team.state.own()},
             model=self.model.state_dict() if main else None,
-            trainer=self._state.common() if main else None,
+            trainer=self._team.state.common() if main else None,
             info={
                 "position": dataclasses.asdict(self.position),
                 "data": self._data_settings,
@@ -466,7 +578,14 @@ class Trainer:
             },
         )
 
+    def _save(self) -> None:
+        assert self._run is not None
+        self._begin_checkpoint()
+        self._run.finish()
+
     def _checkpoint_is_due(self, batch: Batch) -> bool:
+        if self._unsaved_since is not None and self.position.step > self._unsaved_since:
+            return True  # the one under way was given up when the team changed
         if self._checkpoint_every is not None:
             return self.position.step % self._checkpoint_every == 0
         return batch.number + 1 == batch.of
@@ -475,12 +594,17 @@ class Trainer:
 
     def _finish(self) -> None:
         """All batches are done: the last checkpoint, the weights and the summary."""
-        if self._run is None:
+        run = self._run
+        if run is None:
             return
-        self._settle()
-        self._run.publish(self.model.state_dict() if self.collective.rank == 0 else None)
-        self._run.log.flush()
-        self._run.write_summary(self._summary(finished=True))
+
+        def act() -> None:
+            self._settle()
+            run.publish(self.model.state_dict() if self.collective.rank == 0 else None)
+            run.log.flush()
+            run.write_summary(self._summary(finished=True))
+
+        self._team.act(act)
 
     def _complete(self, epochs: int) -> None:
         """A run may have stopped after its last step, before its files were written. (One that went on further has others.)"""
@@ -492,15 +616,20 @@ class Trainer:
         assert self._run is not None
         self._run.finish()
         if self._run.saved_step != self.position.step:
-            self.save()
+            self._save()
 
     def _leave(self, stop: int) -> None:
         note = f"stopped by {signal.Signals(stop).name} after step {self.position.step}"
-        if self._run is not None:
-            self._settle()
-            self._run.log.flush()
-            self._run.write_summary(self._summary(finished=False))
-            note += f"; checkpoint written to {self._run.url}. Start the same command again to go on, on any number of workers"
+        run = self._run
+        if run is not None:
+
+            def act() -> None:
+                self._settle()
+                run.log.flush()
+                run.write_summary(self._summary(finished=False))
+
+            self._team.act(act)
+            note += f"; checkpoint written to {run.url}. Start the same command again to go on, on any number of workers"
         if self.collective.rank == 0:
             self._progress.note(note)
             if isinstance(self._progress, SilentProgress):
@@ -513,7 +642,7 @@ class Trainer:
         return self.position.epoch >= epochs
 
     def _say_finished(self) -> Summary:
-        summary = self._summary(finished=True)
+        summary = self._team.act(lambda: self._summary(finished=True))
         if self.collective.rank == 0:
             where = f"the run in {self._run.url}" if self._run is not None else "this run"
             print(
@@ -565,7 +694,7 @@ class Trainer:
                 warnings.warn(note, stacklevel=3)
         if checkpoint is None:
             return
-        self._state.restore(checkpoint)
+        self._team.state.restore(checkpoint)
         position = checkpoint.info["position"]
         ledger = position.get("ledger")
         self.position = Position(**{**position, "ledger": None if ledger is None else tuple(ledger)})
@@ -579,7 +708,8 @@ class Trainer:
     def _make_order(self, dataset: Any, order: OrderLike, drop_last: bool, epochs: int) -> Order:
         length = dataset_length(dataset)
         data = {"samples": length, "order": order if isinstance(order, str) else "given", "drop_last": drop_last}
-        check_alike(self.collective, {**data, "epochs": epochs})
+        if not self._history.just_joined:  # the others have compared this already
+            self._team.act(lambda: check_alike(self.collective, {**data, "epochs": epochs}))
         if self.position.batch and self._data_settings not in (None, data):
             raise ConfigurationError(
                 f"the run stopped in the middle of epoch {self.position.epoch + 1} over other data ({self._data_settings}) than "
@@ -600,18 +730,86 @@ class Trainer:
                 f"epoch {self.position.epoch}. Step each batch once, in order"
             )
 
-    def _display(self, samples: Order, epochs: int) -> ProgressDisplay:
-        # Before the look at the rank: a sampler that counts how often it is read must count alike on all workers.
-        total = samples.epoch(self.position.epoch).batches * epochs
-        if self.collective.rank:
-            return SilentProgress()
-        display = Progress(
-            total_steps=total,
-            step=self.position.step,
-            epochs=epochs,
-            workers=self.collective.size,
-            batch_size=self.batch_size,
+    def _show_progress(self) -> None:
+        """Worker 0 speaks to the person, whoever that is by now."""
+        if self.collective.rank or not isinstance(self._progress, SilentProgress) or not self._plan[1]:
+            return
+        total, epochs = self._plan
+        self._progress = self._screen.enter_context(
+            Progress(
+                total_steps=total,
+                step=self.position.step,
+                epochs=epochs,
+                workers=self.collective.size,
+                batch_size=self.batch_size,
+            )
         )
-        if self.position.step:
-            display.note(f"resumed after step {self.position.step}")
-        return display
+        if self.position.step and not self._record.steps:
+            self._progress.note(f"resumed after step {self.position.step}")
+
+    # ------------------------------------------------------------------ others come and go
+
+    def _place_in_world(self) -> None:
+        """Says in ``world`` which worker this is by now."""
+        if self._link is None or self._link.generation is None:
+            return
+        rank, size = self.collective.rank, self.collective.size
+        self.world = dataclasses.replace(self.world, rank=rank, size=size, local_rank=rank, local_size=size)
+
+    def _regrouped(self, reason: str, unsaved: bool) -> None:
+        assert self._link is not None
+        assert self._link.generation is not None
+        self._place_in_world()
+        if unsaved:
+            self._unsaved_since = self._team.committed
+        if self._feed is not None:
+            self._feed.drop()
+        main = self.collective.rank == 0
+        if self._run is not None:
+            self._run.regroup(self.collective)
+        self._history.publish(main=main)
+        if not main:
+            return
+        self._link.speak()
+        self._show_progress()
+        workers = self.collective.size
+        self._progress.note(
+            f"{reason}: {workers} worker{'s go' if workers > 1 else ' goes'} on after step {self._team.committed}"
+        )
+        if self._run is not None:
+            self._run.note(
+                {
+                    "step": self._team.committed,
+                    "event": "generation",
+                    "generation": self._link.generation.number,
+                    "workers": workers,
+                    "reason": reason,
+                }
+            )
+
+    def _catch_up(self, dataset: Any, *, own_loop: bool) -> list[Any]:
+        """What the others had from this call, if they had finished it before this worker came; else it takes part from now."""
+        if not self._history.outside:
+            return []
+        self._weights.want(self._may_share(own_loop))
+        read = functools.partial(read_sample, dataset, seed=self.seed)
+        return self._history.enter(self._team.join, probe(read, dataset_length(dataset)))
+
+    def _describe(self) -> dict[str, Any]:
+        return {
+            "position": dataclasses.asdict(self.position),
+            "data": self._data_settings,
+            "last": self._record.last,
+            "history": self._history.describe(),
+            "unsaved_since": self._unsaved_since,
+        }
+
+    def _adopt(self, description: dict[str, Any]) -> None:
+        position = description["position"]
+        ledger = position["ledger"]
+        self.position = Position(**{**position, "ledger": None if ledger is None else tuple(ledger)})
+        self._data_settings = description["data"]
+        self._record.last = description["last"]
+        self._unsaved_since = description["unsaved_since"]
+        self._history.adopt(description["history"])
+        self._clock.at(self.position.step + 1)

@@ -33,6 +33,7 @@ class Weights:
         self.flats: Sequence[Tensor] = layout.adopt(collective.allocate)
         give_back_freed_memory()  # where they lay before
         self.shared = False
+        self._wanted = False
         self._layout = layout
         self._collective = collective
         self._probes = [torch.cat([_probe(slot.offset, slot.numel) for slot in block.slots]) for block in layout.blocks]
@@ -44,22 +45,30 @@ class Weights:
             for slot in block.slots:
                 yield f"parameter {slot.name!r}", flat[slot.offset : slot.offset + slot.numel]
 
+    def want(self, wanted: bool) -> None:
+        """*local*. Whether ``bind`` lets the workers of a host share the weights, if they can."""
+        self._wanted = wanted
+
     @contextlib.contextmanager
     def in_common(self, wanted: bool) -> Iterator[None]:
-        """*collective* where it begins. While the body runs, the workers of a host share the weights, if they can.
-
-        The end is *local*: workers may get there by an error of their own.
-        """
-        if wanted:
-            for flat in self.flats:
-                self.shared |= self._collective.share(flat)
+        """*local*. While the body runs, ``bind`` lets the workers of a host share the weights, if they can."""
+        self._wanted = wanted
         try:
             yield
         finally:
+            self._wanted = False
             for flat in self.flats:
                 self._collective.unshare(flat)
             self.shared = False
             self._seen = None
+
+    def bind(self, collective: Collective) -> None:
+        """*collective*. From now on these are the other workers; shares the weights with those of this host, if wanted."""
+        self._collective = collective
+        self._seen = None
+        if self._wanted:
+            shared = [collective.share(flat) for flat in self.flats]
+            self.shared = any(shared)
 
     def remember(self) -> None:
         """*local*. The values of now are those that the trainer has made."""

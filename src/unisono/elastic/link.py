@@ -1,0 +1,206 @@
+"""This process's tie to the run: its membership, and the transport of each generation."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from unisono.collective import Collective, LostWorker
+from unisono.collective.regions import Memory
+from unisono.collective.shared_memory import SharedMemory
+from unisono.elastic.membership import Generation, Member, Membership, Store, store_is_gone
+from unisono.errors import ConfigurationError
+from unisono.process import Process
+from unisono.world import World
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MOST_TRIES = 100
+"""Generations that may fail to come about before that counts as the machine's fault."""
+_STORE_LIMIT = datetime.timedelta(seconds=30)
+"""How long the store may take to answer."""
+
+Connect = Callable[[Generation, Memory], Collective]
+"""*collective*. Makes the transport of a generation."""
+
+
+class Link:
+    """How this worker meets the others again after one has died, joined or left.
+
+    Args:
+        membership: Who takes part.
+        store: Where workers and launcher tell each other what has happened.
+        connect: Makes a generation's transport.
+
+    Attributes:
+        generation: The present one; None until this worker is in one.
+        store: As given.
+        minimum: Fewest workers that go on.
+        wait_s: How long fewer than that wait for more, in seconds.
+        trainers: How many trainers of this process have used it.
+    """
+
+    def __init__(
+        self, membership: Membership, store: Store, connect: Connect, *, minimum: int = 1, wait_s: float = 300.0
+    ) -> None:
+        self.store = store
+        self.generation: Generation | None = None
+        self.minimum = minimum
+        self.wait_s = wait_s
+        self.membership = membership
+        self._connect = connect
+        self.trainers = 0
+        self._memory = Memory()
+        self._terminal: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, world: World, *, timeout_s: float) -> Link:
+        """*local*. The link of a process that ``unisono run`` has started: one, for all trainers that follow each other in it.
+
+        Raises:
+            WorkerFailure: The launcher's store does not answer.
+        """
+        mine = (world.store, world.attempt, world.uid, os.getpid())
+        if mine not in _links:
+            _links[mine] = cls._open(world, timeout_s=timeout_s)
+        _links[mine].membership.timeout_s = timeout_s
+        return _links[mine]
+
+    @classmethod
+    def _open(cls, world: World, *, timeout_s: float) -> Link:
+        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+        host, _, port = (world.store or "").rpartition(":")
+        try:
+            client = TCPStore(host, int(port), is_master=False, timeout=_STORE_LIMIT)
+        except RuntimeError as error:
+            raise store_is_gone(error) from error
+        store: Any = PrefixStore(f"unisono/{world.attempt}", client)
+        store.set("elastic", "1")
+        me = Member(uid=world.uid, host=world.host, process=Process.this())
+        link = cls(
+            Membership(store, me, world.founders, timeout_s=timeout_s),
+            store,
+            _shared_memory,
+            minimum=world.minimum,
+            wait_s=world.wait_s,
+        )
+        link._terminal = world.terminal
+        return link
+
+    # ------------------------------------------------------------------ generations
+
+    def first(self, *, keep: Sequence[Tensor] = ()) -> Collective:
+        """*collective*. The transport with which a trainer begins; for a worker that is to join others, its own alone.
+
+        Raises:
+            SystemExit: With status 0, on a worker that came for the trainer before this one.
+        """
+        if not keep:
+            self.trainers += 1
+            self._memory = Memory()  # that of an earlier trainer stays with its model
+        if not self.membership.is_founder and self.generation is None:
+            if self.trainers > 1:
+                print("unisono: the run has come to another trainer before this worker could join it", flush=True)
+                raise SystemExit(0)
+            return SharedMemory(0, [None], memory=self._memory)
+        while True:
+            try:
+                return self.meet(keep=keep)
+            except LostWorker:
+                continue
+
+    def meet(
+        self,
+        *,
+        leavers: Sequence[str] = (),
+        joiners: Sequence[str] = (),
+        silent: int | None = None,
+        keep: Sequence[Tensor] = (),
+    ) -> Collective:
+        """*collective*. The next generation's transport; ``generation`` is that generation.
+
+        Args:
+            leavers: uids of members that will not come.
+            joiners: uids of workers that have been let in.
+            silent: The rank of a member that has not answered in time.
+            keep: Memory of this worker that must stay as it is; the rest may be given out again.
+
+        Raises:
+            LostWorker: Another one was lost meanwhile: meet again.
+            WorkerFailure: This worker is outside, or the store cannot be reached.
+        """
+        suspect = None if silent is None or silent >= len(self.uids) else self.uids[silent]
+        self.generation = self.membership.meet(leavers=leavers, joiners=joiners, suspect=suspect)
+        return self._connected(keep)
+
+    def join(self, over: Callable[[], bool], *, keep: Sequence[Tensor]) -> Collective | None:
+        """*local* until the others meet this worker. As ``meet`` for one that was not there before; None if ``over`` says that
+        there is nothing to wait for.
+
+        Raises:
+            LostWorker: Another one was lost meanwhile: meet again.
+        """
+        self.generation = self.membership.apply(over)
+        return None if self.generation is None else self._connected(keep)
+
+    def _connected(self, keep: Sequence[Tensor]) -> Collective:
+        assert self.generation is not None
+        self._memory.recycle(keep)
+        return self._connect(self.generation, self._memory)
+
+    @property
+    def uids(self) -> list[str]:
+        """*local*. The members of the present generation, in order of rank."""
+        return [] if self.generation is None else [member.uid for member in self.generation.members]
+
+    # ------------------------------------------------------------------ what is told through the store
+
+    def tell(self, key: str, value: str) -> None:
+        """*local*. Writes to the store."""
+        with _store_errors():
+            self.store.set(key, value)
+
+    def ask(self, key: str) -> str | None:
+        """*local*. Reads from the store; None if nobody has written that."""
+        with _store_errors():
+            return self.store.get(key).decode() if self.store.check([key]) else None
+
+    def speak(self) -> None:
+        """*local*. From now on this process speaks to the person: its output goes to the launcher's terminal."""
+        if self._terminal is None:
+            return
+        for stream, descriptor, number in zip((sys.stdout, sys.stderr), self._terminal, (1, 2), strict=True):
+            with contextlib.suppress(OSError, ValueError):  # the terminal may be gone, and streams closed
+                stream.flush()
+                os.dup2(descriptor, number)
+        self._terminal = None
+
+
+_links: dict[tuple[object, ...], Link] = {}
+"""A process belongs to one run, as it has one process group: trainers that follow each other go on with its workers."""
+
+
+def _shared_memory(generation: Generation, memory: Memory) -> Collective:
+    found = SharedMemory.meet(generation.rank, generation.size, generation.introduce, memory=memory, check=generation.check)
+    if isinstance(found, str):
+        if generation.number > _MOST_TRIES or "hosts" in found:
+            raise ConfigurationError(f"the workers cannot share memory: {found}")
+        raise LostWorker(f"generation {generation.number} did not come about: {found}")
+    return found
+
+
+@contextlib.contextmanager
+def _store_errors() -> Any:
+    try:
+        yield
+    except RuntimeError as error:
+        raise store_is_gone(error) from error
+
+
+__all__ = ["Connect", "Link", "LostWorker"]

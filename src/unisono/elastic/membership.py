@@ -1,0 +1,287 @@
+"""How workers agree who is in the next generation.
+
+They meet through a key-value store that the launcher serves. Whoever is in the generation that ended writes that it is here;
+the first of those who are left waits until all others are here or known to be dead, and writes the plan, which all follow.
+Nobody is special: if the first one dies meanwhile, the next takes its place, and whichever plan is written first counts.
+
+A worker that is silent is given up after the time limit. On the same host it is killed, so that it cannot write to common
+memory any more; on another one it finds a plan without itself when it wakes up, and ends. Workers that cannot reach the store
+end, too: of two groups of hosts that lose sight of each other, only the one with the store goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from unisono.collective import LostWorker
+from unisono.errors import WorkerFailure
+from unisono.process import Process
+
+_POLL_S = 0.0005
+_SLOW_POLL_S = 0.01
+_JOINER_S = 2.0
+"""How long members wait for one that they have let in: it can ask again."""
+_LAST_CHANCE_S = 0.5
+"""How long those who meet wait for one that has not answered in time before."""
+_LOOK_EVERY_S = 0.2
+"""How often the first worker looks whether others want to join."""
+
+
+class Store(Protocol):
+    """The part of torch.distributed's stores that is used here."""
+
+    def set(self, key: str, value: str | bytes, /) -> None: ...
+    def get(self, key: str, /) -> bytes: ...
+    def check(self, keys: list[str], /) -> bool: ...
+    def multi_get(self, keys: list[str], /) -> list[bytes]: ...
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Member:
+    """A worker, from its first generation to its last."""
+
+    uid: str
+    """Never used twice."""
+    host: str
+    """Name of its host, for a person."""
+    process: Process
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Member:
+        fields = json.loads(text)
+        return cls(**{**fields, "process": Process(**fields["process"])})
+
+
+class Outside(WorkerFailure):
+    """The others have gone on without this worker."""
+
+
+class Generation:
+    """A period with fixed membership, as one of its workers sees it.
+
+    Args:
+        number: From 1.
+        members: In order of rank.
+        rank: This worker's.
+        membership: What it belongs to.
+    """
+
+    def __init__(self, number: int, members: Sequence[Member], rank: int, membership: Membership) -> None:
+        self.number = number
+        self.members = tuple(members)
+        self.rank = rank
+        self._membership = membership
+        self._told = 0
+
+    @property
+    def size(self) -> int:
+        return len(self.members)
+
+    def introduce(self, data: bytes) -> list[bytes]:
+        """*collective*. The byte strings of all workers, in order of rank, through the store: what a transport needs until it
+        stands.
+
+        Raises:
+            LostWorker: One of them has died, or this generation is over for another reason.
+        """
+        self._told += 1
+        store = self._membership.store
+        keys = [f"{self.number}/told/{self._told}/{rank}" for rank in range(self.size)]
+        store.set(keys[self.rank], data or b"-")
+        while not store.check(keys):
+            self.check()
+            self._membership.pause(_POLL_S)
+        return [b"" if data == b"-" else data for data in store.multi_get(keys)]
+
+    def check(self) -> None:
+        """*local*. Raises LostWorker if this generation is over already."""
+        dead = [member for member in self.members if self._membership.is_dead(member)]
+        if dead or self._membership.store.check([f"{self.number}/over"]):
+            who = f"worker {self.members.index(dead[0])}" if dead else "a worker"
+            raise LostWorker(f"{who} was lost while generation {self.number} began")
+
+
+class Membership:
+    """This worker's part in forming generations.
+
+    Args:
+        store: Where all workers meet.
+        me: This worker.
+        founders: uids of those who begin the run, in order of rank; empty for a worker that joins.
+        timeout_s: How long a member may be silent before the others go on without it.
+        pause: Waits that many seconds, at most.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        me: Member,
+        founders: Sequence[str],
+        *,
+        timeout_s: float,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.store = store
+        self.me = me
+        self.pause = pause
+        self.timeout_s = timeout_s
+        self._number = 0
+        self._founders = self._expected = tuple(founders)
+        self._known: dict[str, Member] = {me.uid: me}
+        self._looked_s = 0.0
+        self._seen = 0
+
+    @property
+    def is_founder(self) -> bool:
+        """*local*. Whether this worker was there from the beginning."""
+        return self.me.uid in self._founders
+
+    # ------------------------------------------------------------------ meeting
+
+    def meet(self, *, leavers: Sequence[str] = (), joiners: Sequence[str] = (), suspect: str | None = None) -> Generation:
+        """*collective*. The next generation: the members of the one that has ended, without the dead, the silent and those who
+        leave, and with those who join.
+
+        Args:
+            suspect: One who has been given its time to answer already, elsewhere.
+
+        Raises:
+            Outside: The others have gone on without this worker.
+            WorkerFailure: The store cannot be reached.
+        """
+        number = self._number + 1
+        try:
+            if self._number:
+                self.store.set(f"{self._number}/over", "1")
+            if suspect is not None:
+                self.store.set(f"{number}/silent/{suspect}", "1")
+            self.store.set(f"{number}/here/{self.me.uid}", self.me.to_json())
+            plan = self._plan(number, [uid for uid in self._expected if uid not in leavers], joiners)
+        except RuntimeError as error:
+            raise store_is_gone(error) from error
+        return self._begin(number, plan)
+
+    def _begin(self, number: int, plan: Sequence[str]) -> Generation:
+        self._number = number
+        if self.me.uid not in plan:
+            raise Outside(
+                f"the others have gone on without this worker (process {self.me.process.pid} on {self.me.host}), which did not "
+                f"answer within {self.timeout_s:g} s. They hold all that it had done"
+            )
+        members = [Member.from_json(text) for text in self.store.multi_get([f"{number}/here/{uid}" for uid in plan])]
+        self._known = {member.uid: member for member in members}
+        self._expected = tuple(plan)
+        return Generation(number, members, plan.index(self.me.uid), self)
+
+    def _plan(self, number: int, expected: Sequence[str], joiners: Sequence[str]) -> list[str]:
+        began = time.monotonic()
+        here: set[str] = {self.me.uid}
+        while not self.store.check([f"{number}/plan"]):
+            waited_s = time.monotonic() - began
+            here.update(uid for uid in (*expected, *joiners) if uid not in here and self.store.check([f"{number}/here/{uid}"]))
+            alive = [uid for uid in (*expected, *joiners) if not self._is_dead(uid)]
+            present = [uid for uid in alive if uid in here]
+            if present and present[0] == self.me.uid:
+                missing = [uid for uid in alive if uid not in here and (uid in expected or waited_s < _JOINER_S)]
+                silent = [
+                    uid
+                    for uid in missing
+                    if waited_s > self.timeout_s or (waited_s > _LAST_CHANCE_S and self.store.check([f"{number}/silent/{uid}"]))
+                ]
+                self._give_up(silent)
+                missing = [uid for uid in missing if uid not in silent]
+                if not missing:
+                    self.store.compare_set(f"{number}/plan", "", json.dumps(present))
+                    continue
+            self.pause(_POLL_S if waited_s < 1 else _SLOW_POLL_S)
+        plan: list[str] = json.loads(self.store.get(f"{number}/plan"))
+        return plan
+
+    def _give_up(self, silent: Sequence[str]) -> None:
+        """Those who do not come are ended where they can be: they must not wake up and write to common memory."""
+        for uid in silent:
+            if uid in self._known:
+                self._known[uid].process.kill()
+
+    def is_dead(self, member: Member) -> bool:
+        """*local*. Whether a member has died, by the launcher's account or the system's."""
+        return member.process.is_dead or self.store.check([f"dead/{member.uid}"])
+
+    def _is_dead(self, uid: str) -> bool:
+        if uid == self.me.uid:
+            return False
+        member = self._known.get(uid)
+        return (member is not None and member.process.is_dead) or self.store.check([f"dead/{uid}"])
+
+    def why(self, uid: str) -> str:
+        """*local*. How a member ended, for a person; "" if nobody has said so."""
+        return self.store.get(f"dead/{uid}").decode() if self.store.check([f"dead/{uid}"]) else ""
+
+    # ------------------------------------------------------------------ joining
+
+    def applicants(self, *, at_once: bool = False) -> list[str]:
+        """*local*. Those who wait to join; unless ``at_once``, looks at most five times a second only."""
+        now = time.monotonic()
+        if not at_once and now - self._looked_s < _LOOK_EVERY_S:
+            return []
+        self._looked_s = now
+        found: list[str] = []
+        try:
+            while self.store.check([f"applicant/{self._seen + len(found)}"]):
+                found.append(self.store.get(f"applicant/{self._seen + len(found)}").decode())
+            while found and (found[0] in self._expected or self._is_dead(found[0])):
+                self._seen += 1
+                found.pop(0)
+            return list(dict.fromkeys(uid for uid in found if uid not in self._expected and not self._is_dead(uid)))
+        except RuntimeError as error:
+            raise store_is_gone(error) from error
+
+    def admit(self, applicants: Sequence[str], leavers: Sequence[str]) -> None:
+        """*local*. Tells those who wait (one worker does so) that they are in the next generation."""
+        expected = [uid for uid in self._expected if uid not in leavers]
+        for uid in applicants:
+            told = {"number": self._number + 1, "expected": expected, "joiners": list(applicants)}
+            self.store.set(f"admitted/{uid}", json.dumps(told))
+
+    def apply(self, over: Callable[[], bool]) -> Generation | None:
+        """*local* until others meet this worker. Waits to be let in; None once there is nothing to wait for, as ``over`` says."""
+        key = f"admitted/{self.me.uid}"
+        last = 0
+        try:
+            while True:
+                self._queue_up()
+                while not self.store.check([key]) or (told := json.loads(self.store.get(key)))["number"] <= last:
+                    if over():
+                        return None
+                    self.pause(_SLOW_POLL_S)
+                last = told["number"]
+                self.store.set(f"{last}/here/{self.me.uid}", self.me.to_json())
+                plan = self._plan(last, told["expected"], told["joiners"])
+                if self.me.uid in plan:
+                    return self._begin(last, plan)
+                # They lost one of theirs at this moment, and met without this worker.
+        except RuntimeError as error:
+            raise store_is_gone(error) from error
+
+    def _queue_up(self) -> None:
+        number = 0
+        while self.store.check([f"applicant/{number}"]):
+            number += 1
+        while self.store.compare_set(f"applicant/{number}", "", self.me.uid).decode() != self.me.uid:
+            number += 1
+
+
+def store_is_gone(error: RuntimeError) -> WorkerFailure:
+    """The error of a worker that cannot reach the store."""
+    return WorkerFailure(
+        f"the launcher's store does not answer ({str(error).splitlines()[0]}), so this worker cannot know whether others go "
+        "on without it, and ends. If nobody goes on, start the same command again: it continues from the last checkpoint"
+    )

@@ -1,0 +1,81 @@
+"""Processes of this machine, told apart also when numbers are used again. Everything here is *local*."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import time
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Process:
+    """Which process something is."""
+
+    place: str
+    """The machine since its last start, and the process namespace: where ``pid`` means this process; "" if that is not known."""
+    pid: int
+    started: int
+    """When, in clock ticks since the machine's start: tells it from a later process of the same number."""
+
+    @classmethod
+    def this(cls) -> Process:
+        """The one that asks."""
+        with contextlib.suppress(OSError):
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            return cls(place=f"{boot} {Path('/proc/self/ns/pid').readlink()}", pid=os.getpid(), started=state_of(os.getpid())[1])
+        return cls(place="", pid=os.getpid(), started=0)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it has ended, as far as can be told from here."""
+        if not self.place or self.place != _here().place:
+            return False
+        try:
+            state, started = state_of(self.pid)
+        except OSError:
+            return True
+        return started != self.started or state in "ZX"
+
+    def kill(self, *, patience_s: float = 5.0) -> bool:
+        """Ends it for good, whatever state it is in; whether it is gone. A stopped process, too, dies of this."""
+        if not self.place or self.place != _here().place:
+            return False
+        until = time.monotonic() + patience_s
+        try:
+            descriptor = os.pidfd_open(self.pid)  # from here on the number means one process
+        except OSError:
+            return self.is_dead
+        try:
+            with contextlib.suppress(OSError):
+                if not self.is_dead:
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        finally:
+            os.close(descriptor)
+        while not self.is_dead and time.monotonic() < until:
+            time.sleep(0.001)
+        return self.is_dead
+
+
+def state_of(pid: int) -> tuple[str, int]:
+    """State of a process, a letter, and when it was started.
+
+    Raises:
+        OSError: There is none.
+    """
+    # Its name, in parentheses, may hold anything.
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return fields[0], int(fields[19])
+
+
+_known: dict[int, Process] = {}
+
+
+def _here() -> Process:
+    pid = os.getpid()
+    if pid not in _known:
+        _known.clear()
+        _known[pid] = Process.this()
+    return _known[pid]

@@ -1,0 +1,443 @@
+"""What the workers of a host hold in common, so that none of it dies with one of them.
+
+Each worker updates the parameters that it owns, so it alone would hold their optimizer state. Here that state lies in memory
+that all workers of the host have mapped: it stays when its owner dies, and a worker that joins finds it there. The same holds
+for weights while they are shared (``weights.py``).
+
+One moment is left in which a death does harm: while parameters are updated, in place. So each owner keeps a copy of what it
+is about to change, as often as a hundredth of the time allows: in every step where that is cheap beside computing gradients.
+A *board* in common memory says how far each owner came. After a death the host's state is either whole, or it goes back to the
+copy, and the steps since then are done again; the same bits come out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from unisono.collective import Collective
+from unisono.layout import ALIGNMENT_BYTES, Layout
+from unisono.sync import Reduction
+from unisono.training.weights import Weights
+
+_SHARE = 0.01
+"""How much of the time may go into copies, where steps may be done again."""
+_SHARE_WITHOUT_REPLAY = 0.1
+"""How much of it where only the step under way may be done again, so that each step needs its copy."""
+_BYTES_PER_S = 5e9
+"""What copying costs, roughly: decisions that all workers take alike cannot rest on what one of them has measured."""
+_MOST_WORKERS = 1024
+_HEAD = 8
+"""Numbers at the beginning of the board."""
+_COPIED, _BEGUN, _DONE = range(3)
+"""Columns of the board: the step that an owner's copy shows, the step whose update it has begun, and has finished."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """One tensor of the optimizer's state."""
+
+    slot: int
+    key: str
+    dtype: str | None
+    """None: the value is None."""
+    shape: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    offset: int = 0
+    """In bytes, from the beginning of its chest."""
+    nbytes: int = 0
+
+    @classmethod
+    def of(cls, slot: int, key: str, value: Tensor | None) -> _Entry:
+        if value is None:
+            return cls(slot=slot, key=key, dtype=None)
+        room = 1 + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True)) if value.numel() else 0
+        return cls(
+            slot=slot,
+            key=key,
+            dtype=str(value.dtype).removeprefix("torch."),
+            shape=tuple(value.shape),
+            stride=value.stride(),
+            nbytes=room * value.element_size(),
+        )
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> _Entry:
+        return cls(**{**fields, "shape": tuple(fields["shape"]), "stride": tuple(fields["stride"])})
+
+    def view(self, chest: Tensor) -> Tensor | None:
+        if self.dtype is None:
+            return None
+        room = chest[self.offset : self.offset + self.nbytes].view(getattr(torch, self.dtype))
+        return room.as_strided(self.shape, self.stride)
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Chest:
+    """State that came to be at the same time, of all parameters: entries in slot order, at multiples of 64 bytes."""
+
+    born: int
+    """The step after which it was there."""
+    entries: list[_Entry]
+    nbytes: int
+    memory: Tensor | None = None
+    """uint8 ``[nbytes]``."""
+    copy: Tensor | None = None
+    _runs: dict[frozenset[int], list[tuple[int, int]]] = dataclasses.field(default_factory=dict)
+
+    def runs(self, slots: frozenset[int]) -> list[tuple[int, int]]:
+        """The stretches of memory, in bytes, that hold what belongs to these slots."""
+        if slots not in self._runs:
+            found: list[tuple[int, int]] = []
+            ends = [*(entry.offset for entry in self.entries[1:]), self.nbytes]
+            for entry, end in zip(self.entries, ends, strict=True):
+                if entry.slot not in slots:
+                    continue
+                if found and found[-1][1] == entry.offset:
+                    found[-1] = (found[-1][0], end)
+                else:
+                    found.append((entry.offset, end))
+            self._runs[slots] = found
+        return self._runs[slots]
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """What the host's state can go on from, after a generation has ended."""
+
+    step: int
+    """Steps that are behind it."""
+    parts: tuple[int, ...] = ()
+    """Former places on this host whose parts must go back to their copies; none: the state is whole as it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What one worker of this host owns."""
+
+    slots: frozenset[int]
+    bounds: tuple[tuple[int, int], ...]
+    """Its elements of each block of weights."""
+
+
+class Holdings:
+    """The optimizer's state in common memory, and the copy of state and weights.
+
+    Args:
+        layout: Where parameters lie.
+        weights: Their memory.
+        optimizer: Whose state it is.
+
+    Attributes:
+        replay: Whether steps that are done may be done again: nobody but the trainer changes weights between them.
+        copied: The step that the copy shows; -1 if there is none in this generation.
+        grown: Whether this worker's part of the state has something new that is not yet held in common.
+    """
+
+    def __init__(self, layout: Layout, weights: Weights, optimizer: Optimizer) -> None:
+        self._layout = layout
+        self._weights = weights
+        self._optimizer = optimizer
+        self._chests: list[_Chest] = []
+        self._board: Tensor | None = None
+        self._copies: list[Tensor] = []
+        self._parts: dict[int, list[_Part]] = {}  # of all workers of this host, by generation
+        self._generation = 0
+        self._side = 0
+        self._place = 0
+        self._due = _Budget()
+        self.replay = False
+        self.copied = -1
+        self.grown = False
+
+    # ------------------------------------------------------------------ a generation begins
+
+    def bind(self, collective: Collective, reduction: Reduction, generation: int, step: int) -> bool:
+        """*collective*. Holds the state, which shows step ``step``, together with the workers of this generation.
+
+        Returns:
+            Whether that can be done; the same on all workers.
+        """
+        self._collective = collective
+        hosts = collective.hosts
+        near = range(collective.size) if len(hosts) == collective.size else next(h for h in hosts if collective.rank in h)
+        self._near = tuple(near)
+        self._place = self._near.index(collective.rank)
+        self._board = collective.common(_HEAD + 2 * _MOST_WORKERS * 3, torch.int64, self._board)
+        if self._board is None:
+            return False
+        self._parts[generation] = [
+            _Part(frozenset(reduction.owned_by(rank)), tuple((s[rank].lo, s[rank].hi) for s in reduction.segments))
+            for rank in self._near
+        ]
+        counts, side = divmod(int(self._numbers[0]), 2)
+        self._parts = {number: parts for number, parts in self._parts.items() if number >= counts}
+        self._generation, self._side = generation, 1 - side
+        self._learn()
+        if not self.settle(step):
+            return False
+        self._copies = [
+            common
+            for block, flat in enumerate(self._weights.flats)
+            if (common := collective.common(flat.numel(), flat.dtype, self._copies[block] if self._copies else None)) is not None
+        ]
+        self._marks(self._side)[self._place] = (-1, step, step)
+        self.copied = -1
+        self._due = _Budget()
+        collective.barrier()
+        # Until here the marks of the generation before were the ones that count.
+        self._numbers[0] = 2 * generation + self._side
+        return True
+
+    def _learn(self) -> None:
+        """*collective*. Everyone has everything that someone has; whoever joins sees it in the optimizer."""
+        mine = json.dumps([{"born": c.born, "nbytes": c.nbytes, "entries": [vars(e) for e in c.entries]} for c in self._chests])
+        told = max(self._collective.all_gather_bytes(mine.encode()), key=len)
+        if not self._chests:
+            self._chests = [
+                _Chest(born=one["born"], nbytes=one["nbytes"], entries=[_Entry.from_json(entry) for entry in one["entries"]])
+                for one in json.loads(told)
+            ]
+        for chest in self._chests:
+            chest.memory = self._collective.common(chest.nbytes, torch.uint8, chest.memory)
+            chest.copy = self._collective.common(chest.nbytes, torch.uint8, chest.copy)
+            self._show(chest, take=False)
+
+    def settle(self, step: int) -> bool:
+        """*collective*. Takes what is new in the optimizer's state into common memory.
+
+        Args:
+            step: Steps that the state has behind it.
+
+        Returns:
+            Whether all of the state can be held; the same on all workers. Numbers that are no tensors cannot.
+        """
+        new, strange = self._news()
+        told = self._collective.all_gather_bytes(json.dumps([[vars(entry) for entry in new], strange]).encode())
+        entries: list[_Entry] = []
+        for rank in self._near:
+            announced, others = json.loads(told[rank])
+            strange = strange or others
+            entries += [_Entry.from_json(one) for one in announced]
+        if any(json.loads(text)[1] for text in told):
+            return False
+        if entries:
+            chest = _chest(entries, step)
+            chest.memory = self._collective.common(chest.nbytes, torch.uint8)
+            chest.copy = self._collective.common(chest.nbytes, torch.uint8)
+            self._show(chest, take=True)
+            self._chests.append(chest)
+        for entry_chest, entry in self._own_entries():
+            self._keep(entry_chest, entry)
+        self.grown = False
+        if self._generation:
+            self._marks(self._side)[self._place, _DONE] = step
+        self._collective.barrier()
+        return True
+
+    def _news(self) -> tuple[list[_Entry], str]:
+        """What this worker owns of the state and is not in common memory; and what cannot be."""
+        known = {(entry.slot, entry.key) for chest in self._chests for entry in chest.entries}
+        found: list[_Entry] = []
+        for slot in sorted(self._mine.slots):
+            for key, value in self._optimizer.state.get(self._layout.parameters[slot], {}).items():
+                if (slot, key) in known:
+                    continue
+                if value is not None and not (isinstance(value, Tensor) and value.device.type == "cpu"):
+                    return [], f"{key} of {self._layout.names[slot]}"
+                found.append(_Entry.of(slot, key, value))
+        return found, ""
+
+    def _show(self, chest: _Chest, *, take: bool) -> None:
+        """Makes the optimizer's state lie in the chest; with ``take``, what this worker owns is copied there first."""
+        assert chest.memory is not None
+        for entry in chest.entries:
+            state = self._optimizer.state[self._layout.parameters[entry.slot]]
+            view = entry.view(chest.memory)
+            value = state.get(entry.key)
+            if take and view is not None and entry.slot in self._mine.slots and isinstance(value, Tensor):
+                view.copy_(value)
+            state[entry.key] = view
+
+    # ------------------------------------------------------------------ a step
+
+    def renew(self, step: int, *, replay: bool) -> None:
+        """*collective*. Steps follow after step ``step``; what was changed since the last one is held, too."""
+        self.settle(step)
+        self.replay = replay
+        self.copied, self._due = -1, _Budget()
+        self._marks(self._side)[self._place] = (-1, step, step)
+
+    def skip(self, step: int) -> None:
+        """*local*. Step ``step`` has changed nothing."""
+        self._marks(self._side)[self._place] = (-1, step, step)
+        self.copied, self._due = -1, _Budget()
+
+    def before_update(self, step: int, step_s: float) -> None:
+        """*local*. Step ``step`` is about to update what this worker owns; the copy comes first where it is due, on all workers
+        alike.
+
+        Args:
+            step_s: What a step takes, in seconds, as all workers know it.
+        """
+        if len(self._near) == 1:
+            return
+        marks = self._marks(self._side)[self._place]
+        if self._due.now(max(map(self._nbytes, self._parts[self._generation])), step_s, replay=self.replay):
+            self._copy(self._mine, back=False)
+            marks[_COPIED] = self.copied = step - 1
+        marks[_BEGUN] = step
+
+    def after_update(self, step: int) -> None:
+        """*local*. This worker has updated what it owns."""
+        if len(self._near) == 1:
+            return
+        held = 0
+        for chest, entry in self._own_entries():
+            held += 1
+            self._keep(chest, entry)
+        total = sum(len(self._optimizer.state.get(self._layout.parameters[slot], ())) for slot in self._mine.slots)
+        self.grown = total > held
+        if not self.grown:
+            self._marks(self._side)[self._place, _DONE] = step
+
+    def _own_entries(self) -> Iterator[tuple[_Chest, _Entry]]:
+        mine = self._mine.slots
+        return ((chest, entry) for chest in self._chests for entry in chest.entries if entry.slot in mine)
+
+    def _keep(self, chest: _Chest, entry: _Entry) -> None:
+        """Some optimizers put a new tensor into their state instead of changing the one that is there."""
+        state = self._optimizer.state[self._layout.parameters[entry.slot]]
+        value, memory = state.get(entry.key), chest.memory
+        if entry.dtype is None or not isinstance(value, Tensor) or memory is None:
+            return
+        if value.data_ptr() != memory.data_ptr() + entry.offset:
+            view = entry.view(memory)
+            assert view is not None
+            view.copy_(value)
+            state[entry.key] = view
+
+    def _copy(self, part: _Part, *, back: bool, weights: bool = True) -> None:
+        """Copies what a worker owns into the copy, or back."""
+        for chest in self._chests:
+            for lo, hi in chest.runs(part.slots):
+                assert chest.memory is not None
+                assert chest.copy is not None
+                here, there = chest.memory[lo:hi], chest.copy[lo:hi]
+                (here if back else there).copy_(there if back else here)
+        if not weights:
+            return
+        for flat, copy, (lo, hi) in zip(self._weights.flats, self._copies, part.bounds, strict=True):
+            (flat if back else copy)[lo:hi].copy_((copy if back else flat)[lo:hi])
+
+    def _nbytes(self, part: _Part) -> int:
+        state = sum(hi - lo for chest in self._chests for lo, hi in chest.runs(part.slots))
+        return state + sum(
+            (hi - lo) * flat.element_size() for flat, (lo, hi) in zip(self._weights.flats, part.bounds, strict=True)
+        )
+
+    # ------------------------------------------------------------------ a generation has ended
+
+    def point(self, reached: int) -> Point | None:
+        """*local*, alike on all workers of the host, once nobody of the generation writes any more.
+
+        Args:
+            reached: The last step that some worker who is left has completed.
+
+        Returns:
+            What the host's state can go on from; None if it cannot.
+        """
+        number, side = divmod(int(self._numbers[0]), 2)
+        if number not in self._parts or len(self._parts[number]) == 1:
+            return Point(reached)  # nobody has updated anything yet, or nobody else
+        marks = self._marks(side)[: len(self._parts[number])]
+        top = int(marks[:, _BEGUN].max())
+        if bool((marks[:, _DONE] == top).all()) and reached >= top:
+            return Point(top)
+        behind = marks[:, _DONE] < top - 1  # something new of theirs was not in common memory yet
+        parts = np.flatnonzero((marks[:, _BEGUN] == top) | behind)
+        if not behind.any() and bool((marks[parts, _DONE] == top).all() and (marks[parts, _COPIED] == -1).all()):
+            return Point(reached)  # a step that changes nothing
+        if bool((marks[parts, _COPIED] == top - 1).all()) and not behind.any():
+            return Point(top - 1, tuple(parts.tolist()))
+        step = int(marks[0, _COPIED])
+        if step < 0 or not bool((marks[:, _COPIED] == step).all()):
+            return None
+        return Point(step, tuple(range(len(marks))))
+
+    def restore(self, point: Point, *, main: bool) -> None:
+        """*local*. Goes back to ``point``.
+
+        Args:
+            main: Whether this worker does it for all workers of the host.
+        """
+        parts = self._parts[int(self._numbers[0]) // 2]
+        for place in point.parts:
+            if main:
+                self._copy(parts[place], back=True, weights=self._weights.shared)
+            if not self._weights.shared:
+                for flat, copy, (lo, hi) in zip(self._weights.flats, self._copies, parts[place].bounds, strict=True):
+                    flat[lo:hi].copy_(copy[lo:hi])
+        held = {(entry.slot, entry.key) for chest in self._chests if chest.born <= point.step for entry in chest.entries}
+        self._chests = [chest for chest in self._chests if chest.born <= point.step]
+        for slot, parameter in enumerate(self._layout.parameters):
+            state = self._optimizer.state.get(parameter, {})
+            for key in [key for key in state if (slot, key) not in held]:
+                del state[key]
+            if not state:
+                self._optimizer.state.pop(parameter, None)
+        self.grown = False
+
+    # ------------------------------------------------------------------ the board
+
+    @property
+    def _mine(self) -> _Part:
+        return self._parts[self._generation][self._place]
+
+    @property
+    def _numbers(self) -> npt.NDArray[np.int64]:
+        """The board; its first number is twice the generation whose marks count, and their side of the board."""
+        assert self._board is not None
+        numbers: npt.NDArray[np.int64] = self._board.numpy()
+        return numbers
+
+    def _marks(self, side: int) -> npt.NDArray[np.int64]:
+        """int64 ``[places, 3]``."""
+        size = _MOST_WORKERS * 3
+        start = _HEAD + size * side
+        return self._numbers[start : start + size].reshape(_MOST_WORKERS, 3)
+
+
+class _Budget:
+    """When a copy is due: in the first step of a generation, then as often as its share of the time allows. *Local*, alike on all
+    workers."""
+
+    def __init__(self) -> None:
+        self._first = True
+        self._saved_s = 0.0
+
+    def now(self, nbytes: int, step_s: float, *, replay: bool) -> bool:
+        """Whether step after step, each of ``step_s`` seconds, it is time to copy ``nbytes``."""
+        cost_s = nbytes / _BYTES_PER_S
+        self._saved_s += _SHARE * step_s
+        due = self._first or (self._saved_s >= cost_s if replay else cost_s <= _SHARE_WITHOUT_REPLAY * step_s)
+        if due:
+            self._first, self._saved_s = False, 0.0
+        return due
+
+
+def _chest(entries: Sequence[_Entry], step: int) -> _Chest:
+    placed: list[_Entry] = []
+    end = 0
+    for entry in sorted(entries, key=lambda entry: (entry.slot, entry.key)):
+        placed.append(dataclasses.replace(entry, offset=end))
+        end += -(-entry.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return _Chest(born=step, entries=placed, nbytes=max(end, ALIGNMENT_BYTES))

@@ -1,0 +1,617 @@
+"""This worker's part of the team: what it computes together with the other workers, whoever they are at the moment.
+
+What the workers do together is a sequence of *acts*: a step, an evaluation, the start of a checkpoint. An act ends everywhere or
+it is done again: if a worker is lost, those who are left meet again, bring the state to one point, and repeat the act with what
+they are now. They can be one act apart, since some may have heard all that they needed when the others had not: then those
+who are behind take the result from those who are ahead, and nobody repeats anything.
+
+The state after the last act is one of these:
+
+- every worker has all of it (small models): then it is there as long as anyone is;
+- it lies in common memory, but for the moment of the update (``holdings.py``): then it is there, or the copy is, from which the
+  steps since then are done again;
+- it is nowhere any more: then all workers start anew, from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from unisono.collective import Collective, LostWorker
+from unisono.elastic.link import Link
+from unisono.elastic.membership import Generation, Member
+from unisono.errors import WorkerFailure
+from unisono.guard.replicas import OnDesync, ReplicaGuard
+from unisono.guard.silence import Board, Watch
+from unisono.guard.stragglers import Stragglers, warn_about
+from unisono.layout import Layout
+from unisono.observe.timing import StepClock
+from unisono.signals import RESTART
+from unisono.sync import Reduction, Sync
+from unisono.training.buffers import Buffers
+from unisono.training.header import Signals
+from unisono.training.holdings import Holdings, Point
+from unisono.training.optimizer import copied_hyperparameters, full_state, set_full_state, set_hyperparameters
+from unisono.training.replica import TorchReplica
+from unisono.training.state import State
+from unisono.training.step import Batch, OnNonfinite, Stepper, StepResult
+from unisono.training.weights import Weights
+
+T = TypeVar("T")
+logger = logging.getLogger("unisono")
+
+NEW = -1
+"""Acts of a worker that has not been there before."""
+
+
+class StateLost(SystemExit):
+    """What a lost worker held is nowhere any more: all workers end, and the launcher starts them anew, from the last checkpoint.
+
+    Args:
+        why: For the worker's log.
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__(RESTART)
+        print(f"unisono: {why}: the run starts again from the last checkpoint", file=sys.stderr, flush=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What steps are computed by, the same on all workers and for the whole run."""
+
+    microbatches: int
+    seed: int
+    max_grad_norm: float | None
+    on_nonfinite: OnNonfinite
+    on_desync: OnDesync
+    compare_every: int | None
+    timeout_s: float
+    overlap: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Taken:
+    """A step that has been taken."""
+
+    result: StepResult
+    told: Sequence[Signals]
+    """What every worker signalled, by rank."""
+    leavers: Sequence[str] = ()
+    """uids of workers that leave after it."""
+    admits: bool = False
+    """Whether others wait to join."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a worker says of itself when a generation begins."""
+
+    acts: int
+    reached: int
+    """The last step that it has completed."""
+    committed: int
+    """The last step of the run, as far as it knows."""
+    tracked: str
+    """Buffers that some forward has changed, as hexadecimal flags."""
+    dense: Sequence[int]
+    """Slots whose gradients were to have few rows, and had not."""
+    unsaved: bool
+    """Whether a checkpoint was under way."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Past:
+    """What doing a step again takes."""
+
+    step: int
+    epoch: int
+    number: int
+    groups: list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """What the rest of the trainer does when the team changes. All *local*."""
+
+    batch: Callable[[int, int], Batch]
+    """This worker's share of a batch, by epoch and number, with the ranges of now."""
+    regrouped: Callable[[str, bool], None]
+    """A generation has begun; why, for a person, and whether a checkpoint was under way."""
+    unsaved: Callable[[], bool]
+    """Whether a checkpoint is under way."""
+    describe: Callable[[], Any]
+    """What a worker that joins must know beside the model's state."""
+    adopt: Callable[[Any], None]
+    """Takes over what another worker has described."""
+
+
+class Team:
+    """See the module.
+
+    Args:
+        part: The rest of the trainer.
+        board: Where this worker shows what it does.
+        link: How workers meet again; None: they cannot, and a lost worker ends the run.
+
+    Attributes:
+        collective: The workers of now.
+        reduction: How gradients are summed over them.
+        state: The run's state, as this worker holds it.
+        acts: How many acts are done.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scheduler: Any,
+        layout: Layout,
+        weights: Weights,
+        buffers: Buffers,
+        replica: TorchReplica,
+        sync: Sync,
+        settings: Settings,
+        clock: StepClock,
+        board: Board | None,
+        link: Link | None,
+        part: Part,
+    ) -> None:
+        self._model, self._optimizer, self._scheduler = model, optimizer, scheduler
+        self._layout, self._weights, self._buffers, self._replica = layout, weights, buffers, replica
+        self._sync, self._settings, self._clock = sync, settings, clock
+        self._board, self._link, self._part = board, link, part
+        self._holdings: Holdings | None = None
+        self.collective: Collective
+        self.reduction: Reduction
+        self.stepper: Stepper
+        self.stragglers: Stragglers
+        self.state: State
+        self.guard: ReplicaGuard
+        self.acts = 0
+        self.reached = 0
+        self.committed = 0
+        self._last: Any = None
+        self._past: list[_Past] = []
+        self._kept_buffers: list[Tensor] = []
+        self._stepping = False
+
+    # ------------------------------------------------------------------ the workers of now
+
+    def muster(self, collective: Collective, watch: Watch, *, dense: Sequence[int] = ()) -> None:
+        """*local*. Makes everything that depends on who takes part."""
+        settings = self._settings
+        if hasattr(self, "reduction"):
+            self.reduction.close()
+        self.collective = collective
+        self.reduction = self._sync.bind(
+            self._layout, collective, settings.microbatches, sparse=self._replica.tables.slots(self._layout)
+        )
+        if dense:
+            self.reduction.densify(dense)
+        self.stragglers = Stragglers(self.reduction.ranges, warn_about(watch.identity, main=collective.rank == 0))
+        self.state = State(
+            model=self._model,
+            optimizer=self._optimizer,
+            scheduler=self._scheduler,
+            layout=self._layout,
+            weights=self._weights,
+            reduction=self.reduction,
+            collective=collective,
+        )
+        self.guard = ReplicaGuard(self.state.replicated, collective, settings.on_desync, settings.compare_every)
+        self.stepper = Stepper(
+            replica=self._replica,
+            layout=self._layout,
+            weights=self._weights,
+            buffers=self._buffers,
+            reduction=self.reduction,
+            optimizer=self._optimizer,
+            collective=collective,
+            leaves=settings.microbatches,
+            seed=settings.seed,
+            max_grad_norm=settings.max_grad_norm,
+            guard=self.guard,
+            on_nonfinite=settings.on_nonfinite,
+            overlap=settings.overlap,
+            clock=self._clock,
+        )
+
+    def found(self, collective: Collective, body: Callable[[], int]) -> None:
+        """*collective*, once. Makes the first team, or that of a worker that is to join another one.
+
+        Args:
+            collective: Its workers.
+            body: *collective*. Brings the state to where the run begins, and says how many steps are behind it.
+        """
+        while True:
+            try:
+                self.muster(collective, Watch.begin(collective, self._settings.timeout_s, self._board))
+                self._hold(body())
+                return
+            except LostWorker as failure:
+                if self._link is None or self._link.generation is None:
+                    raise
+                logger.info("meeting again: %s", failure)
+                collective.close()
+                collective = self._link.first(keep=self._weights.flats)
+
+    def _hold(self, step: int) -> None:
+        self.reached = self.committed = step
+        if self._link is not None and self._link.generation is None:
+            self.acts = NEW
+        if self._link is None or self._link.generation is None or self.reduction.replicates:
+            return
+        holdings = Holdings(self._layout, self._weights, self._optimizer)
+        if holdings.bind(self.collective, self.reduction, self._link.generation.number, step):
+            self._holdings = self.stepper.holdings = holdings
+        elif self.collective.rank == 0:
+            self._link.tell("whole", "0")
+
+    def begin(self, *, replay: bool) -> None:
+        """*collective*. Steps will follow, and the weights may have changed since the last one.
+
+        Args:
+            replay: Whether nobody but the trainer changes weights between steps.
+        """
+        self._weights.bind(self.collective)
+        self._past.clear()
+        if self._holdings is not None:
+            self._holdings.renew(self.committed, replay=replay)
+
+    @property
+    def grown(self) -> bool:
+        """*local*. Whether this worker's part of the optimizer's state has something new."""
+        return self._holdings is not None and self._holdings.grown
+
+    # ------------------------------------------------------------------ acts
+
+    def act(self, body: Callable[[], T]) -> T:
+        """*collective*. Does something together with the others; if one of them is lost meanwhile, does it again without it.
+
+        Raises:
+            LostWorker: One was lost, and there is no way to meet again.
+            StateLost: One was lost, and with it what cannot be computed again.
+        """
+        expected = self.acts + 1
+        while True:
+            try:
+                result = body()
+                break
+            except LostWorker as failure:
+                self._recover(failure)
+                if self.acts >= expected:
+                    received: T = self._last
+                    return received
+        self.acts, self._last = expected, result
+        return result
+
+    def step(self, batch: Batch, step: int, signals: Callable[[], Signals]) -> Taken:
+        """*collective*. Trains on ``batch`` as step number ``step`` of the run.
+
+        Args:
+            signals: What to tell the others.
+        """
+
+        def body() -> Taken:
+            mine = batch
+            if batch.span not in (None, self.reduction.ranges[self.collective.rank]):
+                mine = self._part.batch(batch.epoch, batch.number)  # loaded for another share of the work
+            groups = copied_hyperparameters(self._optimizer) if self._link is not None else []
+            past = _Past(step=step, epoch=batch.epoch, number=batch.number, groups=groups)
+            result, told = self._run(mine, past, signals())
+            uids = self._link.uids if self._link is not None else []
+            return Taken(
+                result=result,
+                told=told,
+                leavers=[uid for uid, signal in zip(uids, told, strict=False) if signal.leaves],
+                admits=told[0].admits,
+            )
+
+        taken = self.act(body)
+        self.committed = step
+        return taken
+
+    def _run(self, batch: Batch, past: _Past, signals: Signals) -> tuple[StepResult, list[Signals]]:
+        holdings = self._holdings
+        if holdings is not None and holdings.replay:
+            self._past = [one for one in self._past if one.step < past.step] + [past]
+            begun = self._buffers.start()
+        self._stepping = True
+        done = self.stepper.run(batch, past.step, signals)
+        self._stepping = False
+        if holdings is not None and holdings.replay and holdings.copied == past.step - 1:
+            self._past, self._kept_buffers = [past], begun
+        self.reached = past.step
+        return done
+
+    # ------------------------------------------------------------------ those who come and go
+
+    def applicants(self) -> bool:
+        """*local*, on worker 0. Whether others wait to join."""
+        if self._link is None or self.collective.rank or self.collective.size >= self._settings.microbatches:
+            return False
+        return bool(self._link.membership.applicants())
+
+    def change(self, leavers: Sequence[str], *, admit: bool) -> None:
+        """*collective*. Goes on without those who leave, and with those who wait to join.
+
+        Raises:
+            SystemExit: With status 0, on a worker that leaves.
+        """
+        link = self._link
+        if link is None or link.generation is None:
+            return
+        expected = self.acts + 1
+
+        def body() -> None:
+            gone = [uid for uid in leavers if uid in link.uids]
+            waiting = link.membership.applicants(at_once=True) if admit and self.collective.rank == 0 else []
+            room = self._settings.microbatches - self.collective.size + len(gone)
+            joiners = json.loads(self.collective.all_gather_bytes(json.dumps(waiting[:room]).encode())[0])
+            if not (joiners or gone):
+                return
+            if self._holdings is not None:
+                self._holdings.settle(self.committed)
+            if self.collective.rank == 0:
+                link.membership.admit(joiners, gone)
+            self.collective.barrier()
+            if link.membership.me.uid in gone:
+                self.collective.close()
+                raise SystemExit(0)
+            self._regroup(leavers=gone, joiners=joiners, acts=expected, reason=_changes(link, gone, joiners))
+
+        self.act(body)
+
+    def join(self, over: Callable[[], bool]) -> bool:
+        """*local* until the others meet this worker. Waits to be let in; False if ``over`` says that there is nothing to join."""
+        assert self._link is not None
+        flats = self._weights.flats
+        try:
+            collective = self._link.join(over, keep=flats)
+            if collective is None:
+                return False
+            self._gather(collective, "")
+        except LostWorker as failure:
+            self._recover(failure)
+        return True
+
+    def await_more(self) -> None:
+        """*collective*. Where there are fewer workers than the minimum: until there are enough.
+
+        Raises:
+            WorkerFailure: None came in time.
+        """
+        link = self._link
+        if link is None:
+            return
+        began = time.monotonic()
+        while self.collective.size < link.minimum:
+            if time.monotonic() - began > link.wait_s:
+                raise WorkerFailure(
+                    f"{self.collective.size} of at least {link.minimum} workers are left, and no others came within "
+                    f"{link.wait_s:g} s (--wait). Start the same command again to go on from the last checkpoint, or "
+                    " with a smaller minimum (--workers MIN:MAX)"
+                )
+            self.change((), admit=True)
+            if self.collective.size < link.minimum:
+                time.sleep(0.05)
+
+    # ------------------------------------------------------------------ recovery
+
+    def _recover(self, failure: LostWorker) -> None:
+        """Meets those who are left, and brings the state to where the act can be done (again)."""
+        if self._link is None or self._link.generation is None:
+            raise failure
+        before = self._link.generation
+        while True:
+            try:
+                self._regroup(before=before, silent=failure.rank if failure.silent else None)
+                return
+            except LostWorker as another:
+                logger.info("meeting again: %s", another)
+                failure = another
+
+    def _regroup(
+        self,
+        *,
+        leavers: Sequence[str] = (),
+        joiners: Sequence[str] = (),
+        silent: int | None = None,
+        acts: int | None = None,
+        reason: str = "",
+        before: Generation | None = None,
+    ) -> None:
+        """*collective*.
+
+        Args:
+            silent: The rank of a worker that has not answered.
+            acts: How many acts are done once the workers have met: to meet is this one.
+        """
+        assert self._link is not None
+        self._abandon()
+        collective = self._link.meet(leavers=leavers, joiners=joiners, silent=silent, keep=self._weights.flats)
+        if acts is not None:
+            self.acts, self._last = acts, None
+        if before is not None:
+            gone = [member for member in before.members if member.uid not in self._link.uids]
+            reason = "; ".join(self._obituary(before, member) for member in gone)
+        self._gather(collective, reason)
+
+    def _obituary(self, before: Generation, member: Member) -> str:
+        assert self._link is not None
+        why = self._link.membership.why(member.uid) or "was lost"
+        return f"worker {before.members.index(member)} ({member.host}, process {member.process.pid}) {why}"
+
+    def _abandon(self) -> None:
+        """*local*. Leaves the generation; whoever still waits for this worker notices. The step under way is undone."""
+        self.collective.close()
+        if not self._stepping:
+            return
+        self._stepping = False
+        self._buffers.restore()
+        for parameter in self._layout.parameters:
+            parameter.grad = None
+
+    def _gather(self, collective: Collective, reason: str) -> None:
+        """*collective*. Makes a team of these workers, whose state may differ by one act, or be none at all."""
+        assert self._link is not None
+        assert self._link.generation is not None
+        watch = Watch.begin(collective, self._settings.timeout_s, self._board)
+        reports = self._reports(collective)
+        acts = [report.acts for report in reports]
+        ahead = max(acts)
+        if ahead == NEW:
+            raise StateLost("all workers that held the run's state were lost")
+        committed = max(report.committed for report in reports)
+        everywhere = self.reduction.replicates
+        point = self._restore(reports) if self.acts != NEW and not everywhere else Point(committed)
+        collective.barrier()
+        self.muster(collective, watch, dense=sorted({slot for report in reports for slot in report.dense}))
+        self._buffers.track(_union(reports))
+        self._hold_on(collective, point)
+        self._hand_over(reports, everywhere)
+        self._weights.bind(collective)
+        self.committed, self.reached = committed, committed if everywhere else point.step
+        self._part.regrouped(reason, any(report.unsaved for report in reports))
+        self._replay(committed)
+        self.acts = ahead
+
+    def _reports(self, collective: Collective) -> list[Report]:
+        mine = Report(
+            acts=self.acts,
+            reached=self.reached,
+            committed=self.committed,
+            tracked=self._buffers.tracked.hex(),
+            dense=sorted(self.reduction.densified),
+            unsaved=self._part.unsaved(),
+        )
+        return [Report(**json.loads(text)) for text in collective.all_gather_bytes(json.dumps(dataclasses.asdict(mine)).encode())]
+
+    def _restore(self, reports: Sequence[Report]) -> Point:
+        """*local*. Where the state that is held in common can go on from, after going back there."""
+        if self._holdings is None:
+            if any(report.acts == NEW for report in reports) and self.collective.size == 1:
+                return Point(self.committed)
+            raise StateLost("a worker was lost, and what it held with it")
+        point = self._holdings.point(max(report.reached for report in reports))
+        if point is None:
+            raise StateLost("a worker was lost while it updated weights of which there is no copy")
+        survivors = [rank for rank, report in enumerate(reports) if report.acts != NEW]
+        if point.parts:
+            self._holdings.restore(point, main=self._link_rank == survivors[0])
+        return point
+
+    @property
+    def _link_rank(self) -> int:
+        assert self._link is not None
+        assert self._link.generation is not None
+        return self._link.generation.rank
+
+    def _hold_on(self, collective: Collective, point: Point) -> None:
+        """*collective*."""
+        assert self._link is not None
+        assert self._link.generation is not None
+        if self.reduction.replicates:
+            return
+        if self._holdings is None:
+            self._holdings = Holdings(self._layout, self._weights, self._optimizer)
+        if not self._holdings.bind(collective, self.reduction, self._link.generation.number, point.step):
+            raise StateLost("the state cannot be held in common")
+        self.stepper.holdings = self._holdings
+
+    # ------------------------------------------------------------------ what others lack
+
+    def _hand_over(self, reports: Sequence[Report], everywhere: bool) -> None:
+        """*collective*. Whoever is behind, or new, gets what it lacks from the first that is ahead."""
+        ahead = max(report.acts for report in reports)
+        if all(report.acts == ahead for report in reports):
+            return
+        source = next(rank for rank, report in enumerate(reports) if report.acts == ahead)
+        weights = everywhere or not self._weights.shared
+        data = self._packed(everywhere, weights) if self.collective.rank == source else b""
+        data = self.collective.all_gather_bytes(data)[source]
+        if self.acts < ahead:
+            self._unpack(data, new=self.acts == NEW)
+
+    def _packed(self, everywhere: bool, weights: bool) -> bytes:
+        content = {
+            "last": self._last,
+            "buffers": [tensor.detach() for tensor in self._model.buffers()],
+            "weights": list(self._weights.flats) if weights else None,
+            "optimizer": full_state(self._optimizer, self._layout) if everywhere else None,
+            "common": self.state.common(),
+            "past": self._past,
+            "kept": self._kept_buffers,
+            "part": self._part.describe(),
+            "replay": self._holdings is not None and self._holdings.replay,
+        }
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        return buffer.getvalue()
+
+    def _unpack(self, data: bytes, *, new: bool) -> None:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
+        with torch.no_grad():
+            for tensor, value in zip(self._model.buffers(), content["buffers"], strict=True):
+                tensor.copy_(value)
+            if content["weights"] is not None:
+                for flat, value in zip(self._weights.flats, content["weights"], strict=True):
+                    flat.copy_(value)
+        if content["optimizer"] is not None:
+            set_full_state(self._optimizer, self._layout, content["optimizer"])
+        self._last = content["last"]
+        if new:
+            set_hyperparameters(self._optimizer, content["common"]["groups"])
+            if self._scheduler is not None:
+                self._scheduler.load_state_dict(content["common"]["scheduler"])
+            self._past, self._kept_buffers = content["past"], content["kept"]
+            self._part.adopt(content["part"])
+            if self._holdings is not None:
+                self._holdings.replay = content["replay"]
+        self._buffers.begin()
+
+    # ------------------------------------------------------------------ steps that are done again
+
+    def _replay(self, committed: int) -> None:
+        """*collective*. From where the state is to the last step of the run: the same bits as the first time."""
+        if self.reached == committed:
+            return
+        past = {one.step: one for one in self._past}
+        todo = range(self.reached + 1, committed + 1)
+        if any(step not in past for step in todo):
+            raise StateLost(f"steps {todo[0]} to {todo[-1]} cannot be done again")
+        now = copied_hyperparameters(self._optimizer)
+        self._buffers.go_to(self._kept_buffers)
+        for step in todo:
+            one = past[step]
+            set_hyperparameters(self._optimizer, one.groups)
+            self._run(self._part.batch(one.epoch, one.number), one, Signals())
+        set_hyperparameters(self._optimizer, now)
+
+
+def _union(reports: Sequence[Report]) -> bytes:
+    flags = [bytes.fromhex(report.tracked) for report in reports]
+    return bytes(map(max, *flags)) if len(flags) > 1 else flags[0]
+
+
+def _changes(link: Link, leavers: Sequence[str], joiners: Sequence[str]) -> str:
+    texts = [f"worker {link.uids.index(uid)} left, as it was told to" for uid in leavers]
+    if joiners:
+        texts.append(f"{len(joiners)} worker{'s'[: len(joiners) != 1]} joined")
+    return "; ".join(texts)
+
+
+__all__ = ["NEW", "Part", "Settings", "StateLost", "Taken", "Team"]
