@@ -24,12 +24,13 @@ class Meeting:
     Args:
         size: Number of workers.
         timeout_s: How long a worker waits for the others before it gives up.
+        baton: Whose holder runs; None: one of its own.
     """
 
-    def __init__(self, size: int, *, timeout_s: float = 60.0) -> None:
+    def __init__(self, size: int, *, timeout_s: float = 60.0, baton: threading.Condition | None = None) -> None:
         self.size = size
         self.timeout_s = timeout_s
-        self.baton = threading.Condition()
+        self.baton = baton or threading.Condition()
         self._calls: dict[int, list[Any]] = {}
         self._left: dict[int, int] = {}
         self._gone: int | None = None
@@ -38,9 +39,7 @@ class Meeting:
         """*collective*. Waits until every worker has brought something to its call number ``call``; all of it, by rank."""
         if self.size == 1:
             return [brought]
-        table = self._calls.setdefault(call, [None] * self.size)
-        table[rank] = (brought,)
-        self.baton.notify_all()
+        table = self.bring(rank, call, brought)
         here = self.baton.wait_for(lambda: self._gone is not None or all(table), timeout=self.timeout_s)
         if not all(table):
             raise LostWorker(
@@ -53,6 +52,13 @@ class Meeting:
         if self._left[call] == self.size:
             del self._calls[call], self._left[call]
         return [entry[0] for entry in table]
+
+    def bring(self, rank: int, call: int, brought: Any) -> list[Any]:
+        """*local*. Brings something to a call without waiting for the others: what has been brought so far."""
+        table = self._calls.setdefault(call, [None] * self.size)
+        table[rank] = (brought,)
+        self.baton.notify_all()
+        return table
 
     def leave(self, rank: int) -> None:
         """*local*. Wakes the others, who cannot meet any more."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -82,6 +83,8 @@ class Link:
             raise store_is_gone(error) from error
         store: Any = PrefixStore(f"unisono/{world.attempt}", client)
         store.set("elastic", "1")
+        if world.founders:
+            store.compare_set("members", "", json.dumps(world.founders))
         me = Member(uid=world.uid, host=world.host, process=Process.this())
         link = cls(
             Membership(store, me, world.founders, timeout_s=timeout_s),
@@ -158,6 +161,10 @@ class Link:
     def uids(self) -> list[str]:
         """*local*. The members of the present generation, in order of rank."""
         return [] if self.generation is None else [member.uid for member in self.generation.members]
+
+    def pause(self, seconds: float) -> None:
+        """*local*. Waits that long, at most."""
+        self.membership.pause(seconds)
 
     # ------------------------------------------------------------------ what is told through the store
 

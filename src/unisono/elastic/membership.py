@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -20,6 +21,7 @@ from typing import Protocol
 from unisono.collective import LostWorker
 from unisono.errors import WorkerFailure
 from unisono.process import Process
+from unisono.signals import RESTART
 
 _POLL_S = 0.0005
 _SLOW_POLL_S = 0.01
@@ -62,6 +64,18 @@ class Member:
 
 class Outside(WorkerFailure):
     """The others have gone on without this worker."""
+
+
+class StateLost(SystemExit):
+    """What a lost worker held is nowhere any more: all workers end, and the launcher starts them anew, from the last checkpoint.
+
+    Args:
+        why: For the worker's log.
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__(RESTART)
+        print(f"unisono: {why}: the run starts again from the last checkpoint", file=sys.stderr, flush=True)
 
 
 class Generation:
@@ -179,6 +193,7 @@ class Membership:
         members = [Member.from_json(text) for text in self.store.multi_get([f"{number}/here/{uid}" for uid in plan])]
         self._known = {member.uid: member for member in members}
         self._expected = tuple(plan)
+        self.store.set("members", json.dumps(list(plan)))
         return Generation(number, members, plan.index(self.me.uid), self)
 
     def _plan(self, number: int, expected: Sequence[str], joiners: Sequence[str]) -> list[str]:
@@ -251,8 +266,26 @@ class Membership:
             told = {"number": self._number + 1, "expected": expected, "joiners": list(applicants)}
             self.store.set(f"admitted/{uid}", json.dumps(told))
 
+    def check_members(self) -> None:
+        """*local*, on a worker that waits to join: whether there is anyone to join.
+
+        Raises:
+            StateLost: All that were there have died.
+        """
+        if self.store.check(["members"]):
+            members = json.loads(self.store.get("members"))
+            if (
+                all(self.store.check([f"dead/{uid}"]) for uid in members)
+                and self.store.get("members") == json.dumps(members).encode()
+            ):
+                raise StateLost("all workers that held the run's state were lost before others could join them")
+
     def apply(self, over: Callable[[], bool]) -> Generation | None:
-        """*local* until others meet this worker. Waits to be let in; None once there is nothing to wait for, as ``over`` says."""
+        """*local* until others meet this worker. Waits to be let in; None once there is nothing to wait for, as ``over`` says.
+
+        Raises:
+            StateLost: There is nobody to join any more.
+        """
         key = f"admitted/{self.me.uid}"
         last = 0
         try:
@@ -261,6 +294,7 @@ class Membership:
                 while not self.store.check([key]) or (told := json.loads(self.store.get(key)))["number"] <= last:
                     if over():
                         return None
+                    self.check_members()
                     self.pause(_SLOW_POLL_S)
                 last = told["number"]
                 self.store.set(f"{last}/here/{self.me.uid}", self.me.to_json())

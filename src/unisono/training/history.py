@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -75,14 +74,16 @@ class History:
             if self._link.ask("over") is not None:
                 print("unisono: the run was finished before this worker could join it", flush=True)
                 raise SystemExit(0)
+            self._link.membership.check_members()
             return []
         self._results.append(result)
         return [json.loads(result)]
 
     def wait(self) -> Any:
         """The result of a call that this worker cannot join, once the others have it."""
+        assert self._link is not None
         while not (found := self.recalled()):
-            time.sleep(_POLL_S)
+            self._link.pause(_POLL_S)
         return found[0]
 
     def enter(self, join: Callable[[Callable[[], bool]], bool], data: Sequence[str]) -> list[Any]:
@@ -101,7 +102,7 @@ class History:
         while not (found := self.recalled()):
             theirs = link.ask(loop)
             if theirs is None:
-                time.sleep(_POLL_S)
+                link.pause(_POLL_S)
                 continue
             pairs = zip(json.loads(theirs), data, strict=True)
             if any(there != here and there and here for there, here in pairs):

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import sys
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -207,7 +206,8 @@ def check_identity(link: Link, settings: Mapping[str, Any], fingerprint: Mapping
     while (text := link.ask(key)) is None:
         if link.ask("over") is not None:
             raise SystemExit(0)
-        time.sleep(0.02)
+        link.membership.check_members()
+        link.pause(0.02)
     theirs = json.loads(text)
     for name, value in json.loads(json.dumps(mine)).items():
         if theirs.get(name) != value:

@@ -19,7 +19,6 @@ import dataclasses
 import io
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -30,14 +29,13 @@ from torch.optim import Optimizer
 
 from unisono.collective import Collective, LostWorker
 from unisono.elastic.link import Link
-from unisono.elastic.membership import Generation, Member
+from unisono.elastic.membership import Generation, Member, StateLost
 from unisono.errors import WorkerFailure
 from unisono.guard.replicas import OnDesync, ReplicaGuard
 from unisono.guard.silence import Board, Watch
 from unisono.guard.stragglers import Stragglers, warn_about
 from unisono.layout import Layout
 from unisono.observe.timing import StepClock
-from unisono.signals import RESTART
 from unisono.sync import Reduction, Sync
 from unisono.training.buffers import Buffers
 from unisono.training.header import Signals
@@ -53,18 +51,6 @@ logger = logging.getLogger("unisono")
 
 NEW = -1
 """Acts of a worker that has not been there before."""
-
-
-class StateLost(SystemExit):
-    """What a lost worker held is nowhere any more: all workers end, and the launcher starts them anew, from the last checkpoint.
-
-    Args:
-        why: For the worker's log.
-    """
-
-    def __init__(self, why: str) -> None:
-        super().__init__(RESTART)
-        print(f"unisono: {why}: the run starts again from the last checkpoint", file=sys.stderr, flush=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -325,16 +311,24 @@ class Team:
         return taken
 
     def _run(self, batch: Batch, past: _Past, signals: Signals) -> tuple[StepResult, list[Signals]]:
-        holdings = self._holdings
-        if holdings is not None and holdings.replay:
-            self._past = [one for one in self._past if one.step < past.step] + [past]
+        holdings = self._holdings if self._holdings is not None and self._holdings.replay else None
+        if holdings is None:
+            done = self._stepped(batch, past.step, signals)
+        else:
+            self._past = [*(one for one in self._past if one.step < past.step), past]
             begun = self._buffers.start()
-        self._stepping = True
-        done = self.stepper.run(batch, past.step, signals)
-        self._stepping = False
-        if holdings is not None and holdings.replay and holdings.copied == past.step - 1:
-            self._past, self._kept_buffers = [past], begun
+            try:
+                done = self._stepped(batch, past.step, signals)
+            finally:  # the copy is there, whatever came afterwards
+                if holdings.copied == past.step - 1:
+                    self._past, self._kept_buffers = [past], begun
         self.reached = past.step
+        return done
+
+    def _stepped(self, batch: Batch, step: int, signals: Signals) -> tuple[StepResult, list[Signals]]:
+        self._stepping = True
+        done = self.stepper.run(batch, step, signals)
+        self._stepping = False
         return done
 
     # ------------------------------------------------------------------ those who come and go
@@ -407,7 +401,7 @@ class Team:
                 )
             self.change((), admit=True)
             if self.collective.size < link.minimum:
-                time.sleep(0.05)
+                link.pause(0.05)
 
     # ------------------------------------------------------------------ recovery
 
@@ -614,4 +608,4 @@ def _changes(link: Link, leavers: Sequence[str], joiners: Sequence[str]) -> str:
     return "; ".join(texts)
 
 
-__all__ = ["NEW", "Part", "Settings", "StateLost", "Taken", "Team"]
+__all__ = ["NEW", "Part", "Settings", "Taken", "Team"]

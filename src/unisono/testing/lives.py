@@ -1,0 +1,150 @@
+"""A world of threads in which workers die, at any call that they make to the others, and the rest goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from unisono.collective import Collective, InProcess, Meeting
+from unisono.collective.regions import Memory
+from unisono.elastic.link import Link
+from unisono.elastic.membership import Generation, Member, Membership
+from unisono.process import Process
+
+T = TypeVar("T")
+
+
+class Died(BaseException):
+    """The end of a worker, at the place where it is raised."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Death:
+    """When a worker dies."""
+
+    call: int
+    """At which of its calls to the others, from 1."""
+    told: bool = False
+    """Whether the others still hear what it says in that call."""
+
+
+class _Store:
+    """A key-value store for threads."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+
+    def set(self, key: str, value: str | bytes, /) -> None:
+        self._values[key] = value.encode() if isinstance(value, str) else value
+
+    def get(self, key: str, /) -> bytes:
+        return self._values[key]
+
+    def check(self, keys: list[str], /) -> bool:
+        return all(key in self._values for key in keys)
+
+    def multi_get(self, keys: list[str], /) -> list[bytes]:
+        return [self._values[key] for key in keys]
+
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes:
+        if self._values.get(key, b"").decode() == expected:
+            self.set(key, desired)
+        return self._values.get(key, expected.encode())
+
+
+class _Mortal(InProcess):
+    """A collective whose worker dies at a certain call, over all generations."""
+
+    def __init__(self, meeting: Meeting, rank: int, life: _Life) -> None:
+        super().__init__(meeting, rank)
+        self._life = life
+        life.collective = self
+
+    def _meet(self, brought: Any) -> list[Any]:
+        life = self._life
+        life.calls += 1
+        if life.death is not None and life.calls == life.death.call:
+            if life.death.told:
+                self._call += 1
+                self._meeting.bring(self.rank, self._call, brought)
+            raise Died
+        return super()._meet(brought)
+
+
+@dataclasses.dataclass
+class _Life:
+    death: Death | None
+    calls: int = 0
+    collective: Collective | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Lives:
+    """What became of the workers."""
+
+    results: Mapping[int, Any]
+    """What those who lived returned, by their first rank."""
+    calls: Mapping[int, int]
+    """How many calls each made to the others."""
+
+
+def run_lives(
+    size: int, work: Callable[[Link], Any], deaths: Mapping[int, Death], *, joiners: int = 0, timeout_s: float = 30.0
+) -> Lives:
+    """*local*. Runs ``work(link)`` on ``size`` workers, threads of this process that take turns; some of them die.
+
+    Args:
+        size: Workers at the beginning.
+        work: Called once a worker, with the link to give to its ``Trainer(collective=...)``.
+        deaths: When workers die, by rank; for joiners, ``size`` and up.
+        joiners: Workers that come later.
+        timeout_s: How long a worker waits for the others.
+
+    Raises:
+        Exception: The first error of a worker.
+    """
+    store, baton = _Store(), threading.Condition()
+    meetings: dict[int, Meeting] = {}
+    lives = {rank: _Life(deaths.get(rank)) for rank in range(size + joiners)}
+    results: dict[int, Any] = {}
+    errors: list[BaseException] = []
+
+    def link_of(rank: int) -> Link:
+        me = Member(uid=f"thread {rank}", host="here", process=Process(place="", pid=rank, started=0))
+        founders = [f"thread {founder}" for founder in range(size)] if rank < size else []
+
+        def connect(generation: Generation, memory: Memory) -> Collective:
+            meeting = meetings.setdefault(generation.number, Meeting(generation.size, timeout_s=timeout_s, baton=baton))
+            return _Mortal(meeting, generation.rank, lives[rank])
+
+        membership = Membership(store, me, founders, timeout_s=timeout_s, pause=lambda seconds: _hand_over(baton, seconds))
+        return Link(membership, store, connect)
+
+    def run(rank: int) -> None:
+        with baton:
+            try:
+                results[rank] = work(link_of(rank))
+            except Died:
+                pass
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                store.set(f"dead/thread {rank}", "died")
+                last = lives[rank].collective
+                if last is not None:
+                    last.close()
+
+    threads = [threading.Thread(target=run, args=(rank,), name=f"worker {rank}", daemon=True) for rank in lives]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10 * timeout_s)
+    if errors:
+        raise errors[0]
+    return Lives(results, {rank: life.calls for rank, life in lives.items()})
+
+
+def _hand_over(baton: threading.Condition, seconds: float) -> None:
+    baton.wait(timeout=seconds)

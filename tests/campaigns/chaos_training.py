@@ -1,0 +1,103 @@
+"""What the campaign of faults trains: ``unisono run chaos_training.py RUN_DIR LOG KIND STEPS``.
+
+It tells the log who it is and each step that it has done, and fails on SIGUSR1.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+import unisono
+from tests.campaigns.stopped_training import BATCH_SIZE, Images, Net, loss
+
+STEPS_PER_EPOCH = 5
+CHECKPOINT_EVERY = 7
+MICROBATCHES = 6
+TIMEOUT_S = 2.0
+KINDS = ("owners", "everywhere", "own loop", "loaders", "momentum", "skips")
+
+
+def tell(log: Path, text: str) -> None:
+    """Adds a line, in one piece."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(descriptor, f"{time.time():.6f} {os.getpid()} {text}\n".encode())
+    os.close(descriptor)
+
+
+def fail(signum: int, frame: FrameType | None) -> NoReturn:
+    raise RuntimeError(f"planted at {time.time()}")  # another one each time: the same error twice is the program's own
+
+
+def accuracy(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+    images, labels = batch
+    return (model(images).argmax(1) == labels).sum(), len(labels)
+
+
+class Tells(unisono.Callback):
+    edits_weights = False
+
+    def __init__(self, log: Path, data: Images) -> None:
+        self.log = log
+        self.data = data
+
+    def on_step(self, trainer: unisono.Trainer, result: unisono.StepResult) -> None:
+        tell(self.log, f"step {result.step} {trainer.collective.rank} {trainer.collective.size}")
+
+    def on_epoch(self, trainer: unisono.Trainer, epoch: int) -> None:
+        if epoch % 3 == 2:
+            trainer.evaluate(self.data, {"accuracy": accuracy})
+
+
+def bad_sometimes(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+    """A loss that is not finite for a few batches."""
+    total, count = loss(model, batch)
+    bad = float(batch[0].sum()) % 7.0 < 0.05
+    return (total * float("inf") if bad else total), count
+
+
+def main(run_dir: str, log: Path, kind: str, steps: int) -> None:
+    signal.signal(signal.SIGUSR1, fail)
+    tell(log, "here")
+    torch.manual_seed(0)
+    model, data = Net(), Images()
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    if kind == "momentum":
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    trainer = unisono.Trainer(
+        model,
+        optimizer,
+        bad_sometimes if kind == "skips" else loss,
+        batch_size=BATCH_SIZE,
+        microbatches=MICROBATCHES,
+        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
+        max_grad_norm=1.0,
+        checkpoint_every=CHECKPOINT_EVERY,
+        run_dir=run_dir,
+        callbacks=[Tells(log, data)],
+        timeout_s=TIMEOUT_S,
+        sync=unisono.Exact(replicate_kib=10_000 if kind == "everywhere" else 0),
+        on_nonfinite="skip",
+        loader=unisono.Loader(num_workers=1 if kind == "loaders" else 0),
+    )
+    epochs = -(-steps // STEPS_PER_EPOCH)
+    if kind == "own loop":
+        for batch in trainer.batches(data, epochs):
+            trainer.step(batch)
+    else:
+        trainer.fit(data, epochs // 2)
+        trainer.evaluate(data, {"accuracy": accuracy})
+        trainer.fit(data, epochs)
+    trainer.evaluate(data, {"accuracy": accuracy})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
