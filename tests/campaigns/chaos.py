@@ -66,10 +66,8 @@ class Outcome:
     def row(self) -> str:
         """A line for a person."""
         counts = ", ".join(f"{count} x {fault.value}" for fault, count in Counter(self.faults).items())
-        return (
-            f"run {self.number}: {self.kind}, {self.workers} workers, {len(self.faults)} faults ({counts}), {self.seconds:.1f} s: "
-            f"{'; '.join(self.problems) or 'same digest'}"
-        )
+        what = f"run {self.number}: {self.kind}, {self.workers} workers, {len(self.faults)} faults ({counts})"
+        return f"{what}, {self.seconds:.1f} s: {'; '.join(self.problems) or 'same digest'}"
 
 
 class Run:

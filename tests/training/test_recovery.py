@@ -56,7 +56,15 @@ class DiesWhileUpdating(torch.optim.AdamW):
         return super().step(closure)
 
 
-def train(link: Link | None, *, run: str = "", replicate_kib: float, own_loop: bool = False, dies_in_update: int = 0) -> Found:
+def train(
+    link: Link | None,
+    *,
+    run: str = "",
+    epochs: int = EPOCHS,
+    replicate_kib: float,
+    own_loop: bool = False,
+    dies_in_update: int = 0,
+) -> Found:
     torch.manual_seed(7)
     model, data = Net(), Augmented()
     optimizer = DiesWhileUpdating(model.parameters(), lr=0.01, at=dies_in_update)
@@ -77,9 +85,9 @@ def train(link: Link | None, *, run: str = "", replicate_kib: float, own_loop: b
     )
     results: Sequence[unisono.StepResult] = []
     if own_loop:
-        results = [trainer.step(batch) for batch in trainer.batches(data, EPOCHS)]
+        results = [trainer.step(batch) for batch in trainer.batches(data, epochs)]
     else:
-        trainer.fit(data, EPOCHS)
+        trainer.fit(data, epochs)
     last = trainer.evaluate(data, {"accuracy": accuracy})
     found = {name: digest(value) for name, value in model.state_dict().items()}
     found |= {f"result {result.step}": repr(result) for result in results}
@@ -87,24 +95,71 @@ def train(link: Link | None, *, run: str = "", replicate_kib: float, own_loop: b
 
 
 @functools.cache
-def undisturbed(own_loop: bool = False) -> Found:
-    return train(None, replicate_kib=0, own_loop=own_loop)
+def undisturbed(own_loop: bool = False, epochs: int = EPOCHS) -> Found:
+    return train(None, replicate_kib=0, own_loop=own_loop, epochs=epochs)
+
+
+def live(deaths: dict[int, Death], *, workers: int = 3, joiners: int = 0, **settings: Any) -> Lives:
+    work = functools.partial(train, run=uuid.uuid4().hex, **settings)
+    return run_lives(workers, work, deaths, joiners=joiners)
 
 
 @pytest.mark.parametrize("told", [False, True], ids=["unheard", "heard"])
 @pytest.mark.parametrize("replicate_kib", [0.0, 4096.0], ids=["owners", "everywhere"])
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_worker_may_die_at_any_call_to_the_others(victim: int, replicate_kib: float, told: bool) -> None:
-    def live(deaths: dict[int, Death]) -> Lives:
-        return run_lives(3, functools.partial(train, run=uuid.uuid4().hex, replicate_kib=replicate_kib), deaths)
-
-    calls = live({}).calls[victim]
+    calls = live({}, replicate_kib=replicate_kib).calls[victim]
     assert calls > 40
 
-    for call in range(1, calls + 1, 3):
-        lives = live({victim: Death(call, told)})
+    for call in range(1 + 2 * told, calls + 1, 5):
+        lives = live({victim: Death(call, told)}, replicate_kib=replicate_kib)
         # A checkpoint that is complete a step earlier or later makes a few calls more or less.
         died = {victim} if lives.calls[victim] >= call else set()
         assert sorted(lives.results) == sorted({0, 1, 2} - died), call
         for found in lives.results.values():
             assert found == undisturbed(), call
+
+
+def test_two_may_die_the_second_while_the_others_still_recover() -> None:
+    for call in range(20, 110, 6):
+        lives = live({0: Death(40), 1: Death(call)}, workers=4, replicate_kib=0.0)
+        assert {2, 3} <= set(lives.results)
+        for found in lives.results.values():
+            assert found == undisturbed(), call
+
+
+@pytest.mark.parametrize("own_loop", [False, True], ids=["fit", "own loop"])
+@pytest.mark.parametrize("update", [1, 2, 5, 6])
+def test_an_update_that_is_half_done_is_undone(update: int, own_loop: bool) -> None:
+    def work(link: Link) -> Found:
+        victim = link.membership.me.uid == "thread 1"
+        return train(link, run=run, replicate_kib=0.0, own_loop=own_loop, dies_in_update=update if victim else 0)
+
+    run = uuid.uuid4().hex
+    lives = run_lives(3, work, {})
+
+    assert sorted(lives.results) == [0, 2]
+    for found in lives.results.values():
+        assert found == undisturbed(own_loop)
+
+
+@pytest.mark.parametrize("replicate_kib", [0.0, 4096.0], ids=["owners", "everywhere"])
+def test_workers_that_come_later_take_part_in_the_run_as_it_is(replicate_kib: float) -> None:
+    lives = live({}, workers=2, joiners=2, replicate_kib=replicate_kib, epochs=8)
+
+    assert sorted(lives.results) == [0, 1, 2, 3]
+    expected = undisturbed(epochs=8)
+    assert lives.results[0] == lives.results[1] == expected
+    for late in (2, 3):
+        # It saw the evaluations since it came; one that came too late has the weights only.
+        same = {**expected, "seen": lives.results[late]["seen"], "position": lives.results[late]["position"]}
+        assert lives.results[late] == same
+    assert max(lives.calls[2], lives.calls[3]) > 10, "nobody came in time"
+
+
+@pytest.mark.parametrize("replicate_kib", [0.0, 4096.0], ids=["owners", "everywhere"])
+def test_one_that_comes_may_die_at_any_moment(replicate_kib: float) -> None:
+    for call in range(1, 26, 3):
+        lives = live({2: Death(call)}, workers=2, joiners=1, replicate_kib=replicate_kib)
+        assert {0, 1} <= set(lives.results), call
+        assert lives.results[0] == lives.results[1] == undisturbed(), call

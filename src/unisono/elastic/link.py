@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
+
 from unisono.collective import Collective, LostWorker
 from unisono.collective.regions import Memory
 from unisono.collective.shared_memory import SharedMemory
@@ -74,12 +76,10 @@ class Link:
 
     @classmethod
     def _open(cls, world: World, *, timeout_s: float) -> Link:
-        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-
         host, _, port = (world.store or "").rpartition(":")
         try:
             client = TCPStore(host, int(port), is_master=False, timeout=_STORE_LIMIT)
-        except RuntimeError as error:
+        except DistError as error:
             raise store_is_gone(error) from error
         store: Any = PrefixStore(f"unisono/{world.attempt}", client)
         store.set("elastic", "1")
@@ -206,7 +206,7 @@ def _shared_memory(generation: Generation, memory: Memory) -> Collective:
 def _store_errors() -> Any:
     try:
         yield
-    except RuntimeError as error:
+    except DistError as error:
         raise store_is_gone(error) from error
 
 

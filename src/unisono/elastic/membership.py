@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from torch.distributed import DistError
+
 from unisono.collective import LostWorker
 from unisono.errors import WorkerFailure
 from unisono.process import Process
@@ -29,8 +31,6 @@ _JOINER_S = 2.0
 """How long members wait for one that they have let in: it can ask again."""
 _LAST_CHANCE_S = 0.5
 """How long those who meet wait for one that has not answered in time before."""
-_LOOK_EVERY_S = 0.2
-"""How often the first worker looks whether others want to join."""
 
 
 class Store(Protocol):
@@ -132,6 +132,7 @@ class Membership:
         founders: uids of those who begin the run, in order of rank; empty for a worker that joins.
         timeout_s: How long a member may be silent before the others go on without it.
         pause: Waits that many seconds, at most.
+        look_every_s: How often the first worker looks whether others want to join.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class Membership:
         *,
         timeout_s: float,
         pause: Callable[[float], None] = time.sleep,
+        look_every_s: float = 0.2,
     ) -> None:
         self.store = store
         self.me = me
@@ -150,6 +152,7 @@ class Membership:
         self._number = 0
         self._founders = self._expected = tuple(founders)
         self._known: dict[str, Member] = {me.uid: me}
+        self._look_every_s = look_every_s
         self._looked_s = 0.0
         self._seen = 0
 
@@ -179,7 +182,7 @@ class Membership:
                 self.store.set(f"{number}/silent/{suspect}", "1")
             self.store.set(f"{number}/here/{self.me.uid}", self.me.to_json())
             plan = self._plan(number, [uid for uid in self._expected if uid not in leavers], joiners)
-        except RuntimeError as error:
+        except DistError as error:
             raise store_is_gone(error) from error
         return self._begin(number, plan)
 
@@ -243,9 +246,9 @@ class Membership:
     # ------------------------------------------------------------------ joining
 
     def applicants(self, *, at_once: bool = False) -> list[str]:
-        """*local*. Those who wait to join; unless ``at_once``, looks at most five times a second only."""
+        """*local*. Those who wait to join; unless ``at_once``, looks only now and then."""
         now = time.monotonic()
-        if not at_once and now - self._looked_s < _LOOK_EVERY_S:
+        if not at_once and now - self._looked_s < self._look_every_s:
             return []
         self._looked_s = now
         found: list[str] = []
@@ -256,7 +259,7 @@ class Membership:
                 self._seen += 1
                 found.pop(0)
             return list(dict.fromkeys(uid for uid in found if uid not in self._expected and not self._is_dead(uid)))
-        except RuntimeError as error:
+        except DistError as error:
             raise store_is_gone(error) from error
 
     def admit(self, applicants: Sequence[str], leavers: Sequence[str]) -> None:
@@ -302,7 +305,7 @@ class Membership:
                 if self.me.uid in plan:
                     return self._begin(last, plan)
                 # They lost one of theirs at this moment, and met without this worker.
-        except RuntimeError as error:
+        except DistError as error:
             raise store_is_gone(error) from error
 
     def _queue_up(self) -> None:
@@ -313,7 +316,7 @@ class Membership:
             number += 1
 
 
-def store_is_gone(error: RuntimeError) -> WorkerFailure:
+def store_is_gone(error: Exception) -> WorkerFailure:
     """The error of a worker that cannot reach the store."""
     return WorkerFailure(
         f"the launcher's store does not answer ({str(error).splitlines()[0]}), so this worker cannot know whether others go "

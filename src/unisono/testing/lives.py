@@ -119,7 +119,9 @@ def run_lives(
             meeting = meetings.setdefault(generation.number, Meeting(generation.size, timeout_s=timeout_s, baton=baton))
             return _Mortal(meeting, generation.rank, lives[rank])
 
-        membership = Membership(store, me, founders, timeout_s=timeout_s, pause=lambda seconds: _hand_over(baton, seconds))
+        membership = Membership(
+            store, me, founders, timeout_s=timeout_s, pause=lambda seconds: _hand_over(baton, seconds), look_every_s=0.0
+        )
         return Link(membership, store, connect)
 
     def run(rank: int) -> None:

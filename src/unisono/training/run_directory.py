@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unisono.checkpoint import fingerprint as fingerprints
 from unisono.checkpoint.checkpoints import Checkpoint, Checkpoints, FileEntry
-from unisono.checkpoint.format import digest, encode, snapshot, to_json
+from unisono.checkpoint.format import decode, digest, encode, snapshot, to_json
 from unisono.checkpoint.store import Store
 from unisono.checkpoint.writer import BackgroundWriter
 from unisono.collective import Collective
@@ -243,6 +243,10 @@ class RunDirectory:
             return {"sha256": sha256}
 
         return str(self._from_main(write)["sha256"])
+
+    def read_model(self) -> dict[str, Tensor] | None:
+        """*local*. The weights that ``publish`` has written, if it has."""
+        return decode(self._store.read(MODEL_FILE)) if self._store.exists(MODEL_FILE) else None
 
     def weights_digest(self, model: Mapping[str, Tensor] | None) -> str:
         """*collective*. SHA-256 of the file that ``publish`` would write."""

@@ -166,6 +166,7 @@ class Team:
         self.stragglers: Stragglers
         self.state: State
         self.guard: ReplicaGuard
+        self._watch: Watch
         self.acts = 0
         self.reached = 0
         self.committed = 0
@@ -181,7 +182,7 @@ class Team:
         settings = self._settings
         if hasattr(self, "reduction"):
             self.reduction.close()
-        self.collective = collective
+        self.collective, self._watch = collective, watch
         self.reduction = self._sync.bind(
             self._layout, collective, settings.microbatches, sparse=self._replica.tables.slots(self._layout)
         )
@@ -222,29 +223,36 @@ class Team:
             collective: Its workers.
             body: *collective*. Brings the state to where the run begins, and says how many steps are behind it.
         """
+        self.acts = NEW
+        again = False
         while True:
             try:
                 self.muster(collective, Watch.begin(collective, self._settings.timeout_s, self._board))
-                self._hold(body())
+                reports = self._reports(collective) if again else []
+                if any(report.acts != NEW for report in reports):
+                    self._gather_from(collective, reports, "")  # the others had heard all that they needed
+                else:
+                    self._hold(body())
                 return
             except LostWorker as failure:
                 if self._link is None or self._link.generation is None:
                     raise
                 logger.info("meeting again: %s", failure)
+                again = True
                 collective.close()
                 collective = self._link.first(keep=self._weights.flats)
 
     def _hold(self, step: int) -> None:
         self.reached = self.committed = step
-        if self._link is not None and self._link.generation is None:
-            self.acts = NEW
-        if self._link is None or self._link.generation is None or self.reduction.replicates:
-            return
-        holdings = Holdings(self._layout, self._weights, self._optimizer)
-        if holdings.bind(self.collective, self.reduction, self._link.generation.number, step):
-            self._holdings = self.stepper.holdings = holdings
-        elif self.collective.rank == 0:
-            self._link.tell("whole", "0")
+        generation = self._link.generation if self._link is not None else None
+        if self._link is not None and generation is not None and not self.reduction.replicates:
+            holdings = Holdings(self._layout, self._weights, self._optimizer)
+            if holdings.bind(self.collective, self.reduction, generation.number, step):
+                self._holdings = self.stepper.holdings = holdings
+            elif self.collective.rank == 0:
+                self._link.tell("whole", "0")
+        if self._link is None or generation is not None:
+            self.acts = 0
 
     def begin(self, *, replay: bool) -> None:
         """*collective*. Steps will follow, and the weights may have changed since the last one.
@@ -461,10 +469,11 @@ class Team:
 
     def _gather(self, collective: Collective, reason: str) -> None:
         """*collective*. Makes a team of these workers, whose state may differ by one act, or be none at all."""
-        assert self._link is not None
-        assert self._link.generation is not None
         watch = Watch.begin(collective, self._settings.timeout_s, self._board)
         reports = self._reports(collective)
+        self._gather_from(collective, reports, reason, watch)
+
+    def _gather_from(self, collective: Collective, reports: Sequence[Report], reason: str, watch: Watch | None = None) -> None:
         acts = [report.acts for report in reports]
         ahead = max(acts)
         if ahead == NEW:
@@ -473,7 +482,7 @@ class Team:
         everywhere = self.reduction.replicates
         point = self._restore(reports) if self.acts != NEW and not everywhere else Point(committed)
         collective.barrier()
-        self.muster(collective, watch, dense=sorted({slot for report in reports for slot in report.dense}))
+        self.muster(collective, watch or self._watch, dense=sorted({slot for report in reports for slot in report.dense}))
         self._buffers.track(_union(reports))
         self._hold_on(collective, point)
         self._hand_over(reports, everywhere)

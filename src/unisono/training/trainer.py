@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from unisono.checkpoint.fingerprint import fingerprint
-from unisono.collective import Collective
+from unisono.collective import Collective, InProcess, Meeting
 from unisono.elastic.link import Link
 from unisono.errors import CheckpointError, ConfigurationError, Desync
 from unisono.guard.data import check_same_data, probe
@@ -328,13 +328,14 @@ class Trainer:
         """
         self._check_batch(batch)
         self._team.await_more()
-        sent = self.collective.bytes_sent
+        others, sent = self.collective, self.collective.bytes_sent
         taken = self._team.step(batch, self.position.step + 1, self._signals)
         result, told = taken.result, taken.told
         self._advance(batch, result)
         self._step_scheduler(result)
-        alike = len(told) == self.collective.size
-        self._note(result, self.collective.bytes_sent - sent, self._team.stragglers.add(told, batch.filled) if alike else None)
+        alike = self.collective is others
+        sent = self.collective.bytes_sent - (sent if alike else 0)
+        self._note(result, sent, self._team.stragglers.add(told, batch.filled) if alike else None)
         for callback in self.callbacks:
             callback.on_step(self, result)
         if self._run is not None and self._run.is_written(told):
@@ -417,8 +418,9 @@ class Trainer:
 
     @property
     def collective(self) -> Collective:
-        """*local*. The workers of now; under ``unisono run`` others, once one is lost, leaves or joins."""
-        return self._team.collective
+        """*local*. The workers of now; under ``unisono run`` others, once one is lost, leaves or joins. A worker that has yet to
+        join is none of them: its rank is 1, so that it speaks for nobody."""
+        return InProcess(Meeting(2), 1) if self._history.outside else self._team.collective
 
     # ------------------------------------------------------------------ the parts of a step
 
@@ -751,9 +753,12 @@ class Trainer:
 
     def _place_in_world(self) -> None:
         """Says in ``world`` which worker this is by now."""
-        if self._link is None or self._link.generation is None:
+        if self._link is None:
             return
-        rank, size = self.collective.rank, self.collective.size
+        if self._link.generation is None:
+            self.world = dataclasses.replace(self.world, rank=1, size=2)  # it speaks for nobody until it has joined
+            return
+        rank, size = self._team.collective.rank, self._team.collective.size
         self.world = dataclasses.replace(self.world, rank=rank, size=size, local_rank=rank, local_size=size)
 
     def _regrouped(self, reason: str, unsaved: bool) -> None:
@@ -764,15 +769,15 @@ class Trainer:
             self._unsaved_since = self._team.committed
         if self._feed is not None:
             self._feed.drop()
-        main = self.collective.rank == 0
+        main = self._team.collective.rank == 0
         if self._run is not None:
-            self._run.regroup(self.collective)
+            self._run.regroup(self._team.collective)
         self._history.publish(main=main)
         if not main:
             return
         self._link.speak()
         self._show_progress()
-        workers = self.collective.size
+        workers = self._team.collective.size
         self._progress.note(
             f"{reason}: {workers} worker{'s go' if workers > 1 else ' goes'} on after step {self._team.committed}"
         )
@@ -793,7 +798,12 @@ class Trainer:
             return []
         self._weights.want(self._may_share(own_loop))
         read = functools.partial(read_sample, dataset, seed=self.seed)
-        return self._history.enter(self._team.join, probe(read, dataset_length(dataset)))
+        earlier = self._history.enter(self._team.join, probe(read, dataset_length(dataset)))
+        if earlier and self._run is not None:
+            weights = self._run.read_model()
+            if weights is not None:
+                self.model.load_state_dict(weights)
+        return earlier
 
     def _describe(self) -> dict[str, Any]:
         return {
