@@ -125,4 +125,4 @@ def test_an_error_on_one_host_ends_the_workers_of_both(hosts: TwoHosts, tmp_path
 
     assert all(status for status, _ in ended)
     assert "OSError: the data set is gone" in ended[1][1]
-    assert "WorkerFailure" in ended[0][1]
+    assert "LostWorker" in ended[0][1]

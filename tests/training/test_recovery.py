@@ -99,9 +99,11 @@ def undisturbed(own_loop: bool = False, epochs: int = EPOCHS) -> Found:
     return train(None, replicate_kib=0, own_loop=own_loop, epochs=epochs)
 
 
-def live(deaths: dict[int, Death], *, workers: int = 3, joiners: int = 0, **settings: Any) -> Lives:
+def live(
+    deaths: dict[int, Death], *, workers: int = 3, joiners: int = 0, machines: dict[int, str] | None = None, **settings: Any
+) -> Lives:
     work = functools.partial(train, run=uuid.uuid4().hex, **settings)
-    return run_lives(workers, work, deaths, joiners=joiners)
+    return run_lives(workers, work, deaths, joiners=joiners, machines=machines)
 
 
 @pytest.mark.parametrize("told", [False, True], ids=["unheard", "heard"])
@@ -163,3 +165,39 @@ def test_one_that_comes_may_die_at_any_moment(replicate_kib: float) -> None:
         lives = live({2: Death(call)}, workers=2, joiners=1, replicate_kib=replicate_kib)
         assert {0, 1} <= set(lives.results), call
         assert lives.results[0] == lives.results[1] == undisturbed(), call
+
+
+HOSTS = {0: "one", 1: "one", 2: "other", 3: "other"}
+
+
+@pytest.mark.parametrize("victim", [0, 3])
+@pytest.mark.parametrize("told", [False, True], ids=["unheard", "heard"])
+def test_one_of_several_hosts_may_lose_a_worker(victim: int, told: bool) -> None:
+    calls = live({}, workers=4, machines=HOSTS, replicate_kib=0.0).calls[victim]
+    for call in range(1, calls + 1, 9):
+        lives = live({victim: Death(call, told)}, workers=4, machines=HOSTS, replicate_kib=0.0)
+        died = {victim} if lives.calls[victim] >= call else set()
+        assert sorted(lives.results) == sorted({0, 1, 2, 3} - died), call
+        for found in lives.results.values():
+            assert found == undisturbed(), call
+
+
+@pytest.mark.parametrize("host", [(0, 1), (2, 3)])
+def test_a_whole_host_may_be_lost(host: tuple[int, int]) -> None:
+    for call in range(25, 100, 7):
+        lives = live(dict.fromkeys(host, Death(call)), workers=4, machines=HOSTS, replicate_kib=0.0)
+        assert {0, 1, 2, 3}.difference(host) <= set(lives.results), call
+        for found in lives.results.values():
+            assert found == undisturbed(), call
+
+
+def test_a_host_may_come_later() -> None:
+    workers = 2
+    machines = {rank: "one" if rank < workers else "other" for rank in range(2 * workers)}
+    lives = live({}, workers=workers, joiners=workers, machines=machines, replicate_kib=0.0, epochs=8)
+
+    expected = undisturbed(epochs=8)
+    for rank, found in lives.results.items():
+        same = expected if rank < workers else {**expected, "seen": found["seen"], "position": found["position"]}
+        assert found == same
+    assert max(lives.calls[rank] for rank in range(workers, 2 * workers)) > 10, "nobody came in time"

@@ -7,13 +7,14 @@ one to each of its workers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from unisono.collective.base import Collective, Expected, Lookout, Pending
 from unisono.collective.hosts import Hosts
+from unisono.collective.regions import Memory
 from unisono.collective.shared_memory import SharedMemory, host_identity
 from unisono.collective.torch_distributed import TorchDistributed
 from unisono.errors import WorkerFailure
@@ -114,6 +115,11 @@ class Hierarchical(Collective):
 
     def publish(self, flat: Tensor, bounds: Sequence[tuple[int, int]]) -> None:
         hosts = self._hosts
+        if all(bounds[peer] in {bounds[near] for near in hosts.near} for peer in range(self.size)):
+            # Each host has all of it among its workers.
+            self._local.publish(flat, [bounds[peer] for peer in hosts.near])
+            self._count()
+            return
         parts = [flat[lo:hi] for lo, hi in bounds]
         self._wide.transfer(
             [(peer, parts[self.rank]) for peer in hosts.deputies], [(peer, parts[peer]) for peer in hosts.clients]
@@ -167,13 +173,21 @@ class Hierarchical(Collective):
         self.bytes_sent = self._local.bytes_sent + self._wide.bytes_sent
 
 
-def come_near(wide: TorchDistributed, *, host: str | None = None) -> Collective | str:
+def come_near(
+    wide: TorchDistributed,
+    *,
+    host: str | None = None,
+    memory: Memory | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Collective | str:
     """*collective*. The fastest transport on the CPU between the workers of ``wide``: shared memory on one host, both on
     several of which some have several workers, ``wide`` itself where each has one.
 
     Args:
         host: What this worker's host is called; workers that say the same must be able to share memory. None: what the
             operating system says.
+        memory: This worker's memory, if it has been in touch with others before.
+        check: Called while this worker waits for another one of its host; raises if that is in vain.
 
     Returns:
         The transport, or the same reason on all workers why workers of a host cannot share memory.
@@ -202,7 +216,7 @@ def come_near(wide: TorchDistributed, *, host: str | None = None) -> Collective 
         everybodys = wide.all_gather_bytes(data)
         return [everybodys[rank] for rank in near]
 
-    local = SharedMemory.meet(near.index(wide.rank), len(near), introduce)
+    local = SharedMemory.meet(near.index(wide.rank), len(near), introduce, memory=memory, check=check)
     problems = [text.decode() for text in wide.all_gather_bytes(local.encode() if isinstance(local, str) else b"") if text]
     if isinstance(local, str) or problems:
         if not isinstance(local, str):

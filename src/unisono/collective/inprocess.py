@@ -91,6 +91,10 @@ class InProcess(Collective):
         self.size = self._meeting.size
         self._call = 0
 
+    @property
+    def hosts(self) -> Sequence[Sequence[int]]:
+        return [tuple(range(self.size))]
+
     def _meet(self, brought: Any) -> list[Any]:
         self._call += 1
         return self._meeting.meet(self.rank, self._call, brought)

@@ -141,6 +141,10 @@ class SharedMemory(Collective):
 
     # ------------------------------------------------------------------ the interface
 
+    @property
+    def hosts(self) -> Sequence[Sequence[int]]:
+        return [tuple(range(self.size))]
+
     def start_exchange(
         self, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Expected]], *, name: str = "exchange"
     ) -> _Exchange:

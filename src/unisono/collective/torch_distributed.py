@@ -103,6 +103,27 @@ class TorchDistributed(Collective):
             dist.broadcast(torch.zeros(1, device=device), 0)
         return cls(timeout_s=timeout_s)
 
+    @classmethod
+    def meet(cls, rank: int, size: int, store: Any, *, limit_s: float = 30.0) -> TorchDistributed:
+        """*collective*. Makes the default process group of these workers, in place of one that there may be.
+
+        Args:
+            store: A store of torch.distributed in which nobody else writes.
+            limit_s: How long to wait for the others.
+
+        Raises:
+            LostWorker: One did not come.
+        """
+        _close()
+        try:
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=limit_s))
+        except RuntimeError as error:
+            _close()
+            raise LostWorker(f"worker {rank} could not meet the others ({str(error).splitlines()[0]})") from error
+        atexit.unregister(_close)
+        atexit.register(_close)
+        return cls(timeout_s=limit_s)
+
     def finish(self, works: Sequence[_Started]) -> None:
         """*local*. Waits until these are done."""
         limit = datetime.timedelta(seconds=self.timeout_s)

@@ -14,7 +14,7 @@ from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[a
 
 from unisono.collective import Collective, LostWorker
 from unisono.collective.regions import Memory
-from unisono.collective.shared_memory import SharedMemory
+from unisono.collective.shared_memory import SharedMemory, host_identity
 from unisono.elastic.membership import Generation, Member, Membership, Store, store_is_gone
 from unisono.errors import ConfigurationError
 from unisono.process import Process
@@ -85,11 +85,15 @@ class Link:
         store.set("elastic", "1")
         if world.founders:
             store.compare_set("members", "", json.dumps(world.founders))
-        me = Member(uid=world.uid, host=world.host, process=Process.this())
+        try:
+            machine = host_identity()
+        except OSError:
+            machine = world.uid  # nobody can share memory with it
+        me = Member(uid=world.uid, host=world.host, process=Process.this(), machine=machine)
         link = cls(
             Membership(store, me, world.founders, timeout_s=timeout_s),
             store,
-            _shared_memory,
+            _transports(store),
             minimum=world.minimum,
             wait_s=world.wait_s,
         )
@@ -193,13 +197,27 @@ _links: dict[tuple[object, ...], Link] = {}
 """A process belongs to one run, as it has one process group: trainers that follow each other go on with its workers."""
 
 
-def _shared_memory(generation: Generation, memory: Memory) -> Collective:
-    found = SharedMemory.meet(generation.rank, generation.size, generation.introduce, memory=memory, check=generation.check)
-    if isinstance(found, str):
-        if generation.number > _MOST_TRIES or "hosts" in found:
-            raise ConfigurationError(f"the workers cannot share memory: {found}")
-        raise LostWorker(f"generation {generation.number} did not come about: {found}")
-    return found
+def _transports(store: Any) -> Connect:
+    """Shared memory where all workers are on one machine; else Gloo between machines, and shared memory on each."""
+
+    def connect(generation: Generation, memory: Memory) -> Collective:
+        number, rank, size = generation.number, generation.rank, generation.size
+        found: Collective | str
+        if len({member.machine for member in generation.members}) == 1:
+            found = SharedMemory.meet(rank, size, generation.introduce, memory=memory, check=generation.check)
+        else:
+            from unisono.collective.hierarchical import come_near
+            from unisono.collective.torch_distributed import TorchDistributed
+
+            wide = TorchDistributed.meet(rank, size, PrefixStore(f"{number}/gloo", store))
+            found = come_near(wide, memory=memory, check=generation.check)
+        if not isinstance(found, str):
+            return found
+        if number > _MOST_TRIES:
+            raise ConfigurationError(f"the workers cannot talk to each other: {found}")
+        raise LostWorker(f"generation {number} did not come about: {found}")
+
+    return connect
 
 
 @contextlib.contextmanager

@@ -52,6 +52,8 @@ class Member:
     host: str
     """Name of its host, for a person."""
     process: Process
+    machine: str = ""
+    """What it has in common with those that it can share memory with."""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -217,11 +219,18 @@ class Membership:
                 self._give_up(silent)
                 missing = [uid for uid in missing if uid not in silent]
                 if not missing:
-                    self.store.compare_set(f"{number}/plan", "", json.dumps(present))
+                    self.store.compare_set(f"{number}/plan", "", json.dumps(self._by_machine(number, present)))
                     continue
             self.pause(_POLL_S if waited_s < 1 else _SLOW_POLL_S)
         plan: list[str] = json.loads(self.store.get(f"{number}/plan"))
         return plan
+
+    def _by_machine(self, number: int, uids: Sequence[str]) -> list[str]:
+        """In order, but those of one machine next to each other."""
+        texts = self.store.multi_get([f"{number}/here/{uid}" for uid in uids])
+        machines = {uid: Member.from_json(text).machine for uid, text in zip(uids, texts, strict=True)}
+        places = {machine: place for place, machine in reversed(list(enumerate(machines.values())))}
+        return sorted(uids, key=lambda uid: places[machines[uid]])
 
     def _give_up(self, silent: Sequence[str]) -> None:
         """Those who do not come are ended where they can be: they must not wake up and write to common memory."""

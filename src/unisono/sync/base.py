@@ -21,11 +21,20 @@ class Sync(abc.ABC):
     """Whether the workers of a host may keep one copy of the weights among them; None: where nobody else can write to it."""
 
     @abc.abstractmethod
-    def bind(self, layout: Layout, collective: Collective, leaves: int, *, sparse: Collection[int] = ()) -> Reduction:
+    def bind(
+        self,
+        layout: Layout,
+        collective: Collective,
+        leaves: int,
+        *,
+        sparse: Collection[int] = (),
+        per_host: bool = False,
+    ) -> Reduction:
         """*local*. The reduction of gradients laid out by ``layout`` over ``leaves`` microbatches a step.
 
         Args:
             sparse: Slots (by index) whose gradients have few rows.
+            per_host: Whether the workers of each host are to update all parameters among them, so that each host has all state.
         """
 
     @abc.abstractmethod
@@ -55,6 +64,8 @@ class Reduction(abc.ABC):
         segments: For each block of the layout, each worker's segment: what it saves, and what it publishes.
         replicates: Whether, where there are several workers, every one updates every parameter.
         replicated: Whether that is so now, and nothing has to be published.
+        updaters: Workers that update all parameters among them, each one once: all workers, or those of this host.
+        savers: Workers that save what they update; the others update the same.
         densified: Slots that were said to get few rows, but got a dense gradient at some step.
         present: For each slot, 1 if any own microbatch of this step had a gradient for it.
     """
@@ -64,6 +75,8 @@ class Reduction(abc.ABC):
     replicates: bool
     replicated: bool
     densified: Set[int]
+    updaters: Sequence[int]
+    savers: Sequence[int]
 
     @property
     @abc.abstractmethod
@@ -71,13 +84,16 @@ class Reduction(abc.ABC):
 
     def owned_by(self, rank: int) -> list[int]:
         """*local*. The slots (by index) whose optimizer state worker ``rank`` saves."""
-        return [slot.index for segments in self.segments for slot in segments[rank].slots]
+        return self._segment_of(rank) if rank in self.savers else []
 
     def updated_by(self, rank: int) -> list[int]:
         """*local*. The slots (by index) that worker ``rank`` updates."""
         if not self.replicated:
-            return self.owned_by(rank)
-        return [slot.index for segments in self.segments for segment in segments for slot in segment.slots]
+            return self._segment_of(rank)
+        return [slot.index for segments in self.segments for rank in self.updaters for slot in segments[rank].slots]
+
+    def _segment_of(self, rank: int) -> list[int]:
+        return [slot.index for segments in self.segments for slot in segments[rank].slots]
 
     @abc.abstractmethod
     def densify(self, slots: Collection[int]) -> None:

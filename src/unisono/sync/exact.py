@@ -11,6 +11,7 @@ Where gradients are sent during backward, they go in buckets, last layers first,
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -56,8 +57,16 @@ class Exact(Sync):
         if not self.replicate_kib >= 0:
             raise ConfigurationError(f"replicate_kib must be 0 or more, got {self.replicate_kib}")
 
-    def bind(self, layout: Layout, collective: Collective, leaves: int, *, sparse: Collection[int] = ()) -> ExactReduction:
-        return ExactReduction(self, layout, collective, leaves, sparse=sparse)
+    def bind(
+        self,
+        layout: Layout,
+        collective: Collective,
+        leaves: int,
+        *,
+        sparse: Collection[int] = (),
+        per_host: bool = False,
+    ) -> ExactReduction:
+        return ExactReduction(self, layout, collective, leaves, sparse=sparse, per_host=per_host)
 
     def overlaps(self, device: torch.device) -> bool:
         return device.type == "cuda" if self.overlap is None else self.overlap
@@ -103,23 +112,40 @@ class ExactReduction(Reduction):
     """See the module. *Collective* as a whole: every worker makes one, with equal arguments."""
 
     def __init__(
-        self, settings: Exact, layout: Layout, collective: Collective, leaves: int, *, sparse: Collection[int] = ()
+        self,
+        settings: Exact,
+        layout: Layout,
+        collective: Collective,
+        leaves: int,
+        *,
+        sparse: Collection[int] = (),
+        per_host: bool = False,
     ) -> None:
         self._settings = settings
         self._layout = layout
         self._collective = collective
         hosts = Hosts(collective.hosts, collective.rank)
         self.ranges = assign(leaves, collective.size, tuple(map(len, hosts.groups)) if hosts.two_levels else ())
-        self.segments = layout.segments(collective.size)
-        self.replicates = layout.nbytes <= settings.replicate_kib * 1024
+        apart = per_host and len(hosts.groups) > 1
+        groups = hosts.groups if apart else [tuple(range(collective.size))]
+        self.segments = [
+            tuple(itertools.chain.from_iterable(of_host))
+            for of_host in zip(*(layout.segments(len(g)) for g in groups), strict=True)
+        ]
+        self.updaters = next(group for group in groups if collective.rank in group)
+        self.savers = groups[0]
+        small = layout.nbytes <= settings.replicate_kib * 1024
+        self.replicates = small or (apart and max(map(len, groups)) == 1)
         self.replicated = collective.size > 1 and self.replicates
+        # What another host updates as well, its workers read.
+        own_changes = not (self.replicated or apart)
         self._pieces = [pieces(lo, hi, leaves) for lo, hi in self.ranges]
         self._slots = [slot for block in layout.blocks for slot in block.slots]
         self._rows = RowExchange(
             [slot for slot in self._slots if slot.index in sparse], layout, collective, self._pieces, leaves, self.updated_by
         )
         # Where every worker reads every piece, nobody may write to its own, or keep it elsewhere.
-        large = [] if self.replicated else [i for i in self.owned_by(collective.rank) if is_large(self._slots[i])]
+        large = [i for i in self.updated_by(collective.rank) if is_large(self._slots[i])] if own_changes else []
         self._fold = LocalFold(
             layout,
             self.ranges[collective.rank],
@@ -132,11 +158,9 @@ class ExactReduction(Reduction):
         self._levels: TwoLevels | None = None
         self._arriving: Sequence[Sequence[Span]] = self._pieces  # what each worker sends here
         if hosts.two_levels:
-            self._levels = TwoLevels(collective, hosts, self._pieces, leaves, own_changes=not self.replicated)
+            self._levels = TwoLevels(collective, hosts, self._pieces, leaves, own_changes=own_changes)
             self._arriving = self._levels.arriving
-        self._finisher = Finisher(
-            layout, self._arriving, collective.rank, leaves, allocate=allocate, own_changes=not self.replicated
-        )
+        self._finisher = Finisher(layout, self._arriving, collective.rank, leaves, allocate=allocate, own_changes=own_changes)
         self.densified: set[int] = set()
         self._hooks: list[RemovableHandle] = []
         self._state = _StepState(filled=0, overlap=False)

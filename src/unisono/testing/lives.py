@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from unisono.collective import Collective, InProcess, Meeting
 from unisono.collective.regions import Memory
@@ -57,10 +60,22 @@ class _Store:
 class _Mortal(InProcess):
     """A collective whose worker dies at a certain call, over all generations."""
 
-    def __init__(self, meeting: Meeting, rank: int, life: _Life) -> None:
+    def __init__(self, meeting: Meeting, rank: int, life: _Life, groups: Sequence[Sequence[int]]) -> None:
         super().__init__(meeting, rank)
         self._life = life
+        self._groups = groups
         life.collective = self
+
+    @property
+    def hosts(self) -> Sequence[Sequence[int]]:
+        return self._groups
+
+    def common(self, numel: int, dtype: torch.dtype, mine: Tensor | None = None) -> Tensor:
+        near = next(group for group in self._groups if self.rank in group)
+        have = self._meet(mine)
+        made = self._meet(torch.zeros(numel, dtype=dtype) if self.rank == near[0] else None)
+        found: Tensor = next(one for one in [*(have[peer] for peer in near), made[near[0]]] if one is not None)
+        return found
 
     def _meet(self, brought: Any) -> list[Any]:
         life = self._life
@@ -91,7 +106,13 @@ class Lives:
 
 
 def run_lives(
-    size: int, work: Callable[[Link], Any], deaths: Mapping[int, Death], *, joiners: int = 0, timeout_s: float = 30.0
+    size: int,
+    work: Callable[[Link], Any],
+    deaths: Mapping[int, Death],
+    *,
+    joiners: int = 0,
+    machines: Mapping[int, str] | None = None,
+    timeout_s: float = 30.0,
 ) -> Lives:
     """*local*. Runs ``work(link)`` on ``size`` workers, threads of this process that take turns; some of them die.
 
@@ -100,11 +121,13 @@ def run_lives(
         work: Called once a worker, with the link to give to its ``Trainer(collective=...)``.
         deaths: When workers die, by rank; for joiners, ``size`` and up.
         joiners: Workers that come later.
+        machines: Which machine each worker believes to be on, by rank.
         timeout_s: How long a worker waits for the others.
 
     Raises:
         Exception: The first error of a worker.
     """
+    machines = machines or {}
     store, baton = _Store(), threading.Condition()
     meetings: dict[int, Meeting] = {}
     lives = {rank: _Life(deaths.get(rank)) for rank in range(size + joiners)}
@@ -112,12 +135,14 @@ def run_lives(
     errors: list[BaseException] = []
 
     def link_of(rank: int) -> Link:
-        me = Member(uid=f"thread {rank}", host="here", process=Process(place="", pid=rank, started=0))
+        me = Member(
+            uid=f"thread {rank}", host="here", process=Process(place="", pid=rank, started=0), machine=machines.get(rank, "")
+        )
         founders = [f"thread {founder}" for founder in range(size)] if rank < size else []
 
         def connect(generation: Generation, memory: Memory) -> Collective:
             meeting = meetings.setdefault(generation.number, Meeting(generation.size, timeout_s=timeout_s, baton=baton))
-            return _Mortal(meeting, generation.rank, lives[rank])
+            return _Mortal(meeting, generation.rank, lives[rank], _groups(generation))
 
         membership = Membership(
             store, me, founders, timeout_s=timeout_s, pause=lambda seconds: _hand_over(baton, seconds), look_every_s=0.0
@@ -146,6 +171,13 @@ def run_lives(
     if errors:
         raise errors[0]
     return Lives(results, {rank: life.calls for rank, life in lives.items()})
+
+
+def _groups(generation: Generation) -> list[tuple[int, ...]]:
+    found: dict[str, list[int]] = {}
+    for rank, member in enumerate(generation.members):
+        found.setdefault(member.machine, []).append(rank)
+    return [tuple(ranks) for ranks in found.values()]
 
 
 def _hand_over(baton: threading.Condition, seconds: float) -> None:

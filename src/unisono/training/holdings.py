@@ -167,15 +167,13 @@ class Holdings:
             Whether that can be done; the same on all workers.
         """
         self._collective = collective
-        hosts = collective.hosts
-        near = range(collective.size) if len(hosts) == collective.size else next(h for h in hosts if collective.rank in h)
-        self._near = tuple(near)
+        self._near = next(tuple(host) for host in collective.hosts if collective.rank in host)
         self._place = self._near.index(collective.rank)
         self._board = collective.common(_HEAD + 2 * _MOST_WORKERS * 3, torch.int64, self._board)
         if self._board is None:
             return False
         self._parts[generation] = [
-            _Part(frozenset(reduction.owned_by(rank)), tuple((s[rank].lo, s[rank].hi) for s in reduction.segments))
+            _Part(frozenset(reduction.updated_by(rank)), tuple((s[rank].lo, s[rank].hi) for s in reduction.segments))
             for rank in self._near
         ]
         counts, side = divmod(int(self._numbers[0]), 2)
@@ -199,6 +197,8 @@ class Holdings:
 
     def _learn(self) -> None:
         """*collective*. Everyone has everything that someone has; whoever joins sees it in the optimizer."""
+        known = [bool(has) for has in self._collective.all_gather(torch.tensor([bool(self._chests)]))]
+        here = any(known[rank] for rank in self._near)  # else it comes from another host, and lies in each optimizer alone
         mine = json.dumps([{"born": c.born, "nbytes": c.nbytes, "entries": [vars(e) for e in c.entries]} for c in self._chests])
         told = max(self._collective.all_gather_bytes(mine.encode()), key=len)
         if not self._chests:
@@ -209,7 +209,7 @@ class Holdings:
         for chest in self._chests:
             chest.memory = self._collective.common(chest.nbytes, torch.uint8, chest.memory)
             chest.copy = self._collective.common(chest.nbytes, torch.uint8, chest.copy)
-            self._show(chest, take=False)
+            self._show(chest, take=not here)
 
     def settle(self, step: int) -> bool:
         """*collective*. Takes what is new in the optimizer's state into common memory.

@@ -65,7 +65,7 @@ class State:
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
         """What all workers hold alike, each in memory of its own, by name for a person."""
         # Shared weights are one copy a host: there is something to compare between hosts only.
-        if not self.weights.shared or any(len(host) > 1 for host in self.collective.hosts):
+        if not self.weights.shared or len(self.collective.hosts) > 1:
             yield from self.weights.named()
         for name, buffer in self.model.named_buffers():
             yield f"buffer {name!r}", buffer

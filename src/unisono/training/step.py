@@ -318,8 +318,8 @@ class Stepper:
             return norms
         with self._clock.phase("communication"):
             everybodys = self._collective.all_gather(torch.tensor(norms, dtype=torch.float64))
-        # Each norm comes from one worker; the others' zeros change no bit of it.
-        found: list[float] = torch.stack(everybodys).sum(dim=0).tolist()
+        # Each norm comes from one of these workers; the others' zeros change no bit of it.
+        found: list[float] = torch.stack([everybodys[rank] for rank in self._reduction.updaters]).sum(dim=0).tolist()
         return found
 
     def _update(self, reduced: Reduced, norm: float) -> None:

@@ -173,6 +173,7 @@ class Team:
         self._last: Any = None
         self._past: list[_Past] = []
         self._kept_buffers: list[Tensor] = []
+        self._repeatable = False
         self._stepping = False
 
     # ------------------------------------------------------------------ the workers of now
@@ -184,7 +185,11 @@ class Team:
             self.reduction.close()
         self.collective, self._watch = collective, watch
         self.reduction = self._sync.bind(
-            self._layout, collective, settings.microbatches, sparse=self._replica.tables.slots(self._layout)
+            self._layout,
+            collective,
+            settings.microbatches,
+            sparse=self._replica.tables.slots(self._layout),
+            per_host=self._link is not None,
         )
         if dense:
             self.reduction.densify(dense)
@@ -262,6 +267,7 @@ class Team:
         """
         self._weights.bind(self.collective)
         self._past.clear()
+        self._repeatable = replay
         if self._holdings is not None:
             self._holdings.renew(self.committed, replay=replay)
 
@@ -474,20 +480,23 @@ class Team:
         self._gather_from(collective, reports, reason, watch)
 
     def _gather_from(self, collective: Collective, reports: Sequence[Report], reason: str, watch: Watch | None = None) -> None:
-        acts = [report.acts for report in reports]
-        ahead = max(acts)
+        ahead = max(report.acts for report in reports)
         if ahead == NEW:
             raise StateLost("all workers that held the run's state were lost")
+        source = next(rank for rank, report in enumerate(reports) if report.acts == ahead)
         committed = max(report.committed for report in reports)
         everywhere = self.reduction.replicates
-        point = self._restore(reports) if self.acts != NEW and not everywhere else Point(committed)
+        if everywhere:
+            reached, needy = committed, [rank for rank, report in enumerate(reports) if report.acts < ahead]
+        else:
+            reached, needy = self._go_back(collective, reports, source)
         collective.barrier()
         self.muster(collective, watch or self._watch, dense=sorted({slot for report in reports for slot in report.dense}))
         self._buffers.track(_union(reports))
-        self._hold_on(collective, point)
-        self._hand_over(reports, everywhere)
+        self._hand_over(reports, source, needy, everywhere)
+        self._hold_on(reached)
         self._weights.bind(collective)
-        self.committed, self.reached = committed, committed if everywhere else point.step
+        self.committed, self.reached = committed, reached
         self._part.regrouped(reason, any(report.unsaved for report in reports))
         self._replay(committed)
         self.acts = ahead
@@ -503,69 +512,84 @@ class Team:
         )
         return [Report(**json.loads(text)) for text in collective.all_gather_bytes(json.dumps(dataclasses.asdict(mine)).encode())]
 
-    def _restore(self, reports: Sequence[Report]) -> Point:
-        """*local*. Where the state that is held in common can go on from, after going back there."""
-        if self._holdings is None:
-            if any(report.acts == NEW for report in reports) and self.collective.size == 1:
-                return Point(self.committed)
-            raise StateLost("a worker was lost, and what it held with it")
-        point = self._holdings.point(max(report.reached for report in reports))
-        if point is None:
-            raise StateLost("a worker was lost while it updated weights of which there is no copy")
-        survivors = [rank for rank, report in enumerate(reports) if report.acts != NEW]
-        if point.parts:
-            self._holdings.restore(point, main=self._link_rank == survivors[0])
-        return point
+    def _go_back(self, collective: Collective, reports: Sequence[Report], source: int) -> tuple[int, list[int]]:
+        """*collective*. Brings what each host holds in common to where the host of ``source`` can go on from.
 
-    @property
-    def _link_rank(self) -> int:
-        assert self._link is not None
-        assert self._link.generation is not None
-        return self._link.generation.rank
+        Returns:
+            The step that its state shows then, and the workers that have to be given all of the state.
+        """
+        near = next(host for host in collective.hosts if collective.rank in host)
+        survivors = [rank for rank in near if reports[rank].acts != NEW]
+        point: Point | None = None
+        if self.acts != NEW and self._holdings is not None:
+            point = self._holdings.point(max(reports[rank].reached for rank in survivors))
+        mine = [] if point is None else [point.step, bool(point.parts)]
+        points = [json.loads(text) for text in collective.all_gather_bytes(json.dumps(mine).encode())]
+        if not points[source]:
+            raise StateLost("a worker was lost, and with it what it held, or what it was changing")
+        step = points[source][0]
+        needy = [
+            rank
+            for host in collective.hosts
+            if source not in host and [step, False] not in [points[rank] for rank in host]
+            for rank in host
+        ]
+        if collective.rank in needy:
+            self._holdings = None
+        elif point is not None and point.parts and self._holdings is not None:
+            self._holdings.restore(point, main=collective.rank == survivors[0])
+        return step, needy
 
-    def _hold_on(self, collective: Collective, point: Point) -> None:
-        """*collective*."""
+    def _hold_on(self, step: int) -> None:
+        """*collective*. From step ``step`` on the workers of each host hold the state in common, unless each has all of it."""
         assert self._link is not None
         assert self._link.generation is not None
         if self.reduction.replicates:
+            self._holdings = None
             return
         if self._holdings is None:
             self._holdings = Holdings(self._layout, self._weights, self._optimizer)
-        if not self._holdings.bind(collective, self.reduction, self._link.generation.number, point.step):
+        if not self._holdings.bind(self.collective, self.reduction, self._link.generation.number, step):
             raise StateLost("the state cannot be held in common")
+        self._holdings.replay = self._repeatable
         self.stepper.holdings = self._holdings
 
     # ------------------------------------------------------------------ what others lack
 
-    def _hand_over(self, reports: Sequence[Report], everywhere: bool) -> None:
-        """*collective*. Whoever is behind, or new, gets what it lacks from the first that is ahead."""
-        ahead = max(report.acts for report in reports)
-        if all(report.acts == ahead for report in reports):
+    def _hand_over(self, reports: Sequence[Report], source: int, needy: Sequence[int], everywhere: bool) -> None:
+        """*collective*. Whoever is behind, or new, or on a host that lacks the state, gets it from worker ``source``."""
+        receivers = {rank for rank, report in enumerate(reports) if report.acts < reports[source].acts}.union(needy)
+        if not receivers:
             return
-        source = next(rank for rank, report in enumerate(reports) if report.acts == ahead)
-        weights = everywhere or not self._weights.shared
-        data = self._packed(everywhere, weights) if self.collective.rank == source else b""
+        weights = everywhere or bool(needy) or not self._weights.shared
+        state = everywhere or bool(needy)
+        data = self._packed(weights=weights, state=state) if self.collective.rank == source else b""
         data = self.collective.all_gather_bytes(data)[source]
-        if self.acts < ahead:
-            self._unpack(data, new=self.acts == NEW)
+        if self.collective.rank in receivers:
+            self._unpack(data, state=everywhere or self.collective.rank in needy)
 
-    def _packed(self, everywhere: bool, weights: bool) -> bytes:
+    def _packed(self, *, weights: bool, state: bool) -> bytes:
         content = {
             "last": self._last,
             "buffers": [tensor.detach() for tensor in self._model.buffers()],
             "weights": list(self._weights.flats) if weights else None,
-            "optimizer": full_state(self._optimizer, self._layout) if everywhere else None,
+            "optimizer": full_state(self._optimizer, self._layout) if state else None,
             "common": self.state.common(),
             "past": self._past,
             "kept": self._kept_buffers,
             "part": self._part.describe(),
-            "replay": self._holdings is not None and self._holdings.replay,
+            "repeatable": self._repeatable,
         }
         buffer = io.BytesIO()
         torch.save(content, buffer)
         return buffer.getvalue()
 
-    def _unpack(self, data: bytes, *, new: bool) -> None:
+    def _unpack(self, data: bytes, *, state: bool) -> None:
+        """*local*.
+
+        Args:
+            state: Whether this worker's host lacks the optimizer's state.
+        """
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
         with torch.no_grad():
             for tensor, value in zip(self._model.buffers(), content["buffers"], strict=True):
@@ -573,17 +597,16 @@ class Team:
             if content["weights"] is not None:
                 for flat, value in zip(self._weights.flats, content["weights"], strict=True):
                     flat.copy_(value)
-        if content["optimizer"] is not None:
+        if state:
             set_full_state(self._optimizer, self._layout, content["optimizer"])
-        self._last = content["last"]
-        if new:
+        if self.acts == NEW:
             set_hyperparameters(self._optimizer, content["common"]["groups"])
             if self._scheduler is not None:
                 self._scheduler.load_state_dict(content["common"]["scheduler"])
-            self._past, self._kept_buffers = content["past"], content["kept"]
             self._part.adopt(content["part"])
-            if self._holdings is not None:
-                self._holdings.replay = content["replay"]
+        self._last = content["last"]
+        self._past, self._kept_buffers = content["past"], content["kept"]
+        self._repeatable = content["repeatable"]
         self._buffers.begin()
 
     # ------------------------------------------------------------------ steps that are done again
