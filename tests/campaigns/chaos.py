@@ -151,6 +151,8 @@ def strike(run: Run, fault: Fault, rng: random.Random, wakings: list[tuple[float
                 os.kill(victim, signal.SIGSTOP)
                 wakings.append((time.monotonic() + rng.uniform(0.0, 5.0), victim))
             case Fault.FAIL:
+                if len(alive) < 2:
+                    return False  # what all workers raise is the program's error, and ends the run
                 os.kill(victim, signal.SIGUSR1)
             case Fault.LEAVE:
                 if len(alive) < 3:

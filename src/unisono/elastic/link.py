@@ -16,7 +16,7 @@ from unisono.collective import Collective, LostWorker
 from unisono.collective.regions import Memory
 from unisono.collective.shared_memory import SharedMemory, host_identity
 from unisono.elastic.membership import Generation, Member, Membership, Store, store_is_gone
-from unisono.errors import ConfigurationError
+from unisono.errors import ConfigurationError, WorkerFailure
 from unisono.process import Process
 from unisono.world import World
 
@@ -46,6 +46,7 @@ class Link:
         minimum: Fewest workers that go on.
         wait_s: How long fewer than that wait for more, in seconds.
         trainers: How many trainers of this process have used it.
+        leaves: Whether this worker leaves before the script's end.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Link:
         self.membership = membership
         self._connect = connect
         self.trainers = 0
+        self.leaves = False
         self._memory = Memory()
         self._terminal: tuple[int, int] | None = None
 
@@ -195,6 +197,14 @@ class Link:
 
 _links: dict[tuple[object, ...], Link] = {}
 """A process belongs to one run, as it has one process group: trainers that follow each other go on with its workers."""
+
+
+def say_over() -> None:
+    """*local*. This process has come to the end of its script, and so have the others, or they will soon."""
+    for link in _links.values():
+        if not link.leaves:
+            with contextlib.suppress(WorkerFailure):  # the launcher knows by other means that it is over
+                link.tell("over", "1")
 
 
 def _transports(store: Any) -> Connect:

@@ -61,15 +61,25 @@ def _run(script: str) -> None:
     try:
         # Spawned loader workers import the main module again: run_path gives it the __file__ by which they find it.
         runpy.run_path(script, run_name="__main__")
+        _say_over()
     except KeyboardInterrupt:
         raise
     except SystemExit as stop:
+        if not stop.code:
+            _say_over()
         # A status speaks for itself: the script has said what it had to say, or it stopped as it was asked to.
         if isinstance(stop.code, int | None):
             raise
         _fail(stop)
     except BaseException as error:
         _fail(error)
+
+
+def _say_over() -> None:
+    """The script has come to its end, so nobody needs to be replaced any more."""
+    link = sys.modules.get("unisono.elastic.link")
+    if link is not None:  # else no Trainer was made
+        link.say_over()
 
 
 def _fail(error: BaseException) -> NoReturn:

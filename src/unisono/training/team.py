@@ -378,6 +378,7 @@ class Team:
             self.collective.barrier()
             if link.membership.me.uid in gone:
                 self.collective.close()
+                link.leaves = True
                 raise SystemExit(0)
             self._regroup(leavers=gone, joiners=joiners, acts=expected, reason=_changes(link, gone, joiners))
 
