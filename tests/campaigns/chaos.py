@@ -84,6 +84,7 @@ class Run:
         self.folder = folder
         self.log = folder / "log"
         self.log.touch()
+        self.left_s = 0.0
         command = ["run", "--workers", str(workers), "--max-restarts", "100000", str(SCRIPT)]
         arguments = [str(folder / "run"), str(self.log), kind, str(steps)]
         self.output = folder / "output"
@@ -107,6 +108,17 @@ class Run:
         """Processes of workers that live, in the order in which they came."""
         named = dict.fromkeys(int(line.split()[1]) for line in self.log.read_text().splitlines() if len(line.split()) > 2)
         return [pid for pid in named if _lives(pid)]
+
+    @property
+    def ready(self) -> bool:
+        """Whether a worker has made its Trainer: until then a script is like any other, and a death ends it."""
+        return " ready" in self.log.read_text()
+
+    def members(self) -> int:
+        """How many workers took the last step."""
+        return max(
+            (int(line.split()[-1]) for line in self.log.read_text().splitlines()[-2:] if len(line.split()) == 6), default=0
+        )
 
     def steps(self) -> int:
         """The last step that any worker has done."""
@@ -155,8 +167,9 @@ def strike(run: Run, fault: Fault, rng: random.Random, wakings: list[tuple[float
                     return False  # what all workers raise is the program's error, and ends the run
                 os.kill(victim, signal.SIGUSR1)
             case Fault.LEAVE:
-                if len(alive) < 3:
-                    return False  # the last one to leave stops the run, as it should
+                if min(len(alive), run.members()) < 3 or time.monotonic() < run.left_s + 3.0:
+                    return False  # when all leave the run stops, as it should
+                run.left_s = time.monotonic()
                 os.kill(victim, signal.SIGTERM)
             case Fault.KILL_ALL:
                 for pid in alive:
@@ -182,7 +195,7 @@ def disturb(run: Run, outcome: Outcome, most: int, rng: random.Random, faults: S
             with contextlib.suppress(ProcessLookupError):
                 if _lives(due[1]):
                     os.kill(due[1], signal.SIGCONT)
-        if now >= next_s and len(outcome.faults) < most:
+        if now >= next_s and run.ready and len(outcome.faults) < most:
             fault = rng.choices(faults, [WEIGHTS[one] for one in faults])[0]
             if strike(run, fault, rng, wakings):
                 outcome.faults.append(fault)

@@ -88,6 +88,7 @@ def main(run_dir: str, log: Path, kind: str, steps: int) -> None:
         on_nonfinite="skip",
         loader=unisono.Loader(num_workers=1 if kind == "loaders" else 0),
     )
+    tell(log, "ready")
     epochs = -(-steps // STEPS_PER_EPOCH)
     if kind == "own loop":
         for batch in trainer.batches(data, epochs):

@@ -95,6 +95,8 @@ class Report:
     """Slots whose gradients were to have few rows, and had not."""
     unsaved: bool
     """Whether a checkpoint was under way."""
+    changing: bool
+    """Whether the act under way is to let others come or leave."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,6 +177,7 @@ class Team:
         self._kept_buffers: list[Tensor] = []
         self._repeatable = False
         self._stepping = False
+        self._changing = False
 
     # ------------------------------------------------------------------ the workers of now
 
@@ -382,7 +385,11 @@ class Team:
                 raise SystemExit(0)
             self._regroup(leavers=gone, joiners=joiners, acts=expected, reason=_changes(link, gone, joiners))
 
-        self.act(body)
+        self._changing = True
+        try:
+            self.act(body)
+        finally:
+            self._changing = False
 
     def join(self, over: Callable[[], bool]) -> bool:
         """*local* until the others meet this worker. Waits to be let in; False if ``over`` says that there is nothing to join."""
@@ -453,7 +460,7 @@ class Team:
         self._abandon()
         collective = self._link.meet(leavers=leavers, joiners=joiners, silent=silent, keep=self._weights.flats)
         if acts is not None:
-            self.acts, self._last = acts, None
+            self.acts, self._last, self._changing = acts, None, False
         if before is not None:
             gone = [member for member in before.members if member.uid not in self._link.uids]
             reason = "; ".join(self._obituary(before, member) for member in gone)
@@ -485,6 +492,9 @@ class Team:
         if ahead == NEW:
             raise StateLost("all workers that held the run's state were lost")
         source = next(rank for rank, report in enumerate(reports) if report.acts == ahead)
+        if reports[source].changing and any(report.acts == NEW for report in reports):
+            ahead += 1  # to meet those who come was the act under way
+            self._last = None
         committed = max(report.committed for report in reports)
         everywhere = self.reduction.replicates
         if everywhere:
@@ -510,6 +520,7 @@ class Team:
             tracked=self._buffers.tracked.hex(),
             dense=sorted(self.reduction.densified),
             unsaved=self._part.unsaved(),
+            changing=self._changing,
         )
         return [Report(**json.loads(text)) for text in collective.all_gather_bytes(json.dumps(dataclasses.asdict(mine)).encode())]
 
