@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations, pairwise
+from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unisono.tree import Fold, Span, assignment, combine, fold_all, is_node, middle, pieces
+from unisono.tree import Fold, Span, _count, assignment, assignment_by_time, combine, fold_all, is_node, middle, pieces
 
 MOST_LEAVES = 40
 
@@ -205,3 +206,94 @@ def test_hosts_of_two_and_one_workers_get_six_and_two_of_eight_leaves() -> None:
 def test_hosts_have_as_many_workers_as_there_are() -> None:
     with pytest.raises(ValueError, match="do not have 3 workers"):
         assignment(8, 3, (2, 2))
+
+
+# ---- speed ----
+
+
+@st.composite
+def speeds(draw: st.DrawFn, most_leaves: int = 9) -> tuple[int, list[float]]:
+    """A number of leaves, and for each worker its seconds a leaf, ties included."""
+    leaves = draw(st.integers(1, most_leaves))
+    workers = draw(st.integers(1, min(leaves, 4)))
+    return leaves, draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.1, 2.0, 7.0]), min_size=workers, max_size=workers))
+
+
+def all_ranges(leaves: int, workers: int) -> list[tuple[Span, ...]]:
+    return [tuple(pairwise([0, *cuts, leaves])) for cuts in combinations(range(1, leaves), workers - 1)]
+
+
+def slowest(ranges: Sequence[Span], seconds: Sequence[float]) -> float:
+    return max((hi - lo) * one for (lo, hi), one in zip(ranges, seconds, strict=True))
+
+
+@settings(deadline=None)
+@given(speeds(), st.randoms(use_true_random=False), st.sampled_from([0.0, 0.25]))
+def test_no_other_ranges_are_faster_or_as_fast_with_fewer_pieces_or_nearer(
+    case: tuple[int, list[float]], random: Random, tolerance: float
+) -> None:
+    leaves, seconds = case
+    every = all_ranges(leaves, len(seconds))
+    before = random.choice(every)
+
+    found = assignment_by_time(
+        leaves, len(seconds), lambda worker, count: seconds[worker] * count, previous=before, tolerance=tolerance
+    )
+
+    limit = min(slowest(ranges, seconds) for ranges in every) * (1 + tolerance)
+    assert found in every
+    assert slowest(found, seconds) <= limit
+
+    def rest(ranges: tuple[Span, ...]) -> tuple[int, int]:
+        borders = zip(ranges, before, strict=True)
+        return sum(len(pieces(*span, leaves)) for span in ranges), sum(abs(now[0] - then[0]) for now, then in borders)
+
+    assert rest(found) == min(rest(ranges) for ranges in every if slowest(ranges, seconds) <= limit)
+
+
+@settings(deadline=None)
+@given(speeds(most_leaves=40), st.data())
+def test_hosts_change_who_gets_which_leaves_but_not_the_time(case: tuple[int, list[float]], data: st.DataObject) -> None:
+    leaves, seconds = case
+    borders = sorted(data.draw(st.sets(st.integers(1, len(seconds) - 1)) if len(seconds) > 1 else st.just(set())))
+    hosts = tuple(hi - lo for lo, hi in pairwise([0, *borders, len(seconds)]))
+
+    def time(worker: int, count: int) -> float:
+        return seconds[worker] * count
+
+    plain = assignment_by_time(leaves, len(seconds), time)
+    found = assignment_by_time(leaves, len(seconds), time, hosts)
+
+    assert [0, *(hi for _, hi in found)] == [*(lo for lo, _ in found), leaves]
+    assert all(lo < hi for lo, hi in found)
+    assert slowest(found, seconds) == slowest(plain, seconds)
+    assert host_pieces(found, hosts, leaves) <= host_pieces(plain, hosts, leaves)
+
+
+def test_a_worker_at_half_speed_gets_half_as_much() -> None:
+    def half(worker: int, count: int) -> float:
+        return count * (2 if worker == 1 else 1)
+
+    assert assignment_by_time(24, 2, half) == ((0, 16), (16, 24))
+    # Both 6 + 2 and 5 + 3 take as long; with 6 + 2 there is a piece less to send.
+    assert assignment_by_time(8, 2, half) == ((0, 6), (6, 8))
+
+
+@pytest.mark.parametrize(("leaves", "workers"), [(8, 3), (32, 5), (64, 7), (24, 3)])
+def test_workers_of_one_speed_have_even_ranges(leaves: int, workers: int) -> None:
+    assert assignment_by_time(leaves, workers, lambda _, count: float(count)) == assignment(leaves, workers)
+
+
+def test_time_need_not_grow_evenly_with_the_leaves() -> None:
+    """Worker 0 is fast until it has more than three."""
+    assert assignment_by_time(8, 2, lambda worker, count: count + (10 if worker == 0 and count > 3 else 0)) == ((0, 3), (3, 8))
+
+
+def test_the_slowest_of_all_keeps_one_leaf() -> None:
+    assert assignment_by_time(8, 2, lambda worker, count: count * (1000 if worker else 1)) == ((0, 7), (7, 8))
+
+
+@pytest.mark.parametrize("leaves", range(1, MOST_LEAVES + 1))
+def test_pieces_are_counted_without_making_them(leaves: int) -> None:
+    for lo, hi in combinations(range(leaves + 1), 2):
+        assert _count(lo, hi, leaves) == len(pieces(lo, hi, leaves))

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from heapq import heapify, heapreplace
+from itertools import accumulate
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -67,44 +69,113 @@ def assignment(leaves: int, workers: int, hosts: tuple[int, ...] = ()) -> tuple[
     Raises:
         ValueError: unless ``1 <= workers <= leaves``, and the hosts have that many workers.
     """
+    _check(leaves, workers, hosts)
+    most = -(-leaves // workers)
+    if leaves % workers == 0:
+        return tuple((rank * most, (rank + 1) * most) for rank in range(workers))
+    return _within(leaves, [most] * workers, hosts or (workers,))
+
+
+def assignment_by_time(
+    leaves: int,
+    workers: int,
+    seconds: Callable[[int, int], float],
+    hosts: tuple[int, ...] = (),
+    *,
+    previous: Sequence[Span] = (),
+    tolerance: float = 0.0,
+) -> tuple[Span, ...]:
+    """Contiguous ranges of leaves, in order of workers and at least one leaf each, of which the slowest takes the least possible
+    time; among those the ones with the fewest pieces, and among those the ones nearest to ``previous``.
+
+    Nobody gets an empty range: a worker that computes nothing could never show that it has become fast again.
+
+    Args:
+        seconds: ``seconds(worker, count)``: how long a worker takes for ``count`` leaves; never less for more of them.
+        hosts: As for ``assignment``.
+        previous: Ranges that it is good to stay near to: as little as possible changes hands.
+        tolerance: The slowest may take this much longer than it could, as a share, if that makes fewer pieces.
+
+    Raises:
+        ValueError: unless ``1 <= workers <= leaves``, and the hosts have that many workers.
+    """
+    _check(leaves, workers, hosts)
+    # Whoever would be done first with one leaf more gets it: then no other sharing ends sooner.
+    counts = [1] * workers
+    waiting = [(seconds(worker, 2), worker) for worker in range(workers)]
+    heapify(waiting)
+    for _ in range(leaves - workers):
+        worker = waiting[0][1]
+        counts[worker] += 1
+        heapreplace(waiting, (seconds(worker, counts[worker] + 1), worker))
+    limit = max(seconds(worker, count) for worker, count in enumerate(counts)) * (1 + tolerance)
+    for worker in range(workers):
+        while counts[worker] <= leaves - workers and seconds(worker, counts[worker] + 1) <= limit:
+            counts[worker] += 1
+    return _within(leaves, counts, hosts or (workers,), [lo for lo, _ in previous])
+
+
+def _check(leaves: int, workers: int, hosts: tuple[int, ...]) -> None:
     if not 1 <= workers <= leaves:
         raise ValueError(f"{workers} workers cannot share {leaves} leaves: need 1 <= workers <= leaves")
     if hosts and sum(hosts) != workers:
         raise ValueError(f"hosts of {hosts} workers do not have {workers} workers together")
-    most = -(-leaves // workers)
-    if leaves % workers == 0:
-        return tuple((rank * most, (rank + 1) * most) for rank in range(workers))
-    hosts = hosts or (workers,)
-    spans = _divide(0, leaves, [(members, members * most) for members in hosts], leaves)
-    return tuple(
-        span for (lo, hi), members in zip(spans, hosts, strict=True) for span in _divide(lo, hi, [(1, most)] * members, leaves)
-    )
 
 
-def _divide(first: int, last: int, limits: Sequence[tuple[int, int]], leaves: int) -> list[Span]:
-    """Cuts the range ``(first, last)`` into one range for each ``(least, most)`` of ``limits``, with the fewest pieces in all."""
-    # Dynamic programme from the right: fewest[lo] = pieces of the ranges from lo on, for the limits seen so far.
-    fewest = {last: 0}
+def _within(leaves: int, most: Sequence[int], hosts: tuple[int, ...], near: Sequence[int] = ()) -> tuple[Span, ...]:
+    """Ranges of at least one leaf and at most these, host by host with the fewest pieces, then nearest to the starts ``near``."""
+    firsts = list(accumulate(hosts, initial=0))[:-1]
+    limits = [(members, sum(most[first : first + members])) for first, members in zip(firsts, hosts, strict=True)]
+    spans = _divide(0, leaves, limits, leaves, [near[first] for first in firsts] if near else ())
+    found: list[Span] = []
+    for (lo, hi), first, members in zip(spans, firsts, hosts, strict=True):
+        own = slice(first, first + members)
+        found += _divide(lo, hi, [(1, limit) for limit in most[own]], leaves, near[own])
+    return tuple(found)
+
+
+def _divide(first: int, last: int, limits: Sequence[tuple[int, int]], leaves: int, near: Sequence[int] = ()) -> list[Span]:
+    """Cuts the range ``(first, last)`` into one range for each ``(least, most)`` of ``limits``: with the fewest pieces in all,
+    and then with their starts nearest to ``near``, if given."""
+    rooms = list(accumulate((most for _, most in limits), initial=0))
+    needs = list(accumulate((least for least, _ in limits), initial=0))
+    # Dynamic programme from the right: the cost of the ranges from ``lo`` on, for the limits seen so far.
+    costs: dict[int, tuple[int, int]] = {last: (0, 0)}
     ends: list[dict[int, int]] = []
-    room = need = 0
-    for least, most in reversed(limits):
-        room, need = room + most, need + least
-        best: dict[int, tuple[int, int]] = {}
-        for lo in range(max(first, last - room), last - need + 1):
+    for place in reversed(range(len(limits))):
+        least, most = limits[place]
+        lowest = max(first + needs[place], last - (rooms[-1] - rooms[place]))
+        highest = min(first + rooms[place], last - (needs[-1] - needs[place]))
+        best: dict[int, tuple[tuple[int, int], int]] = {}
+        for lo in range(lowest, highest + 1):
+            moved = abs(lo - near[place]) if near else 0
             candidates = [
-                (len(pieces(lo, hi, leaves)) + fewest[hi], hi)
+                ((_count(lo, hi, leaves) + costs[hi][0], moved + costs[hi][1]), hi)
                 for hi in range(min(lo + most, last), lo + least - 1, -1)
-                if hi in fewest
+                if hi in costs
             ]
             if candidates:
                 best[lo] = min(candidates, key=lambda candidate: candidate[0])
-        fewest = {lo: count for lo, (count, _) in best.items()}
+        costs = {lo: cost for lo, (cost, _) in best.items()}
         ends.append({lo: hi for lo, (_, hi) in best.items()})
     spans: list[Span] = []
     for by_start in reversed(ends):
         spans.append((first, by_start[first]))
         first = by_start[first]
     return spans
+
+
+def _count(lo: int, hi: int, leaves: int) -> int:
+    """``len(pieces(lo, hi, leaves))`` without making them."""
+    if hi < leaves:
+        top = (lo ^ hi).bit_length() - 1
+        split = hi >> top << top
+        return (split - lo).bit_count() + (hi - split).bit_count()
+    count = 0
+    while lo < hi:  # the tree's end cuts the last node off
+        count += 1
+        lo += lo & -lo or hi
+    return count
 
 
 def combine(

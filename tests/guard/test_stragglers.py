@@ -142,6 +142,36 @@ def test_without_a_known_cause_none_is_claimed() -> None:
     assert "The system knows no cause" in warning(Straggler(1, 1.3, False, 0), "host h, process 7")
 
 
+def test_with_other_ranges_everything_is_measured_anew() -> None:
+    case = Case([(0, 4), (4, 8)])
+    case.steps(STEPS // 2, said((0.0, 0.1), (0.0, 0.4)))
+    case.stragglers.reassign([(0, 6), (6, 8)])
+    case.steps(2 * STEPS, said((0.0, 0.3), (0.0, 0.1)))
+    assert case.found == []
+
+
+def test_a_block_holds_steps_of_the_same_ranges_and_knows_the_full_ones() -> None:
+    case = Case([(0, 4), (4, 8)])
+    add = case.stragglers.add
+    told = [
+        Signals(seconds=(0.0, 0.2, 0.0, 0.0), work_s=0.15),
+        Signals(seconds=(0.0, 0.1, 0.0, 0.1), work_s=0.05),
+    ]
+    assert add(told, 8) is None  # what is told belongs to the step before
+    block = add(told, 5)
+    assert block is not None
+    assert (block.full, block.shares, block.leaves.tolist()) == (1, (4, 4), [4, 4])
+    assert block.full_work_s.tolist() == [0.15, 0.05]
+    block = add(told, 8)
+    assert block is not None
+    assert (block.full, block.leaves.tolist()) == (0, [4, 1])
+    case.stragglers.reassign([(0, 6), (6, 8)])
+    assert add(told, 8) is None  # told of the other ranges
+    block = add(told, 8)
+    assert block is not None
+    assert (block.full, block.shares, block.leaves.tolist()) == (1, (6, 2), [6, 2])
+
+
 # ---------------------------------------------------------------------- the machine
 
 

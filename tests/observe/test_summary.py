@@ -117,8 +117,14 @@ def test_the_keys_of_the_json_are_these() -> None:
     assert list(json.loads(summary().to_json())) == [
         "steps", "epochs", "samples", "samples_per_second", "seconds", "workers", "weights_sha256", "loss", "metrics",
         "waiting_share", "finished", "parameters", "run_dir", "bytes_sent_per_step", "data_s", "compute_s",
-        "communication_s", "waiting_s",
+        "communication_s", "waiting_s", "microbatches",
     ]  # fmt: skip
+
+
+def test_shares_are_shown_where_they_are_uneven() -> None:
+    assert "microbatches           5.79 + 2.21\n" in render_plain(summary(workers=2, microbatches=[5.789, 2.211]))
+    for even in ([4.0, 4.0], [3.0, 3.0, 2.0], [8.0], []):
+        assert "microbatches" not in render_plain(summary(microbatches=even))
 
 
 numbers = st.floats(allow_nan=False)
@@ -131,6 +137,7 @@ numbers = st.floats(allow_nan=False)
         metrics=st.dictionaries(st.text(), numbers), waiting_share=numbers, finished=st.booleans(),
         parameters=st.integers(0), run_dir=st.text(), bytes_sent_per_step=numbers, data_s=st.lists(numbers),
         compute_s=st.lists(numbers), communication_s=st.lists(numbers), waiting_s=st.lists(numbers),
+        microbatches=st.lists(numbers),
     )
 )  # fmt: skip
 def test_any_summary_is_read_back_as_it_was_written(written: Summary) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
-from unisono import ConfigurationError, Exact, Trainer
+from unisono import Batch, ConfigurationError, Exact, Trainer
 from unisono.collective import Collective
 from unisono.layout import Layout
 from unisono.sync import finish
@@ -224,8 +224,13 @@ def trained(
     settings: Exact | None = None,
     batch_size: int = 16,
     epochs: int = 2,
+    ahead: int = 0,
 ) -> tuple[list[bytes], list[int]]:
-    """The weights, the same on all workers, and how many microbatches each worker computed."""
+    """The weights, the same on all workers, and how many microbatches each worker computed.
+
+    Args:
+        ahead: Batches that are fetched before their turn.
+    """
 
     def work(collective: Collective) -> tuple[list[bytes], int]:
         torch.manual_seed(3)
@@ -246,7 +251,12 @@ def trained(
             sync=settings,
             collective=collective,
         )
+        fetched: list[Batch] = []
         for batch in trainer.batches(TensorDataset(inputs), epochs):
+            fetched.append(batch)
+            if len(fetched) > ahead:
+                trainer.step(fetched.pop(0))
+        for batch in fetched:
             trainer.step(batch)
         return [bits(value) for value in model.state_dict().values()], computed
 

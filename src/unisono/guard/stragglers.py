@@ -58,12 +58,15 @@ class Told(Protocol):
     def seconds(self) -> tuple[float, float, float, float]: ...
 
     @property
+    def work_s(self) -> float: ...
+
+    @property
     def troubles(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Some steps of all workers."""
+    """Some steps of all workers, who had the same ranges in all of them."""
 
     steps: int
     seconds: Array
@@ -72,6 +75,14 @@ class Block:
     """Microbatches that each worker computed in them: float64 ``[workers]``."""
     troubles: tuple[int, ...]
     """What each worker complained of in the last of them."""
+    shares: tuple[int, ...]
+    """Microbatches that each worker has in a full step."""
+    full: int
+    """How many of these steps were full: all microbatches held samples."""
+    full_seconds: Array
+    """Summed over these: float64 ``[workers, phases]``."""
+    full_work_s: Array
+    """What of that went into microbatches, loading aside, summed over these: float64 ``[workers]``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +106,6 @@ class Stragglers:
     """
 
     def __init__(self, ranges: Sequence[Span], warn: Callable[[Straggler], None]) -> None:
-        self._lo, self._hi = np.array(list(zip(*ranges, strict=True)))
         self._warn = warn
         self._named: set[int] = set()
         self._before: int | None = None
@@ -103,6 +113,14 @@ class Stragglers:
         self._due = 1  # steps of the next block, by the speed of the one before
         self._blocks: list[Block] = []
         self._steps, self._seconds = 0, 0.0  # of these blocks
+        self.reassign(ranges)
+
+    def reassign(self, ranges: Sequence[Span]) -> None:
+        """From the next step on these are each worker's microbatches. What was told of others is forgotten."""
+        self._lo, self._hi = np.array(list(zip(*ranges, strict=True)))
+        self._before = None
+        self._pending.clear()
+        self._forget()
 
     def add(self, told: Sequence[Told], filled: int) -> Block | None:
         """Takes what was told with a step.
@@ -133,11 +151,17 @@ class Stragglers:
 
     def _block(self) -> Block:
         filled = np.array([[filled] for _, filled in self._pending])
+        seconds = np.array([[one.seconds for one in told] for told, _ in self._pending])
+        full = filled[:, 0] == self._hi[-1]
         return Block(
             steps=len(self._pending),
-            seconds=np.array([[one.seconds for one in told] for told, _ in self._pending]).sum(axis=0),
+            seconds=seconds.sum(axis=0),
             leaves=np.clip(np.minimum(self._hi, filled) - self._lo, 0, None).sum(axis=0).astype(np.float64),
             troubles=tuple(one.troubles for one in self._pending[-1][0]),
+            shares=tuple((self._hi - self._lo).tolist()),
+            full=int(full.sum()),
+            full_seconds=seconds[full].sum(axis=0),
+            full_work_s=np.array([[one.work_s for one in told] for told, _ in self._pending])[full].sum(axis=0),
         )
 
     def _judge(self) -> None:
@@ -145,6 +169,9 @@ class Stragglers:
             if straggler.rank not in self._named:
                 self._named.add(straggler.rank)
                 self._warn(straggler)
+        self._forget()
+
+    def _forget(self) -> None:
         self._blocks.clear()
         self._steps, self._seconds = 0, 0.0
 

@@ -68,6 +68,8 @@ class Summary:
     """The same for moving bytes."""
     waiting_s: list[float] = dataclasses.field(default_factory=list)
     """The same for standing still until other workers were there."""
+    microbatches: list[float] = dataclasses.field(default_factory=list)
+    """Microbatches of each worker in a full step, on average over the steps of this start."""
 
     def to_json(self) -> str:
         """The text of ``summary.json``: strict JSON, with ``"nan"``, ``"inf"`` and ``"-inf"`` as strings."""
@@ -149,6 +151,8 @@ def _headline(summary: Summary) -> str:
 
 def _rows(summary: Summary) -> list[tuple[str, str]]:
     """Label and value of everything but the digest."""
+    shares = summary.microbatches
+    uneven = bool(shares) and max(shares) - min(shares) > 1  # they need not divide evenly
     waiting = f", {formats.percent(summary.waiting_share)} waiting" if summary.workers > 1 else ""
     return [
         ("loss", formats.number(summary.loss)),
@@ -158,6 +162,7 @@ def _rows(summary: Summary) -> list[tuple[str, str]]:
         ("samples/s", formats.rate(summary.samples_per_second)),
         ("time", f"{formats.seconds(summary.seconds)}{waiting}"),
         ("workers", str(summary.workers)),
+        *([("microbatches", " + ".join(f"{share:.3g}" for share in shares))] if uneven else []),
         ("parameters", f"{summary.parameters:,}"),
         ("sent per step", formats.data_size(summary.bytes_sent_per_step)),
     ]

@@ -29,12 +29,17 @@ class Sync(abc.ABC):
         *,
         sparse: Collection[int] = (),
         per_host: bool = False,
+        ranges: Sequence[Span] | None = None,
     ) -> Reduction:
         """*local*. The reduction of gradients laid out by ``layout`` over ``leaves`` microbatches a step.
 
         Args:
             sparse: Slots (by index) whose gradients have few rows.
             per_host: Whether the workers of each host are to update all parameters among them, so that each host has all state.
+            ranges: Each worker's microbatches: contiguous, in order of rank, at least one each. None: as even as can be.
+
+        Raises:
+            ConfigurationError: Such ranges cannot be.
         """
 
     @abc.abstractmethod
@@ -94,6 +99,15 @@ class Reduction(abc.ABC):
 
     def _segment_of(self, rank: int) -> list[int]:
         return [slot.index for segments in self.segments for slot in segments[rank].slots]
+
+    @abc.abstractmethod
+    def reassign(self, ranges: Sequence[Span]) -> None:
+        """*local*, alike on all workers, between two steps. From now on each worker has other microbatches; what it updates,
+        and the memory that it works in, stay.
+
+        Raises:
+            ConfigurationError: Such ranges cannot be.
+        """
 
     @abc.abstractmethod
     def densify(self, slots: Collection[int]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Collection, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -65,8 +66,9 @@ class Exact(Sync):
         *,
         sparse: Collection[int] = (),
         per_host: bool = False,
+        ranges: Sequence[Span] | None = None,
     ) -> ExactReduction:
-        return ExactReduction(self, layout, collective, leaves, sparse=sparse, per_host=per_host)
+        return ExactReduction(self, layout, collective, leaves, sparse=sparse, per_host=per_host, ranges=ranges)
 
     def overlaps(self, device: torch.device) -> bool:
         return device.type == "cuda" if self.overlap is None else self.overlap
@@ -120,12 +122,14 @@ class ExactReduction(Reduction):
         *,
         sparse: Collection[int] = (),
         per_host: bool = False,
+        ranges: Sequence[Span] | None = None,
     ) -> None:
         self._settings = settings
         self._layout = layout
         self._collective = collective
+        self._leaves = leaves
         hosts = Hosts(collective.hosts, collective.rank)
-        self.ranges = assign(leaves, collective.size, tuple(map(len, hosts.groups)) if hosts.two_levels else ())
+        self.ranges = assign(leaves, collective.size, host_sizes(collective)) if ranges is None else self._checked(ranges)
         apart = per_host and len(hosts.groups) > 1
         groups = hosts.groups if apart else [tuple(range(collective.size))]
         self.segments = [
@@ -184,6 +188,27 @@ class ExactReduction(Reduction):
             ]
 
         self._runs = {True: finished(self._small), False: finished(self._whole)}
+
+    def _checked(self, ranges: Sequence[Span]) -> tuple[Span, ...]:
+        edges = [0, *(hi for _, hi in ranges)]
+        whole = len(ranges) == self._collective.size and edges[-1] == self._leaves
+        if not whole or list(ranges) != list(pairwise(edges)) or any(hi <= lo for lo, hi in ranges):
+            raise ConfigurationError(
+                f"ranges {list(ranges)} do not share {self._leaves} microbatches out to {self._collective.size} workers: give "
+                "each worker at least one, contiguous and in order of rank"
+            )
+        return tuple((lo, hi) for lo, hi in ranges)
+
+    def reassign(self, ranges: Sequence[Span]) -> None:
+        self.ranges = self._checked(ranges)
+        self._pieces = [pieces(lo, hi, self._leaves) for lo, hi in self.ranges]
+        self._arriving = self._pieces
+        self._fold.reassign(self.ranges[self._collective.rank])
+        self._rows.reassign(self._pieces)
+        if self._levels is not None:
+            self._levels.reassign(self._pieces)
+            self._arriving = self._levels.arriving
+        self._finisher.reassign(self._arriving)
 
     def densify(self, slots: Collection[int]) -> None:
         self.densified |= set(slots)
@@ -367,6 +392,13 @@ class ExactReduction(Reduction):
         if self._state.plan is not None:
             self._fold.fold(self._state.plan, bucket.slots)
         self._state.folded = bucket.number + 1
+
+
+def host_sizes(collective: Collective) -> tuple[int, ...]:
+    """*local*. The number of workers of each host, where ranges of hosts matter, since pieces travel in two levels; else
+    nothing."""
+    hosts = Hosts(collective.hosts, collective.rank)
+    return tuple(map(len, hosts.groups)) if hosts.two_levels else ()
 
 
 def _buckets(layout: Layout, limit_bytes: float | None, skip: Collection[int]) -> list[_Bucket]:

@@ -94,13 +94,17 @@ class Finisher:
         own_changes: bool,
     ) -> None:
         self._layout = layout
-        self._spans = tuple(tuple(pieces) for pieces in spans)
+        self.reassign(spans)
         self._rank = rank
         self._leaves = leaves
         self._allocate = allocate
         self._own_changes = own_changes
         self._spare: Sums | None = None
         self._scratch: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def reassign(self, spans: Sequence[Sequence[Span]]) -> None:
+        """From the next step on these are the pieces of each worker."""
+        self._spans = tuple(tuple(pieces) for pieces in spans)
 
     def finish(
         self, run: Run, own: Sequence[Sums], others: Sequence[Sequence[Tensor]], origin: int, filled: int, count: float

@@ -138,6 +138,11 @@ class LocalFold:
         lo, hi = self._span
         self._last = min(hi, filled) - 1 if filled > lo else None
 
+    def reassign(self, span: Span) -> None:
+        """From the next step on this worker has these microbatches. Sums are used again: memory of a transport is never given
+        back."""
+        self._span = span
+
     def densify(self, slots: Collection[int]) -> None:
         """From the next step on, the gradients of these slots are dense."""
         self.sparse -= frozenset(slots)

@@ -57,6 +57,10 @@ class RowExchange:
         self._filled = filled
         self.strays.clear()
 
+    def reassign(self, pieces: Sequence[Sequence[Span]]) -> None:
+        """*local*. From the next step on these are the pieces of each worker."""
+        self._pieces = pieces
+
     def densify(self, slots: Collection[int]) -> None:
         """*local*. Leaves these slots (by index) to those who sum dense gradients."""
         stay = [slot.index not in slots for slot in self.slots]

@@ -47,16 +47,21 @@ class TwoLevels:
         self.hosts = hosts
         self._leaves = leaves
         self._owner = hosts.near.index(collective.rank) if own_changes else None
-        self._near = tuple(tuple(spans[peer]) for peer in hosts.near)
-        of_host = {host: pieces(spans[host[0]][0][0], spans[host[-1]][-1][1], leaves) for host in hosts.groups}
-        self._whole = of_host[hosts.near]
-        self.arriving: list[Sequence[Span]] = [
-            spans[worker] if worker in hosts.near else of_host[hosts.of(worker)] if worker in hosts.deputies else ()
-            for worker in range(collective.size)
-        ]
+        self.reassign(spans)
         self._filled = 0
         self._inside: _Journey | None = None
         self._scratch: dict[tuple[str, Part, int], Tensor] = {}
+
+    def reassign(self, spans: Sequence[Sequence[Span]]) -> None:
+        """*local*. From the next step on these are the pieces of each worker."""
+        hosts = self.hosts
+        self._near = tuple(tuple(spans[peer]) for peer in hosts.near)
+        of_host = {host: pieces(spans[host[0]][0][0], spans[host[-1]][-1][1], self._leaves) for host in hosts.groups}
+        self._whole = of_host[hosts.near]
+        self.arriving: list[Sequence[Span]] = [
+            spans[worker] if worker in hosts.near else of_host[hosts.of(worker)] if worker in hosts.deputies else ()
+            for worker in range(self.collective.size)
+        ]
 
     def begin(self, filled: int) -> None:
         """*local*. A step in which microbatches ``0 <= m < filled`` hold samples; forgets what is left of another one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -18,13 +18,22 @@ from unisono.training.randomness import seed_generators
 from unisono.training.step import Batch, Microbatch
 from unisono.tree import Span
 
+_Key = tuple[int, int, int]
+"""A microbatch: epoch, number of the batch, number of the microbatch."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Outline:
-    """A batch whose microbatches are still being loaded."""
+    """A batch that was planned, but not given yet."""
 
     batch: Batch
-    parts: list[tuple[int, Indices]]
+    indices: Indices
+    """Of all its samples."""
+    bounds: Sequence[tuple[int, int]]
+    """Where each microbatch lies among them."""
+
+    def samples(self, microbatch: int) -> Indices:
+        return self.indices[slice(*self.bounds[microbatch])]
 
 
 class BatchStream:
@@ -33,13 +42,15 @@ class BatchStream:
     Args:
         dataset: Map-style dataset.
         order: Which samples are in which batch.
-        own: This worker's microbatches.
+        ranges: Each worker's microbatches.
+        rank: This worker.
         batch_size: Samples of a global batch.
         microbatches: M.
         loader: How samples are loaded.
         seed: The run's seed.
         device: Where they will go.
         clock: Told how long loading took.
+        made_for: What the batches say of the team that they are divided among.
     """
 
     def __init__(
@@ -47,79 +58,151 @@ class BatchStream:
         dataset: Any,
         order: Order,
         *,
-        own: Span,
+        ranges: Sequence[Span],
+        rank: int,
         batch_size: int,
         microbatches: int,
         loader: Loader,
         seed: int,
         device: torch.device,
         clock: StepClock,
+        made_for: object = None,
     ) -> None:
+        self._made_for = made_for
         self._dataset = dataset
         self._order = order
-        self._own = range(*own)
+        self._ranges = tuple(ranges)
+        self._rank = rank
         self._batch_size = batch_size
         self._microbatches = microbatches
         self._loader = loader
         self._seed = seed
         self._device = device
         self._clock = clock
+        self._requests = _Requests(iter(()))
+
+    def reassign(self, ranges: Sequence[Span]) -> None:
+        """From the next batch on these are each worker's microbatches. Loader processes go on, and what they have loaded ahead
+        is used, as far as it is still this worker's."""
+        self._ranges = tuple(ranges)
+        self._requests.reassign(range(*ranges[self._rank]))
 
     def batches(self, epoch: int, number: int, epochs: int) -> Iterator[Batch]:
         """From batch ``number`` of ``epoch`` to the end of epoch ``epochs`` - 1, prefetching across both."""
-        outlines: deque[_Outline] = deque()
-        loaded = load(
-            self._dataset,
-            self._requests(epoch, number, epochs, outlines),
-            self._loader,
-            seed=self._seed,
-            device=self._device,
-        )
-        done = False
-        while not done:
+        self._requests = requests = _Requests(self._plan(epoch, number, epochs))
+        requests.reassign(range(*self._ranges[self._rank]))
+        loaded = self._load(requests)
+        while True:
             with self._clock.phase("data"):
-                ready, done = self._next(loaded, outlines)
-            for batch in ready:
-                # Reading samples seeds, too. What the user's loop draws must not depend on which ones this worker has read.
-                seed_generators(derive_seed("batch", self._seed, batch.epoch, batch.number), self._device)
-                yield batch
+                outline = requests.next_outline()
+                if outline is None:
+                    break
+                parts: list[Microbatch] = []
+                for key in requests.wanted(outline):
+                    while not requests.has(key):
+                        try:
+                            microbatch = next(loaded)
+                        except StopIteration:
+                            # The loader was at the end of the data, when this worker got more of it.
+                            loaded = self._load(requests)
+                            microbatch = next(loaded)
+                        requests.take(microbatch)
+                    parts.append(Microbatch(key[2], outline.samples(key[2]), requests.hand_out(key)))
+                batch = dataclasses.replace(outline.batch, parts=parts, ranges=self._ranges)
+            # Reading samples seeds, too. What the user's loop draws must not depend on which ones this worker has read.
+            seed_generators(derive_seed("batch", self._seed, batch.epoch, batch.number), self._device)
+            yield batch
 
-    def _requests(self, epoch: int, number: int, epochs: int, outlines: deque[_Outline]) -> Iterator[Request]:
-        """What to load, in order; it runs ahead of the batches, so their outlines queue up in ``outlines``."""
+    def _load(self, requests: Iterator[Request]) -> Iterator[Any]:
+        return load(self._dataset, requests, self._loader, seed=self._seed, device=self._device)
+
+    def _plan(self, epoch: int, number: int, epochs: int) -> Iterator[_Outline]:
         for current in range(epoch, epochs):
             plan = self._order.epoch(current)
             for k in range(number if current == epoch else 0, plan.batches):
                 indices = plan.batch(k)
                 bounds = microbatch_bounds(len(indices), self._batch_size, self._microbatches)
-                filled = sum(hi > lo for lo, hi in bounds)
-                parts = [(m, indices[slice(*bounds[m])]) for m in self._own if m < filled]
                 batch = Batch(
                     epoch=current,
                     number=k,
                     of=plan.batches,
                     samples=len(indices),
-                    filled=filled,
+                    filled=sum(hi > lo for lo, hi in bounds),
                     parts=(),
-                    span=(self._own.start, self._own.stop),
+                    made_for=self._made_for,
                     digest=_digest(indices, current, k, plan.batches),
                     ledger=entry(indices),
                 )
-                outlines.append(_Outline(batch, parts))
-                for _, part in parts:
-                    yield Request(current, part)
+                yield _Outline(batch, indices, bounds)
 
-    def _next(self, loaded: Iterator[Any], outlines: deque[_Outline]) -> tuple[list[Batch], bool]:
-        """The next batch, after those in which this worker has no microbatch; and whether that was the end."""
-        first = next(loaded, _END)
-        ready: list[Batch] = []
-        while outlines and not outlines[0].parts:
-            ready.append(outlines.popleft().batch)
-        if first is _END:
-            return ready, True
-        outline = outlines.popleft()
-        data = [first, *(next(loaded) for _ in outline.parts[1:])]
-        parts = [Microbatch(m, indices, one) for (m, indices), one in zip(outline.parts, data, strict=True)]
-        return [*ready, dataclasses.replace(outline.batch, parts=parts)], False
+
+class _Requests(Iterator[Request]):
+    """What to load, in order. A loader takes from it ahead of the batches; it may go on after it has stopped, if this worker
+    gets more microbatches of batches that were planned already.
+
+    Args:
+        plan: The batches that follow.
+    """
+
+    def __init__(self, plan: Iterator[_Outline]) -> None:
+        self._plan = plan
+        self._own = range(0)
+        self._outlines: deque[_Outline] = deque()  # planned, not given yet
+        self._queue: deque[tuple[_Key, Request]] = deque()  # not asked for yet
+        self._asked: deque[_Key] = deque()  # the loader's answers come in this order
+        self._loaded: dict[_Key, Any] = {}
+
+    def __next__(self) -> Request:
+        while not self._queue:
+            if not self._plan_more():
+                raise StopIteration
+        key, request = self._queue.popleft()
+        self._asked.append(key)
+        return request
+
+    def reassign(self, own: range) -> None:
+        """From the next batch on this worker has the microbatches ``own``."""
+        self._own = own
+        self._loaded = {key: data for key, data in self._loaded.items() if key[2] in own}
+        self._queue.clear()
+        there = {*self._asked, *self._loaded}
+        for outline in self._outlines:
+            self._ask(outline, there)
+
+    def next_outline(self) -> _Outline | None:
+        """The next batch; None after the last one."""
+        return self._outlines.popleft() if self._outlines or self._plan_more() else None
+
+    def wanted(self, outline: _Outline) -> list[_Key]:
+        """This worker's microbatches of a batch that hold samples."""
+        return [(outline.batch.epoch, outline.batch.number, m) for m in self._own if m < outline.batch.filled]
+
+    def has(self, key: _Key) -> bool:
+        """Whether this microbatch has been loaded."""
+        return key in self._loaded
+
+    def take(self, data: Any) -> None:
+        """Keeps the next microbatch that was loaded, if this worker still has it."""
+        key = self._asked.popleft()
+        if key[2] in self._own:
+            self._loaded[key] = data
+
+    def hand_out(self, key: _Key) -> Any:
+        """What this microbatch is, once."""
+        return self._loaded.pop(key)
+
+    def _plan_more(self) -> bool:
+        outline = next(self._plan, None)
+        if outline is None:
+            return False
+        self._outlines.append(outline)
+        self._ask(outline, ())
+        return True
+
+    def _ask(self, outline: _Outline, there: Collection[_Key]) -> None:
+        for key in self.wanted(outline):
+            if key not in there:
+                self._queue.append((key, Request(outline.batch.epoch, outline.samples(key[2]))))
 
 
 class Feed:
@@ -131,7 +214,8 @@ class Feed:
     """
 
     def __init__(self, stream: Callable[[], BatchStream], epochs: int) -> None:
-        self._stream = stream
+        self._make = stream
+        self._stream: BatchStream | None = None
         self._epochs = epochs
         self._batches: Iterator[Batch] | None = None
         self._next = (-1, -1)
@@ -140,17 +224,23 @@ class Feed:
         """Batch ``number`` of ``epoch``; None behind the last epoch."""
         if self._batches is None or self._next != (epoch, number):
             self.drop()
-            self._batches = self._stream().batches(epoch, number, self._epochs)
+            self._stream = self._make()
+            self._batches = self._stream.batches(epoch, number, self._epochs)
         batch = next(self._batches, None)
         if batch is not None:
             self._next = following(batch)
         return batch
 
+    def reassign(self, ranges: Sequence[Span]) -> None:
+        """From the next batch on these are each worker's microbatches."""
+        if self._stream is not None:
+            self._stream.reassign(ranges)
+
     def drop(self) -> None:
         """Forgets what has been loaded ahead: the share of this worker has changed, or nothing more is wanted."""
         if isinstance(self._batches, Generator):
             self._batches.close()
-        self._batches = None
+        self._batches = self._stream = None
 
 
 def following(batch: Batch) -> tuple[int, int]:
@@ -162,6 +252,3 @@ def _digest(indices: Indices, *position: int) -> int:
     """64 bits that tell batches of other samples, or at another place, apart."""
     whole = blake2b(indices.tobytes(), digest_size=8).digest()
     return derive_seed(int.from_bytes(whole, "little"), *position)
-
-
-_END = object()

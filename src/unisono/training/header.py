@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unisono.collective import Expected
 
-_FIXED = 16
+_FIXED = 17
 """Numbers in a header before the losses."""
 
 
@@ -27,6 +27,8 @@ class Signals:
     """Whether this worker could not write its part."""
     seconds: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     """Where the time of its last step went: data, compute, communication, waiting."""
+    work_s: float = 0.0
+    """How much of that went into its microbatches and would not, if others computed them; loading aside."""
     troubles: int = 0
     """What might slow it down, as bits (see ``unisono.guard.stragglers``)."""
     leaves: bool = False
@@ -71,7 +73,7 @@ class HeaderFormat:
 
     def __init__(self, leaves: int, slots: int, buffers: int) -> None:
         self._leaves = leaves
-        self._struct = struct.Struct(f"<Q4QQqBBBBB4f{leaves}d{leaves}d{slots}s{buffers}s")
+        self._struct = struct.Struct(f"<Q4QQqBBBBB5f{leaves}d{leaves}d{slots}s{buffers}s")
 
     @property
     def expected(self) -> Expected:
@@ -95,6 +97,7 @@ class HeaderFormat:
             signals.troubles,
             signals.leaves | signals.admits << 1 | signals.grown << 2,
             *signals.seconds,
+            signals.work_s,
             *header.losses,
             *header.counts,
             header.present,
@@ -105,7 +108,7 @@ class HeaderFormat:
     def unpack(self, packed: Tensor) -> Header:
         """What ``pack`` was given."""
         fields = self._struct.unpack(packed.numpy().tobytes())
-        digest, l0, l1, l2, l3, replica, written, stop, failed, torn, troubles, flags, s0, s1, s2, s3 = fields[:_FIXED]
+        digest, l0, l1, l2, l3, replica, written, stop, failed, torn, troubles, flags, s0, s1, s2, s3, work = fields[:_FIXED]
         numbers = fields[_FIXED:]
         return Header(
             losses=numbers[: self._leaves],
@@ -121,6 +124,7 @@ class HeaderFormat:
                 written=written,
                 failed=bool(failed),
                 seconds=(s0, s1, s2, s3),
+                work_s=work,
                 troubles=troubles,
                 leaves=bool(flags & 1),
                 admits=bool(flags & 2),

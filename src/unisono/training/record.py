@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from unisono.guard.stragglers import Block
 from unisono.observe.progress import ProgressDisplay
 from unisono.observe.timing import PHASES, StepClock
 from unisono.training.step import StepResult
+from unisono.tree import Span
 
 LOGGED_WORKERS = 16
 """The log holds the times of so many workers."""
@@ -46,18 +48,25 @@ class Record:
     phases_s: tuple[float, ...] = (0.0,) * len(PHASES)
     """Seconds in data, compute, communication, waiting."""
     bytes_sent: int = 0
+    microbatches: int = 0
+    """Microbatches that this worker had in a full step, added up over these steps."""
     last_seconds: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     """Of the last step: data, compute, communication, waiting."""
     last: StepResult | None = None
     """The last step of the run, perhaps of an earlier start."""
 
-    def add(self, result: StepResult, clock: StepClock, bytes_sent: int) -> dict[str, float]:
-        """Counts a step; the seconds of its phases."""
+    def add(self, result: StepResult, clock: StepClock, bytes_sent: int, microbatches: int) -> dict[str, float]:
+        """Counts a step; the seconds of its phases.
+
+        Args:
+            microbatches: How many this worker had, as in a full step.
+        """
         seconds = clock.lap(result.samples)
         self.steps += 1
         self.samples += result.samples
         self.seconds += seconds["step"]
         self.bytes_sent += bytes_sent
+        self.microbatches += microbatches
         self.last = result
         data, compute, communication, waiting = self.phases_s
         self.last_seconds = (seconds["data"], seconds["compute"], seconds["communication"], seconds["waiting"])
@@ -70,11 +79,13 @@ class Record:
         return seconds
 
     def rates(self, collective: Collective) -> dict[str, Any]:
-        """*collective*. The averages that a summary holds, and where each worker's time went."""
-        everybodys = torch.stack(collective.all_gather(torch.tensor(self.phases_s, dtype=torch.float64)))
+        """*collective*. The averages that a summary holds, each worker's share of the work, and where its time went."""
+        mine = torch.tensor([*self.phases_s, self.microbatches], dtype=torch.float64)
+        *everybodys, microbatches = torch.stack(collective.all_gather(mine)).T
         waiting_s = self.phases_s[PHASES.index("waiting")]
         return {
-            **{f"{name}_s": column.tolist() for name, column in zip(PHASES, everybodys.T, strict=True)},
+            **{f"{name}_s": column.tolist() for name, column in zip(PHASES, everybodys, strict=True)},
+            "microbatches": (microbatches / self.steps).tolist() if self.steps else [],
             "seconds": self.seconds,
             "samples_per_second": self.samples / self.seconds if self.seconds else 0.0,
             "waiting_share": waiting_s / self.seconds if self.seconds else 0.0,
@@ -94,13 +105,19 @@ def show(display: ProgressDisplay, result: StepResult, clock: StepClock) -> None
 
 
 def log_line(
-    result: StepResult, position: Position, clock: StepClock, seconds: dict[str, float], block: Block | None
+    result: StepResult,
+    position: Position,
+    clock: StepClock,
+    seconds: dict[str, float],
+    block: Block | None,
+    moved: Sequence[Span] | None = None,
 ) -> dict[str, int | float | str]:
     """The step's line in ``metrics.jsonl``.
 
     Args:
         seconds: Worker 0's, in this step.
         block: All workers', up to the step before, if a block of steps is complete.
+        moved: Each worker's microbatches from the next batch on, if they change.
     """
     rates = {f"lr_{number}" if number else "lr": rate for number, rate in enumerate(result.learning_rates)}
     return {
@@ -114,6 +131,7 @@ def log_line(
         **{f"{name}_s": round(value, 6) for name, value in seconds.items()},
         **rates,
         **(_others(block) if block is not None else {}),
+        **(_shares(moved) if moved is not None else {}),
     }
 
 
@@ -125,3 +143,7 @@ def _others(block: Block) -> dict[str, float]:
         if rank
         for name, value in zip(PHASES, line, strict=True)
     }
+
+
+def _shares(ranges: Sequence[Span]) -> dict[str, int]:
+    return {f"microbatches_{rank}" if rank else "microbatches": hi - lo for rank, (lo, hi) in enumerate(ranges[:LOGGED_WORKERS])}

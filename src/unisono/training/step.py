@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -67,8 +68,10 @@ class Batch:
     given the same order."""
     ledger: Entry | None = None
     """Of the samples of the global batch; None: not known, and nothing to check."""
-    span: Span | None = None
-    """The range of microbatches whose filled ones are ``parts``; None: the batch does not tell."""
+    ranges: Sequence[Span] = ()
+    """Each worker's microbatches of this batch, by rank; empty: those of the batch before."""
+    made_for: object = None
+    """The team among whose workers it is divided so; None: the batch does not tell."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +114,9 @@ class Stepper:
         on_nonfinite: "error", or "skip" such steps.
         overlap: Whether gradients may leave during backward.
         clock: Told where the time goes.
+
+    Attributes:
+        work_s: Seconds that the microbatches of the last step took this worker, loading aside.
     """
 
     def __init__(
@@ -148,6 +154,7 @@ class Stepper:
         self._addresses = [parameter.data_ptr() for parameter in layout.parameters]
         self._held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._frozen = [parameter for parameter in self._held if not parameter.requires_grad]
+        self.work_s = 0.0
         self.holdings: Holdings | None = None
         """What the workers of this host hold in common, if they do."""
         self._step_s = 0.0  # of worker 0's step before: something that all workers know
@@ -167,6 +174,7 @@ class Stepper:
         for parameter in self._held:
             parameter.grad = None  # what a backward of the user's own may have left behind
         self._buffers.begin()
+        self.work_s = 0.0
         headers, messages = self._gradients(batch, step, signals)
         losses = _columns([header.losses for header in headers])
         counts = _columns([header.counts for header in headers])
@@ -272,6 +280,7 @@ class Stepper:
     def _compute(self, batch: Batch, step: int, signals: Signals) -> Header:
         self._reduction.begin(batch.filled, overlap=self._overlap)
         replica = self._guard.digest(self._step_s)
+        began = time.perf_counter()
         losses: list[Tensor] = []
         counts = [0.0] * self._leaves
         for part in batch.parts:
@@ -289,6 +298,7 @@ class Stepper:
             # One look at the device a step: every .item() would wait for it.
             first = batch.parts[0].number
             sums[first : first + len(losses)] = torch.stack([loss.double() for loss in losses]).tolist()
+        self.work_s += time.perf_counter() - began
         return Header(
             losses=sums,
             counts=counts,

@@ -37,6 +37,8 @@ from unisono.guard.stragglers import Stragglers, warn_about
 from unisono.layout import Layout
 from unisono.observe.timing import StepClock
 from unisono.sync import Reduction, Sync
+from unisono.sync.exact import host_sizes
+from unisono.training.balance import Balance
 from unisono.training.buffers import Buffers
 from unisono.training.header import Signals
 from unisono.training.holdings import Holdings, Point
@@ -136,6 +138,9 @@ class Team:
     Attributes:
         collective: The workers of now.
         reduction: How gradients are summed over them.
+        stragglers: Looks for slow ones among them.
+        balance: Says how much each of them computes.
+        token: Stands for the workers of now, in batches that are divided among them.
         state: The run's state, as this worker holds it.
         acts: How many acts are done.
     """
@@ -166,6 +171,8 @@ class Team:
         self.reduction: Reduction
         self.stepper: Stepper
         self.stragglers: Stragglers
+        self.balance: Balance
+        self.token: object
         self.state: State
         self.guard: ReplicaGuard
         self._watch: Watch
@@ -197,6 +204,8 @@ class Team:
         if dense:
             self.reduction.densify(dense)
         self.stragglers = Stragglers(self.reduction.ranges, warn_about(watch.identity, main=collective.rank == 0))
+        self.balance = Balance(self.reduction.ranges, host_sizes(collective))
+        self.token = object()
         self.state = State(
             model=self._model,
             optimizer=self._optimizer,
@@ -310,8 +319,9 @@ class Team:
 
         def body() -> Taken:
             mine = batch
-            if batch.span not in (None, self.reduction.ranges[self.collective.rank]):
-                mine = self._part.batch(batch.epoch, batch.number)  # loaded for another share of the work
+            if batch.made_for not in (None, self.token):
+                mine = self._part.batch(batch.epoch, batch.number)  # loaded for another team
+            self._reassign(mine)
             groups = copied_hyperparameters(self._optimizer) if self._link is not None else []
             past = _Past(step=step, epoch=batch.epoch, number=batch.number, groups=groups)
             result, told = self._run(mine, past, signals())
@@ -341,6 +351,12 @@ class Team:
                     self._past, self._kept_buffers = [past], begun
         self.reached = past.step
         return done
+
+    def _reassign(self, batch: Batch) -> None:
+        """*local*, alike on all workers. Takes the ranges over by which the batch is divided."""
+        if batch.ranges and batch.ranges != self.reduction.ranges:
+            self.reduction.reassign(batch.ranges)
+            self.stragglers.reassign(batch.ranges)
 
     def _stepped(self, batch: Batch, step: int, signals: Signals) -> tuple[StepResult, list[Signals]]:
         self._stepping = True
@@ -636,7 +652,9 @@ class Team:
         for step in todo:
             one = past[step]
             set_hyperparameters(self._optimizer, one.groups)
-            self._run(self._part.batch(one.epoch, one.number), one, Signals())
+            batch = self._part.batch(one.epoch, one.number)
+            self._reassign(batch)
+            self._run(batch, one, Signals())
         set_hyperparameters(self._optimizer, now)
 
 

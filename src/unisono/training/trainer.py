@@ -65,6 +65,7 @@ from unisono.training.setup import (
 from unisono.training.step import Batch, OnNonfinite, StepResult
 from unisono.training.team import Part, Settings, Team
 from unisono.training.weights import Weights
+from unisono.tree import Span
 from unisono.world import World
 
 logger = logging.getLogger("unisono")
@@ -335,7 +336,11 @@ class Trainer:
         self._step_scheduler(result)
         alike = self.collective is others
         sent = self.collective.bytes_sent - (sent if alike else 0)
-        self._note(result, sent, self._team.stragglers.add(told, batch.filled) if alike else None)
+        block = self._team.stragglers.add(told, batch.filled) if alike else None
+        moved = self._team.balance.add(block) if block is not None and self._feed is not None else None
+        if moved is not None and self._feed is not None:
+            self._feed.reassign(moved)
+        self._note(result, sent, block, moved)
         for callback in self.callbacks:
             callback.on_step(self, result)
         if self._run is not None and self._run.is_written(told):
@@ -474,13 +479,15 @@ class Trainer:
         return BatchStream(
             dataset,
             samples,
-            own=self._team.reduction.ranges[self.collective.rank],
+            ranges=self._team.balance.ranges,
+            rank=self.collective.rank,
             batch_size=self.batch_size,
             microbatches=self.microbatches,
             loader=loader,
             seed=self.seed,
             device=self.device,
             clock=self._clock,
+            made_for=self._team.token,
         )
 
     def _batch_at(self, epoch: int, number: int) -> Batch:
@@ -515,6 +522,7 @@ class Trainer:
         return dataclasses.replace(
             signals,
             seconds=self._record.last_seconds,
+            work_s=self._team.stepper.work_s,
             troubles=self._machine.troubles(),
             leaves=leaves,
             admits=self._team.applicants(),
@@ -553,13 +561,14 @@ class Trainer:
         elif self.scheduler is not None:
             self.scheduler.step()
 
-    def _note(self, result: StepResult, bytes_sent: int, block: Block | None) -> None:
-        seconds = self._record.add(result, self._clock, bytes_sent)
+    def _note(self, result: StepResult, bytes_sent: int, block: Block | None, moved: Sequence[Span] | None) -> None:
+        lo, hi = self._team.reduction.ranges[self.collective.rank]
+        seconds = self._record.add(result, self._clock, bytes_sent, hi - lo)
         main = self.collective.rank == 0
         if main:
             show(self._progress, result, self._clock)
         if self._run is not None and (main or self._link is not None):
-            self._run.note(log_line(result, self.position, self._clock, seconds, block))
+            self._run.note(log_line(result, self.position, self._clock, seconds, block, moved))
 
     def _begin_checkpoint(self) -> None:
         """Copies the current state; it is written while training goes on, and complete a few steps later."""
