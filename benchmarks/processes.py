@@ -16,11 +16,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from limit import LIMIT
-from peers import PEERS, Peer, Place, loss_of_share
+from peers import Peer, Place, loss_of_share
 from workloads import WORKLOADS
 
-KNOWN = {**PEERS, LIMIT.name: LIMIT}
 ANSWER_LIMIT_S = 180.0
 LOG_LINES = 12
 
@@ -70,7 +68,7 @@ class Group:
         for rank in range(size):
             mine, theirs = context.Pipe()
             process = context.Process(
-                target=serve, args=(peer.name, workload, Place(rank, size), str(folder), theirs, enter), daemon=True
+                target=serve, args=(peer, workload, Place(rank, size), str(folder), theirs, enter), daemon=True
             )
             process.start()
             theirs.close()
@@ -147,7 +145,7 @@ class Group:
 
 
 def serve(
-    peer: str, workload: str, place: Place, folder: str, pipe: Connection, enter: Callable[[int], None] | None = None
+    peer: Peer, workload: str, place: Place, folder: str, pipe: Connection, enter: Callable[[int], None] | None = None
 ) -> None:
     """One process of a peer: makes it, then answers until it is told None.
 
@@ -157,15 +155,14 @@ def serve(
     _print_to(Path(folder) / f"{place.rank}.log")
     if enter is not None:
         enter(place.rank)
-    threads = KNOWN[peer].threads
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # unisono asks it how many threads a worker has
-    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(peer.threads)  # unisono asks it how many threads a worker has
+    torch.set_num_threads(peer.threads)
     torch.manual_seed(0)
     try:
         if place.workers > 1:
             meeting = (Path(folder) / "meeting").as_uri()
             dist.init_process_group("gloo", init_method=meeting, rank=place.rank, world_size=place.workers)
-        made = KNOWN[peer].make(WORKLOADS[workload], place)
+        made = peer.make(WORKLOADS[workload], place)
         pipe.send(0.0)
         while order := pipe.recv():
             what, steps = order

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from processes import Memory
 
 HERE = Path(__file__).parent
 BASELINE, PLAIN = "DDP", "plain, 2 threads"
-PACKAGES = ("torch", "accelerate", "lightning-fabric", "deepspeed")
+PACKAGES = ("torch", "accelerate", "lightning-fabric", "deepspeed", "torchft")
 MIB = 2**20
 
 
@@ -112,7 +113,7 @@ def table(name: str, case: Case) -> str:
 def about(rounds: int) -> dict[str, Any]:
     """Command, commit, machine and date."""
     return {
-        "command": " ".join(["python", *(_relative(word) for word in sys.argv)]),
+        "command": shlex.join(["python", *(_relative(word) for word in sys.argv)]),
         "commit": _commit(),
         "machine": _machine(),
         "packages": ", ".join(f"{package} {version}" for package in PACKAGES if (version := _version(package))),

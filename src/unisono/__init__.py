@@ -18,6 +18,8 @@ from unisono.errors import (
 from unisono.version import __version__
 
 if TYPE_CHECKING:
+    from unisono.integrations.prometheus import Prometheus
+    from unisono.integrations.tensorboard import TensorBoard
     from unisono.observe.summary import Summary
     from unisono.sync.exact import Exact
     from unisono.training.callbacks import Callback
@@ -32,8 +34,10 @@ _HOMES = {
     "Callback": "unisono.training.callbacks",
     "Exact": "unisono.sync.exact",
     "Loader": "unisono.training.loader",
+    "Prometheus": "unisono.integrations.prometheus",
     "StepResult": "unisono.training.step",
     "Summary": "unisono.observe.summary",
+    "TensorBoard": "unisono.integrations.tensorboard",
     "Trainer": "unisono.training.trainer",
     "World": "unisono.world",
 }
@@ -48,8 +52,10 @@ __all__ = [
     "Exact",
     "FingerprintMismatch",
     "Loader",
+    "Prometheus",
     "StepResult",
     "Summary",
+    "TensorBoard",
     "Trainer",
     "UnisonoError",
     "WorkerFailure",

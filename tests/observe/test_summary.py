@@ -117,7 +117,7 @@ def test_the_keys_of_the_json_are_these() -> None:
     assert list(json.loads(summary().to_json())) == [
         "steps", "epochs", "samples", "samples_per_second", "seconds", "workers", "weights_sha256", "loss", "metrics",
         "waiting_share", "finished", "parameters", "run_dir", "bytes_sent_per_step", "data_s", "compute_s",
-        "communication_s", "waiting_s", "microbatches",
+        "communication_s", "waiting_s", "microbatches", "peak_memory_bytes", "bytes_sent",
     ]  # fmt: skip
 
 
@@ -138,6 +138,7 @@ numbers = st.floats(allow_nan=False)
         parameters=st.integers(0), run_dir=st.text(), bytes_sent_per_step=numbers, data_s=st.lists(numbers),
         compute_s=st.lists(numbers), communication_s=st.lists(numbers), waiting_s=st.lists(numbers),
         microbatches=st.lists(numbers),
+        peak_memory_bytes=st.lists(numbers), bytes_sent=st.lists(numbers),
     )
 )  # fmt: skip
 def test_any_summary_is_read_back_as_it_was_written(written: Summary) -> None:

@@ -23,6 +23,16 @@ def _launch_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that `run` and `demo` share."""
     for option in (
         click.option(
+            "--profile",
+            is_flag=True,
+            help="As --trace, and what torch.profiler sees of the same steps: a file a worker.",
+        ),
+        click.option(
+            "--trace",
+            is_flag=True,
+            help="Write a Chrome/Perfetto trace of five steps on all workers to RUN_DIR/trace, from the third step on.",
+        ),
+        click.option(
             "--grace",
             type=click.FloatRange(min=0),
             metavar="SECONDS",
@@ -71,6 +81,43 @@ def demo(name: str, args: tuple[str, ...], **options: Any) -> None:
     if name not in names:
         raise click.BadParameter(f"no demo {name!r}; there are: {', '.join(names) or 'none'}", param_hint="NAME")
     sys.exit(_run(str(_DEMOS / f"{name}.py"), args, **options))
+
+
+@main.command()
+@click.option("--output", "-o", type=click.Path(dir_okay=False), help="The file to write.")
+@click.option("--open", "open_page", is_flag=True, help="Open it in the browser.")
+@click.argument("run_dirs", metavar="RUN_DIR [RUN_DIR...]", nargs=-1, required=True)
+def report(run_dirs: tuple[str, ...], output: str | None, open_page: bool) -> None:
+    """Write one HTML file that shows a run, or compares several; it needs no network to be viewed.
+
+    By default RUN_DIR/report.html, or comparison.html in the current folder for several runs.
+    """
+    from unisono.observe.report import command
+
+    try:
+        written = command.write_report(run_dirs, output=output)
+    except UnisonoError as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(written)
+    if open_page and not command.show(written):
+        raise click.ClickException(f"no browser could be opened here; open {written} yourself")
+
+
+@main.command()
+@click.option("--port", type=click.IntRange(0, 65535), default=0, metavar="PORT", help="Where to listen; default: any free port.")
+@click.option("--open", "open_page", is_flag=True, help="Open it in the browser.")
+@click.argument("run_dir")
+def watch(run_dir: str, port: int, open_page: bool) -> None:
+    """Show the report of RUN_DIR live, to browsers on this machine, until Ctrl-C.
+
+    The run may train here or on any host that writes to the same folder; it need not have begun.
+    """
+    from unisono.observe.dashboard import command
+
+    try:
+        command.watch(run_dir, port=port, open_page=open_page, say=click.echo)
+    except UnisonoError as error:
+        raise click.ClickException(str(error)) from None
 
 
 @main.command()
@@ -147,8 +194,13 @@ def _counts(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _run(script: str, args: tuple[str, ...], *, workers: int | None, threads: int | None, grace: float) -> int:
+def _run(
+    script: str, args: tuple[str, ...], *, workers: int | None, threads: int | None, grace: float, trace: bool, profile: bool
+) -> int:
     from unisono.launch import runner
+
+    if trace or profile:
+        os.environ["UNISONO_TRACE"] = "profile" if profile else "phases"  # workers inherit it
 
     try:
         threads = threads or threads_from_environment(os.environ)

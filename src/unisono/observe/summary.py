@@ -70,6 +70,10 @@ class Summary:
     """The same for standing still until other workers were there."""
     microbatches: list[float] = dataclasses.field(default_factory=list)
     """Microbatches of each worker in a full step, on average over the steps of this start."""
+    peak_memory_bytes: list[float] = dataclasses.field(default_factory=list)
+    """For each worker the most memory that its process has had resident at once; pages that workers share count in each."""
+    bytes_sent: list[float] = dataclasses.field(default_factory=list)
+    """For each worker the bytes that it sent in a step, on average over this start of the run."""
 
     def to_json(self) -> str:
         """The text of ``summary.json``: strict JSON, with ``"nan"``, ``"inf"`` and ``"-inf"`` as strings."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Literal, Protocol, get_args
@@ -57,7 +57,8 @@ class StepClock:
 
     def __init__(self, *, clock: Callable[[], float] = time.perf_counter, shown: Shown | None = None) -> None:
         self._clock = clock
-        self._shown: Shown = [0.0, 0.0, 0.0] if shown is None else shown
+        self.shown: Shown = [0.0, 0.0, 0.0] if shown is None else shown
+        """Where it shows the phase; between two steps another place may be put here."""
         self._contexts = {name: _PhaseContext(self, name) for name in PHASES}
         self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._open: list[Phase] = []
@@ -66,19 +67,21 @@ class StepClock:
         self._paused_s = 0.0
         self._lap_began = self._mark = self._now()
         self._recent_s = self._recent_samples = self._recent_waiting_s = 0.0
+        self.last: Mapping[str, float] = {}
+        """What the last ``lap`` returned; empty before the first."""
         self._step = 0
         self._show(OUTSIDE)
 
     def at(self, step: int) -> None:
         """What follows is step ``step`` of the run; ``lap`` counts on from there."""
         self._step = step
-        self._shown[STEP] = step
+        self.shown[STEP] = step
 
     def start(self, name: Phase) -> None:
         """Begin a phase; the phase around it, if any, stands still until the matching ``stop``."""
         self._account()
         self._open.append(name)
-        shown = self._shown  # not by a call of _show: this happens a dozen times a step
+        shown = self.shown  # not by a call of _show: this happens a dozen times a step
         shown[PHASE] = _NUMBERS[name]
         shown[SINCE] = self._mark + self._paused_s
 
@@ -87,7 +90,7 @@ class StepClock:
         self._account()
         opened = self._open
         opened.pop()
-        shown = self._shown
+        shown = self.shown
         shown[PHASE] = _NUMBERS[opened[-1]] if opened else OUTSIDE
         shown[SINCE] = self._mark + self._paused_s
 
@@ -131,6 +134,7 @@ class StepClock:
         self._recent_samples = self._recent_samples * keep + samples
         self._recent_waiting_s = self._recent_waiting_s * keep + self._seconds["waiting"]
         self._seconds = dict.fromkeys(PHASES, 0.0)
+        self.last = lap
         return lap
 
     @property
@@ -153,8 +157,8 @@ class StepClock:
         self._mark = now
 
     def _show(self, phase: int, since: float | None = None) -> None:
-        self._shown[PHASE] = phase
-        self._shown[SINCE] = self._mark + self._paused_s if since is None else since
+        self.shown[PHASE] = phase
+        self.shown[SINCE] = self._mark + self._paused_s if since is None else since
 
 
 class _PhaseContext:

@@ -13,6 +13,7 @@ from unisono.guard.ledger import NOTHING, Entry
 from unisono.guard.stragglers import Block
 from unisono.observe.progress import ProgressDisplay
 from unisono.observe.timing import PHASES, StepClock
+from unisono.training.memory import peak_memory_bytes
 from unisono.training.step import StepResult
 from unisono.tree import Span
 
@@ -80,16 +81,19 @@ class Record:
 
     def rates(self, collective: Collective) -> dict[str, Any]:
         """*collective*. The averages that a summary holds, each worker's share of the work, and where its time went."""
-        mine = torch.tensor([*self.phases_s, self.microbatches], dtype=torch.float64)
-        *everybodys, microbatches = torch.stack(collective.all_gather(mine)).T
+        sent = self.bytes_sent / self.steps if self.steps else 0.0
+        mine = torch.tensor([*self.phases_s, self.microbatches, peak_memory_bytes(), sent], dtype=torch.float64)
+        *phases, microbatches, peaks, everybodys_sent = torch.stack(collective.all_gather(mine)).T
         waiting_s = self.phases_s[PHASES.index("waiting")]
         return {
-            **{f"{name}_s": column.tolist() for name, column in zip(PHASES, everybodys, strict=True)},
+            **{f"{name}_s": column.tolist() for name, column in zip(PHASES, phases, strict=True)},
             "microbatches": (microbatches / self.steps).tolist() if self.steps else [],
+            "peak_memory_bytes": peaks.tolist(),
+            "bytes_sent": everybodys_sent.tolist(),
             "seconds": self.seconds,
             "samples_per_second": self.samples / self.seconds if self.seconds else 0.0,
             "waiting_share": waiting_s / self.seconds if self.seconds else 0.0,
-            "bytes_sent_per_step": self.bytes_sent / self.steps if self.steps else 0.0,
+            "bytes_sent_per_step": sent,
         }
 
 

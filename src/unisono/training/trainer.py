@@ -27,6 +27,7 @@ from unisono.guard.replicas import OnDesync
 from unisono.guard.silence import Board
 from unisono.guard.stragglers import Block, Machine
 from unisono.layout import Layout
+from unisono.observe import trace
 from unisono.observe.progress import Progress, ProgressDisplay, SilentProgress
 from unisono.observe.summary import Summary, show_summary
 from unisono.observe.timing import StepClock
@@ -146,7 +147,7 @@ class Trainer:
         check_policies(on_nonfinite, on_desync, compare_every, timeout_s)
         self.batch_size, self.microbatches, self.seed = batch_size, microbatches, seed
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.callbacks = tuple(callbacks)
+        self.callbacks = (*callbacks, *trace.from_environment())
         self.position = Position()
         self._checkpoint_every = checkpoint_every
         self._loader = loader or Loader()
@@ -237,6 +238,16 @@ class Trainer:
 
         self._team.found(met, begin)
         self._place_in_world()
+
+    @property
+    def run_dir(self) -> str | None:
+        """The run directory, as it was given; None if there is none."""
+        return None if self._run is None else self._run.url
+
+    @property
+    def clock(self) -> StepClock:
+        """Measures where this worker's time goes."""
+        return self._clock
 
     # ------------------------------------------------------------------ training
 
