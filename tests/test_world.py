@@ -21,6 +21,20 @@ TORCHRUN = {
     "MASTER_ADDR": "node7",
     "MASTER_PORT": "29500",
 }
+FOUNDER = {
+    **TORCHRUN,
+    "UNISONO_LAUNCHED": "1",
+    "RANK": "1",
+    "WORLD_SIZE": "4",
+    "UNISONO_STORE": "node7:4711",
+    "UNISONO_ATTEMPT": "2",
+    "UNISONO_UID": "0.5",
+    "UNISONO_FOUNDERS": "0.4,0.5,0.6,0.7",
+    "UNISONO_MINIMUM": "3",
+    "UNISONO_WAIT": "1.5",
+    "UNISONO_TERMINAL": "7,8",
+}
+JOINER = {**{name: value for name, value in FOUNDER.items() if name != "UNISONO_FOUNDERS"}, "UNISONO_JOINS": "1"}
 SLURM = {
     "SLURM_JOB_ID": "123456",
     "SLURM_STEP_ID": "0",
@@ -60,6 +74,31 @@ def test_unisono_run_marks_itself() -> None:
     world = World.from_environment({**TORCHRUN, "UNISONO_LAUNCHED": "1", "UNISONO_WORKERS_DEFAULTED": "1"})
     assert (world.launcher, world.size_defaulted) == ("unisono run", True)
     assert not World.from_environment({**TORCHRUN, "UNISONO_WORKERS_DEFAULTED": "1"}).size_defaulted
+
+
+def test_a_founder_knows_the_store_and_the_other_founders() -> None:
+    world = World.from_environment(FOUNDER)
+    assert (world.store, world.attempt, world.uid, world.joins) == ("node7:4711", 2, "0.5", False)
+    assert world.founders == ("0.4", "0.5", "0.6", "0.7")
+    assert (world.minimum, world.wait_s, world.terminal) == (3, 1.5, (7, 8))
+    assert World.from_environment({**FOUNDER, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}).founders == ("0.4", "0.5")
+
+
+def test_a_worker_that_joins_later_has_no_founders_and_is_never_surplus() -> None:
+    world = World.from_environment({**JOINER, "UNISONO_WORKERS_DEFAULTED": "1"})
+    assert (world.joins, world.founders, world.uid, world.local_rank) == (True, (), "0.5", 1)
+    assert world.at_most(1) is world
+
+
+def test_without_a_store_or_under_another_launcher_nobody_can_join() -> None:
+    for gone in ("UNISONO_STORE", "UNISONO_LAUNCHED"):
+        world = World.from_environment({name: value for name, value in FOUNDER.items() if name != gone})
+        assert (world.store, world.attempt, world.uid, world.founders, world.joins) == (None, 0, "", (), False)
+        assert (world.minimum, world.wait_s, world.terminal) == (1, 300.0, None)
+
+
+def test_a_launcher_without_a_terminal_gives_none() -> None:
+    assert World.from_environment({k: v for k, v in FOUNDER.items() if k != "UNISONO_TERMINAL"}).terminal is None
 
 
 def test_slurm_is_understood() -> None:
@@ -104,6 +143,14 @@ def test_torchrun_within_slurm_is_torchrun() -> None:
         (TORCHRUN, {"LOCAL_WORLD_SIZE": "9"}, "LOCAL_WORLD_SIZE=9 is more than WORLD_SIZE=8"),
         (TORCHRUN, {"UNISONO_THREADS": "two"}, "UNISONO_THREADS='two'"),
         (TORCHRUN, {"OMP_NUM_THREADS": "0"}, "OMP_NUM_THREADS='0'"),
+        (FOUNDER, {"UNISONO_UID": None}, "UNISONO_UID is not set"),
+        (FOUNDER, {"UNISONO_FOUNDERS": None}, "UNISONO_FOUNDERS is not set"),
+        (FOUNDER, {"UNISONO_FOUNDERS": "0.4,0.5"}, "UNISONO_FOUNDERS=0.4,0.5 contradicts RANK=1, WORLD_SIZE=4"),
+        (FOUNDER, {"RANK": "2"}, "contradicts RANK=2"),
+        (FOUNDER, {"UNISONO_ATTEMPT": "x"}, "UNISONO_ATTEMPT='x'"),
+        (FOUNDER, {"UNISONO_MINIMUM": "0"}, "UNISONO_MINIMUM='0'"),
+        (FOUNDER, {"UNISONO_WAIT": "long"}, "UNISONO_WAIT='long'"),
+        (FOUNDER, {"UNISONO_TERMINAL": "1"}, "UNISONO_TERMINAL='1'"),
         (SLURM, {"SLURM_PROCID": "5"}, "SLURM_PROCID=5 contradicts"),
         (SLURM, {"SLURM_LOCALID": "1"}, "SLURM_LOCALID=1 contradicts"),
         (SLURM, {"SLURM_NODEID": "3"}, "SLURM_NODEID=3"),
@@ -137,11 +184,14 @@ def test_too_many_workers_that_were_asked_for_are_an_error() -> None:
     assert world.at_most(4) is world
     with pytest.raises(ConfigurationError, match="4 workers but only 3 microbatches"):
         world.at_most(3)
+    with pytest.raises(ConfigurationError, match="4 workers but only 3 microbatches"):
+        World(rank=3, size=4, local_size=4, size_defaulted=True, minimum=4).at_most(3)
 
 
 def test_workers_that_nobody_asked_for_leave() -> None:
     worlds = [World(rank=rank, size=4, local_rank=rank, local_size=4, size_defaulted=True) for rank in range(4)]
     assert [(w.size, w.local_size) for w in (world.at_most(2) for world in worlds[:2])] == [(2, 2), (2, 2)]
+    assert World(size=3, local_size=3, founders=("0.0", "0.1", "0.2"), size_defaulted=True).at_most(2).founders == ("0.0", "0.1")
     for world in worlds[2:]:
         with pytest.raises(SystemExit) as left:
             world.at_most(2)

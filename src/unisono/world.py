@@ -47,6 +47,23 @@ class World:
     """Port on which the workers meet; None when alone."""
     size_defaulted: bool = False
     """Whether `unisono run` chose the number of workers, because nobody named one."""
+    store: str | None = None
+    """HOST:PORT of the store (a `torch.distributed.TCPStore`) by which `unisono run` and its workers tell each other who is
+    there, who has died and who shall leave; None where nobody serves one: then a worker that dies ends the run."""
+    attempt: int = 0
+    """How often all workers have been started anew so far: an attempt has the part "unisono/ATTEMPT" of the store."""
+    uid: str = ""
+    """Name of this process in the attempt, never used again: "0.3" is the fourth that host 0 has started."""
+    founders: tuple[str, ...] = ()
+    """Names of the workers that the attempt starts with, in order of rank; empty for one that joins them later."""
+    joins: bool = False
+    """Whether this worker was started later than the founders: its rank and size say only which of its host's it is."""
+    minimum: int = 1
+    """Fewest workers that go on."""
+    wait_s: float = 300.0
+    """How long fewer workers than that wait for more, in seconds."""
+    terminal: tuple[int, int] | None = None
+    """Descriptors of the launcher's standard output and error, for whoever speaks to the person; None if it has none."""
 
     @property
     def is_main(self) -> bool:
@@ -81,22 +98,24 @@ class World:
         """The world with no more workers than there are microbatches. *local*
 
         Call it on every worker before the workers first meet. If `unisono run` chose their number, the surplus ones
-        leave here: they end with status 0, and the others get a world without them.
+        leave here: they end with status 0, and the others get a world without them. A worker that joins later has no
+        number among all workers yet and is let through.
 
         Raises:
             ConfigurationError: More workers were asked for than there are microbatches.
             SystemExit: With status 0, on a worker that is not needed.
         """
-        if self.size <= microbatches:
+        if self.size <= microbatches or self.joins:
             return self
-        if not self.size_defaulted:
+        if not self.size_defaulted or self.minimum > microbatches:
             raise ConfigurationError(
                 f"{self.size} workers but only {microbatches} microbatches: each worker needs at least one. "
                 f"Start at most {microbatches} workers or raise microbatches to {self.size} or more."
             )
         if self.rank >= microbatches:
             raise SystemExit(0)
-        return dataclasses.replace(self, size=microbatches, local_size=min(self.local_size, microbatches))
+        fewer, here = self.founders[:microbatches], min(self.local_size, microbatches)
+        return dataclasses.replace(self, size=microbatches, local_size=here, founders=fewer)
 
 
 def threads_from_environment(env: Mapping[str, str]) -> int:
@@ -121,7 +140,7 @@ def _from_torchrun(env: Mapping[str, str]) -> World:
             f"LOCAL_WORLD_SIZE={env['LOCAL_WORLD_SIZE']} is more than WORLD_SIZE={env['WORLD_SIZE']}: a host cannot "
             "have more workers than there are in all. Let one launcher (unisono run or torchrun) set both."
         )
-    return World(
+    world = World(
         rank=_number(env, "RANK"),
         size=_number(env, "WORLD_SIZE", least=1),
         local_rank=_number(env, "LOCAL_RANK"),
@@ -131,6 +150,30 @@ def _from_torchrun(env: Mapping[str, str]) -> World:
         master_addr=_text(env, "MASTER_ADDR"),
         master_port=_port(env),
         size_defaulted=launched_by_us and env.get("UNISONO_WORKERS_DEFAULTED") == "1",
+    )
+    return _with_store(world, env) if launched_by_us and "UNISONO_STORE" in env else world
+
+
+def _with_store(world: World, env: Mapping[str, str]) -> World:
+    """What `unisono run` says beside torchrun's variables, so that workers may die, join and leave."""
+    uid, joins = _text(env, "UNISONO_UID"), env.get("UNISONO_JOINS") == "1"
+    # Surplus workers may have left before (see World.at_most): then the size is smaller than it was.
+    founders = () if joins else tuple(_text(env, "UNISONO_FOUNDERS").split(",")[: world.size])
+    if not joins and (len(founders) < world.size or founders[world.rank] != uid):
+        raise ConfigurationError(
+            f"UNISONO_FOUNDERS={','.join(founders)} contradicts RANK={world.rank}, WORLD_SIZE={world.size} and "
+            f"UNISONO_UID={uid}. Let unisono run set these variables."
+        )
+    return dataclasses.replace(
+        world,
+        store=_text(env, "UNISONO_STORE"),
+        attempt=_number(env, "UNISONO_ATTEMPT"),
+        uid=uid,
+        founders=founders,
+        joins=joins,
+        minimum=_number(env, "UNISONO_MINIMUM", least=1),
+        wait_s=_seconds(env, "UNISONO_WAIT"),
+        terminal=_descriptors(env, "UNISONO_TERMINAL") if "UNISONO_TERMINAL" in env else None,
     )
 
 
@@ -225,6 +268,25 @@ def _number(env: Mapping[str, str], name: str, *, text: str | None = None, least
     if not text.isdecimal() or int(text) < least:
         raise ConfigurationError(f"{name}={text!r} is no whole number of at least {least}. Correct or unset it.")
     return int(text)
+
+
+def _seconds(env: Mapping[str, str], name: str) -> float:
+    text = _text(env, name)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds >= 0:
+        raise ConfigurationError(f"{name}={text!r} is no number of seconds. Correct or unset it.")
+    return seconds
+
+
+def _descriptors(env: Mapping[str, str], name: str) -> tuple[int, int]:
+    text = _text(env, name)
+    match = re.fullmatch(r"(\d+),(\d+)", text)
+    if match is None:
+        raise ConfigurationError(f"{name}={text!r} is no pair of descriptors such as '5,6'. Unset it.")
+    return int(match[1]), int(match[2])
 
 
 def _port(env: Mapping[str, str]) -> int:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -41,7 +41,7 @@ class Launch:
         os.mkfifo(pipe)
         self._heard = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
         self._text = b""
-        self._known: list[psutil.Process] = []
+        self.known: list[psutil.Process] = []
         self.temporary = folder / "temporary"
         self.temporary.mkdir()
         env = {**os.environ, "TELL": str(pipe), "TMPDIR": str(self.temporary)}
@@ -78,8 +78,14 @@ class Launch:
     def hear_processes(self, count: int) -> list[psutil.Process]:
         """The processes whose numbers stand in the next lines."""
         processes = [psutil.Process(int(self.hear()[-1])) for _ in range(count)]
-        self._known += processes
+        self.known += processes
         return processes
+
+    def know(self, pids: Iterable[int]) -> None:
+        """Processes that must not outlive the test."""
+        for pid in pids:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self.known.append(psutil.Process(pid))
 
     def signal_group(self, signum: signal.Signals) -> None:
         """As a terminal does."""
@@ -92,9 +98,9 @@ class Launch:
 
     def close(self) -> None:
         if self.process.poll() is None:
-            self._known += psutil.Process(self.process.pid).children(recursive=True)
+            self.known += psutil.Process(self.process.pid).children(recursive=True)
         self.process.kill()
-        for process in self._known:
+        for process in self.known:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.communicate()
@@ -113,10 +119,11 @@ class Launcher:
         path.write_text(PRELUDE + textwrap.dedent(script))
         return path
 
-    def command(self, *command: str) -> Launch:
+    def command(self, *command: str, through: Callable[[list[str]], list[str]] = list) -> Launch:
+        """Starts Python on a command line; `through` puts another command before it."""
         folder = self.folder / str(len(self._launches))
         folder.mkdir()
-        launch = Launch([sys.executable, *command], folder)
+        launch = Launch(through([sys.executable, *command]), folder)
         self._launches.append(launch)
         return launch
 

@@ -64,12 +64,40 @@ def test_options_behind_the_script_are_the_scripts(script: str, runs: list[runne
 
 
 @pytest.mark.parametrize(
+    ("workers", "started", "minimum"),
+    [("1:1000", usable_cores(), 1), ("1:1", 1, 1), ("1000:2000", 1000, 1000), (str(usable_cores()), usable_cores(), 1)],
+)
+def test_a_range_of_workers_takes_the_cores_that_are_there(
+    script: str, runs: list[runner.Run], workers: str, started: int, minimum: int
+) -> None:
+    unisono("run", "--workers", workers, script)
+    assert (runs[0].workers, runs[0].minimum, runs[0].workers_defaulted) == (started, minimum, ":" in workers)
+
+
+def test_how_a_run_goes_on_without_a_worker_can_be_chosen(script: str, runs: list[runner.Run]) -> None:
+    unisono("run", script)
+    unisono("run", "--max-restarts", "7", "--wait", "1.5", "--meet", "node1:29400", "--hosts", "2", script)
+    assert [(run.max_restarts, run.wait_s, run.meet, run.hosts) for run in runs] == [
+        (3, 300.0, None, 1),
+        (7, 1.5, ("node1", 29400), 2),
+    ]
+
+
+@pytest.mark.parametrize(
     ("args", "words"),
     [
         (["run"], "Missing argument 'SCRIPT'"),
         (["run", "missing.py"], "'missing.py' does not exist"),
         (["run", "/"], "is a directory"),
         (["run", "--workers", "0", "SCRIPT"], "--workers"),
+        (["run", "--workers", "8:2", "SCRIPT"], "'8:2' is neither"),
+        (["run", "--workers", "0:2", "SCRIPT"], "'0:2' is neither"),
+        (["run", "--workers", "two", "SCRIPT"], "'two' is neither"),
+        (["run", "--max-restarts", "-1", "SCRIPT"], "--max-restarts"),
+        (["run", "--wait", "-1", "SCRIPT"], "--wait"),
+        (["run", "--meet", "node1", "SCRIPT"], "'node1' is no address such as node1:29400"),
+        (["run", "--meet", "node1:70000", "SCRIPT"], "'node1:70000' is no address"),
+        (["run", "--hosts", "2", "SCRIPT"], "--hosts 2 needs --meet"),
         (["run", "--threads", "0", "SCRIPT"], "--threads"),
         (["run", "--grace", "-1", "SCRIPT"], "--grace"),
         (["run", "--wrokers", "2", "SCRIPT"], "No such option"),

@@ -123,7 +123,7 @@ def test_the_summary_tells_the_end_in_numbers(finished: Path) -> None:
     assert 0 <= summary["waiting_share"] <= 1
     assert summary["bytes_sent_per_step"] > 0
     rates = {"seconds", "samples_per_second", "waiting_share", "bytes_sent_per_step"}
-    per_worker = {"data_s", "compute_s", "communication_s", "waiting_s", "peak_memory_bytes", "bytes_sent"}
+    per_worker = {"data_s", "compute_s", "communication_s", "waiting_s", "microbatches", "peak_memory_bytes", "bytes_sent"}
     assert set(summary) == {*exact, "weights_sha256", *rates, *per_worker}
     assert [len(summary[name]) for name in per_worker] == [3] * len(per_worker)
     assert min(summary["peak_memory_bytes"]) > 10**7  # no Python with torch has less

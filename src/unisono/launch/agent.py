@@ -1,14 +1,16 @@
 """torch.distributed.elastic's agent, with our own rules for failures and for stops.
 
-Its base class gathers the hosts (rendezvous), gives out ranks, and watches the workers in a loop. PyTorch's own agent
-for processes does not serve us: it gives a failing group 30 seconds that cannot be changed, forgets which worker failed
-first, and treats a person's Ctrl-C like a failure. So this one implements the four methods that the base class leaves
-open, over `WorkerProcesses`.
+Its base class gathers the hosts (rendezvous), gives out ranks, watches the workers in a loop, and can end all of them and
+start them again. PyTorch's own agent for processes does not serve us: it gives a failing group 30 seconds that cannot be
+changed, forgets which worker failed first, treats a person's Ctrl-C like a failure, and knows no way to restart one worker
+without the others. So this one implements the four methods that the base class leaves open, over `WorkerProcesses`; what
+becomes of a run that can go on without one of its workers is for `Survival` to say.
 """
 
 from __future__ import annotations
 
 import signal
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,14 +18,25 @@ from typing import Any
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
     SimpleElasticAgent,
+    Worker,
     WorkerGroup,
     WorkerSpec,
     WorkerState,
 )
 
-from unisono.launch.processes import STOP_CODES, WorkerProcesses
+from unisono.errors import WorkerFailure
+from unisono.launch.board import Board
+from unisono.launch.meeting import Meeting
+from unisono.launch.processes import WorkerProcess, WorkerProcesses
+from unisono.launch.report import brief, root_cause
+from unisono.launch.statuses import STOP_CODES
+from unisono.launch.survival import Course, Survival
 from unisono.signals import StopRequest
 
+_WAIT_S = 0.05
+"""How long to wait for news of a worker before looking whether a person asked to stop."""
+_LOOK_S = 0.25
+"""How often to hear what other hosts' launchers say, in seconds."""
 _FAILURE_GRACE_S = 1.0
 """How long the others may take to end after a failure: all must be gone within 5 seconds."""
 _CAUSE_S = 1.0
@@ -31,13 +44,24 @@ _CAUSE_S = 1.0
 _ABANDONED_GRACE_S = 3.0
 """How long workers may take to stop once another one has died of the stop, instead of taking part in it."""
 
+_STATES = {
+    Course.GO_ON: WorkerState.HEALTHY,
+    Course.AGAIN: WorkerState.UNHEALTHY,
+    Course.DONE: WorkerState.SUCCEEDED,
+    Course.FAILED: WorkerState.FAILED,
+    Course.OUT: WorkerState.FAILED,
+}
+
 
 class Agent(SimpleElasticAgent):
     """Starts and watches the workers of this host.
 
     Args:
         spec: What elastic wants to know.
+        meeting: Its rendezvous, which serves the store.
         processes: The workers' processes.
+        survival: What becomes of the run when a worker dies.
+        is_shared: Whether other hosts may take part.
         command: Script and arguments.
         env: Variables for every worker.
         stop: Whether a person asked to stop.
@@ -49,7 +73,10 @@ class Agent(SimpleElasticAgent):
         self,
         spec: WorkerSpec,
         *,
+        meeting: Meeting,
         processes: WorkerProcesses,
+        survival: Survival,
+        is_shared: bool,
         command: Sequence[str],
         env: Mapping[str, str],
         stop: StopRequest,
@@ -57,51 +84,172 @@ class Agent(SimpleElasticAgent):
         say: Callable[[str], None],
     ) -> None:
         super().__init__(spec)
+        self._meeting = meeting
         self._processes = processes
+        self._survival = survival
         self._command = command
         self._env = env
         self._stop = stop
         self._grace_s = grace_s
         self._say = say
+        self._board: Board
+        self._is_shared = is_shared
+        self._looked_s = 0.0
+        self.failed_elsewhere: str | None = None
+        """What another host's launcher says of what the run has failed."""
+        self._started = 0
+        self._stopped_elsewhere: signal.Signals | None = None
         self._stop_deadline_s: float | None = None
         self._first_failure_s: float | None = None
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        spec = worker_group.spec
-        pids: dict[int, Any] = {}
-        for worker in worker_group.workers:
+        self._board = Board(self._meeting.store, self._meeting.attempt)
+        self._survival.begin(self._board, is_alone=not self._is_shared)
+        self._first_failure_s = None
+        if self._meeting.joins:
+            workers = worker_group.workers if self._can_join() else []
+            return {worker.local_rank: self._start_joining(worker) for worker in workers}
+        uids = [self._next_uid() for _ in worker_group.workers]
+        founders = self._exchange(worker_group, uids)
+        started = {}
+        for worker, uid in zip(worker_group.workers, uids, strict=True):
             env = {
                 "RANK": str(worker.global_rank),
-                "LOCAL_RANK": str(worker.local_rank),
                 "WORLD_SIZE": str(worker.world_size),
-                "LOCAL_WORLD_SIZE": str(spec.local_world_size),
-                "GROUP_RANK": str(worker_group.group_rank),
-                "GROUP_WORLD_SIZE": str(worker_group.group_world_size),
-                "ROLE_NAME": spec.role,
                 "ROLE_RANK": str(worker.role_rank),
                 "ROLE_WORLD_SIZE": str(worker.role_world_size),
-                "MASTER_ADDR": str(worker_group.master_addr),
-                "MASTER_PORT": str(worker_group.master_port),
-                "TORCHELASTIC_RESTART_COUNT": "0",
-                "TORCHELASTIC_MAX_RESTARTS": "0",
-                "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
-                "TORCHELASTIC_USE_AGENT_STORE": str(spec.rdzv_handler.use_agent_store),
+                "UNISONO_FOUNDERS": founders,
+                "UNISONO_JOINS": "",
             }
-            pids[worker.local_rank] = self._processes.start(worker.global_rank, self._command, {**self._env, **env})
-        return pids
+            env = {**self._environment(worker, uid), **env}
+            started[worker.local_rank] = self._processes.start(worker.global_rank, self._command, env, uid=uid).pid
+        return started
+
+    def _can_join(self) -> bool:
+        """Whether there still is something to do for a host that comes later."""
+        deadline_s = time.monotonic() + self._meeting.wait_s
+        while not self._survival.applies:
+            if time.monotonic() > deadline_s:
+                raise WorkerFailure(
+                    f"the run at {self._meeting.address} has made no Trainer within {self._meeting.wait_s:g} s (--wait): only "
+                    "one with a Trainer takes in hosts that come later. Start all hosts of another script together (--hosts)"
+                )
+            self._meeting.beat()
+            self._meeting.pause()
+        return not self._board.is_over
+
+    def _exchange(self, worker_group: WorkerGroup, uids: Sequence[str]) -> str:
+        """The founders of all hosts, in order of rank."""
+        group: Any = worker_group  # PyTorch says that these are None, as they are at first
+        store, size = group.store, group.group_world_size
+        store.set(f"uids/{worker_group.group_rank}", ",".join(uids))
+        everyones = (store.get(f"uids/{group}") for group in range(size))
+        return ",".join(uids.decode() for uids in everyones)
+
+    def _start_joining(self, worker: Worker) -> int:
+        """Start a worker that joins the others, perhaps in the place of one that died. It has no rank among them yet: the
+        variables say which worker of this host it is, so that a script which asks them does as its predecessor did."""
+        uid, spec = self._next_uid(), self._worker_group.spec
+        place, places = str(worker.local_rank), str(spec.local_world_size)
+        env = {
+            "RANK": place,
+            "WORLD_SIZE": places,
+            "ROLE_RANK": place,
+            "ROLE_WORLD_SIZE": places,
+            "UNISONO_FOUNDERS": "",
+            "UNISONO_JOINS": "1",
+        }
+        env = {**self._environment(worker, uid), **env}
+        return self._processes.start(worker.global_rank, self._command, env, uid=uid, joins=True).pid
+
+    def _environment(self, worker: Worker, uid: str) -> dict[str, str]:
+        group, spec = self._worker_group, self._worker_group.spec
+        return {
+            **self._env,
+            "LOCAL_RANK": str(worker.local_rank),
+            "LOCAL_WORLD_SIZE": str(spec.local_world_size),
+            "GROUP_RANK": str(group.group_rank),
+            "GROUP_WORLD_SIZE": str(group.group_world_size),
+            "ROLE_NAME": spec.role,
+            "MASTER_ADDR": str(group.master_addr),
+            "MASTER_PORT": str(group.master_port),
+            "TORCHELASTIC_RESTART_COUNT": str(self._meeting.attempt),
+            "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
+            "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
+            "TORCHELASTIC_USE_AGENT_STORE": str(spec.rdzv_handler.use_agent_store),
+            "UNISONO_STORE": self._meeting.address,
+            "UNISONO_ATTEMPT": str(self._meeting.attempt),
+            "UNISONO_UID": uid,
+        }
+
+    def _next_uid(self) -> str:
+        self._started += 1
+        return f"{self._meeting.host}.{self._started - 1}"
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        self._processes.poll()
-        if self._processes.lost:
-            return RunResult(state=WorkerState.FAILED)
+        self._processes.wait(_WAIT_S)
+        ended = self._processes.poll()
+        for process in ended:
+            self._board.tell_dead(process.uid, _end_of(process))
+        course = Course.FAILED if self._processes.lost else self._shared_course(self._course(ended))
+        # Elastic starts all workers again after either bad state if it has restarts left. Who may, has been decided: it
+        # would also count those only that restart all.
+        self._remaining_restarts = 1 if course is Course.AGAIN else 0
+        if course is Course.AGAIN:
+            # They have nothing to save, or nothing to save it with. One that still ran would disturb those that come.
+            self._processes.end(grace_s=0.0, signum=signal.SIGKILL)
+        ranks = [worker.global_rank for worker in worker_group.workers] if course is Course.DONE else []
+        return RunResult(state=_STATES[course], return_values=dict.fromkeys(ranks))
+
+    def _course(self, ended: Sequence[WorkerProcess]) -> Course:
+        overdue = self._stop_is_overdue()
+        if not self._survival.applies:
+            return self._plain_course(overdue=overdue)
+        now_s, stops = time.monotonic(), self._stop_deadline_s is not None
+        course = self._survival.look(ended, self._processes.latest, stops=stops, now_s=now_s)
+        if course is not Course.GO_ON:
+            return course
+        self._processes.hurry(_FAILURE_GRACE_S)
+        if 0 in self._processes.statuses and self._board.is_over:
+            self._processes.end_stopped()
+        due = [] if stops else self._survival.due(self._processes.running, now_s)
+        for worker in self._worker_group.workers:
+            if worker.global_rank in due:
+                worker.id = self._start_joining(worker)
+        return Course.FAILED if overdue else Course.GO_ON
+
+    def _shared_course(self, course: Course) -> Course:
+        """The same, as far as other hosts agree."""
+        if not self._is_shared:
+            return course
+        cause = self._survival.cause if self._survival.has_applied else root_cause(self._processes.failures())
+        if course is Course.FAILED and cause is not None:
+            self._board.tell_failed(f"worker {cause.rank} (pid {cause.pid}) on {socket.gethostname()} {brief(cause)}")
+        if time.monotonic() - self._looked_s > _LOOK_S:
+            self._looked_s = time.monotonic()
+            self._meeting.beat()
+            news = self._board.news()
+            if news.failed and course is not Course.FAILED:
+                self.failed_elsewhere = news.failed
+                return Course.FAILED
+            if news.again:
+                return Course.AGAIN
+            self._stopped_elsewhere = news.stop
+        if course in (Course.DONE, Course.OUT) and self._meeting.serves and self._meeting.others():
+            return Course.GO_ON  # without the store the others could not
+        if course is Course.OUT:
+            self._survival.give_up(self._processes.latest)
+        return course
+
+    def _plain_course(self, *, overdue: bool) -> Course:
+        """Of a script without a Trainer, whose workers cannot go on without each other."""
         if self._processes.all_ended:
-            if any(self._processes.statuses):
-                return RunResult(state=WorkerState.FAILED)
-            ranks = [worker.global_rank for worker in worker_group.workers]
-            return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(ranks))
-        if self._has_failed() or self._stop_is_overdue():
-            return RunResult(state=WorkerState.FAILED)  # elastic now calls _stop_workers
-        return RunResult(state=WorkerState.HEALTHY)
+            return Course.FAILED if any(self._processes.statuses) else Course.DONE
+        return Course.FAILED if overdue or self._has_failed() else Course.GO_ON
+
+    def _exit_barrier(self) -> None:
+        """Elastic's own waits for the hosts that began the attempt, five minutes for one that is lost. Here the host that
+        serves the store stays until the others have left, which it does in its loop."""
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         self._shutdown()
@@ -116,20 +264,25 @@ class Agent(SimpleElasticAgent):
             return False
         if self._first_failure_s is None:
             self._first_failure_s = time.monotonic()
-        known = any(failure.record is None or not failure.record.secondary for failure in failures)
+        known = any(not failure.is_secondary for failure in failures)
         return known or time.monotonic() - self._first_failure_s > _CAUSE_S
 
     def _stop_is_overdue(self) -> bool:
         """Pass a stop on, once, and see whether its grace is over."""
         if self._stop_deadline_s is None:
-            signum = self._stop.requested or self._stopped_by_worker()
-            if signum is None:
+            signum = self._stop.requested or self._stopped_elsewhere or self._stopped_by_worker()
+            if signum is None or self._processes.all_ended:
                 return False
             if self._stop.requested:
                 self._say(f"unisono: {signum.name}: the workers finish their step and stop; Ctrl-C again ends them now")
+            if self._is_shared and not self._meeting.serves and self._survival.applies and not self._stopped_elsewhere:
+                signum = signal.SIGTERM  # not announced: this host leaves, and the others go on
+            else:
+                self._board.tell_stop(signum)
             self._processes.ask_to_stop(signum)
             self._stop_deadline_s = time.monotonic() + self._grace_s
-        if any(status is not None and status < 0 for status in self._processes.statuses):
+        died = any(status is not None and status < 0 for status in self._processes.statuses)
+        if died and not self._survival.applies:
             # Plain scripts die of the signal where it finds them. The others may then wait for them for ever.
             self._grace_s = min(self._grace_s, _ABANDONED_GRACE_S)
             self._stop_deadline_s = min(self._stop_deadline_s, time.monotonic() + self._grace_s)
@@ -142,3 +295,9 @@ class Agent(SimpleElasticAgent):
         """The signal that someone sent to a worker and not to us: all workers agree on a stop, so all get its grace."""
         codes = (status for status in self._processes.statuses if status in STOP_CODES)
         return next((signal.Signals(code - 128) for code in codes if code is not None), None)
+
+
+def _end_of(process: WorkerProcess) -> str:
+    """How a process ended, for the other workers to tell."""
+    failure = process.failure
+    return brief(failure) if failure else f"ended with status {process.status}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -17,6 +18,27 @@ from unisono.world import World, threads_from_environment, usable_cores
 
 _DEMOS = Path(__file__).parent.parent / "demos"
 _GRACE_S = 120.0
+
+
+def _workers(context: click.Context, option: click.Parameter, value: str | None) -> tuple[int | None, int] | None:
+    """A number of workers, or the fewest and the most: (None, N) or (MIN, MAX)."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(?:(\d+):)?(\d+)", value)
+    least, most = (int(match[1] or 1), int(match[2])) if match else (0, 0)
+    if match is None or not 1 <= least <= most:
+        raise click.BadParameter(f"{value!r} is neither a number of workers such as 4 nor a range such as 2:8")
+    return (least if match[1] else None), most
+
+
+def _meet(context: click.Context, option: click.Parameter, value: str | None) -> tuple[str, int] | None:
+    """Host and port."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"([^:]+):(\d+)", value)
+    if match is None or not 1 <= int(match[2]) <= 65535:
+        raise click.BadParameter(f"{value!r} is no address such as node1:29400")
+    return match[1], int(match[2])
 
 
 def _launch_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -48,9 +70,40 @@ def _launch_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--workers",
+            callback=_workers,
+            metavar="N|MIN:MAX",
+            help="How many workers; default: usable cores / threads, and no more than microbatches. MIN:MAX: the same between "
+            "these bounds, and a run with fewer than MIN left waits for more.",
+        ),
+        click.option(
+            "--max-restarts",
+            type=click.IntRange(min=0),
+            metavar="R",
+            default=3,
+            show_default=True,
+            help="How often in the whole run a dead worker is replaced, or all start again from a checkpoint.",
+        ),
+        click.option(
+            "--wait",
+            type=click.FloatRange(min=0),
+            metavar="SECONDS",
+            default=300.0,
+            show_default=True,
+            help="How long fewer workers than MIN wait for more, and hosts for each other.",
+        ),
+        click.option(
+            "--meet",
+            callback=_meet,
+            metavar="HOST:PORT",
+            help="Where several hosts meet: an address of one of them, and a free port there. Run the same command on each.",
+        ),
+        click.option(
+            "--hosts",
             type=click.IntRange(min=1),
             metavar="N",
-            help="How many workers; default: usable cores / threads, and no more than microbatches.",
+            default=1,
+            show_default=True,
+            help="How many hosts begin together; later ones join. With --meet.",
         ),
     ):
         command = option(command)
@@ -67,7 +120,7 @@ def main() -> None:
 @click.argument("script", type=click.Path(exists=True, dir_okay=False, readable=True))
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 def run(script: str, args: tuple[str, ...], **options: Any) -> None:
-    """Run SCRIPT with ARGS on many workers of this host. Options for unisono stand before SCRIPT."""
+    """Run SCRIPT with ARGS on many workers of this host, or with --meet of several. Options for unisono stand before SCRIPT."""
     sys.exit(_run(script, args, **options))
 
 
@@ -195,7 +248,18 @@ def _counts(text: str) -> list[int]:
 
 
 def _run(
-    script: str, args: tuple[str, ...], *, workers: int | None, threads: int | None, grace: float, trace: bool, profile: bool
+    script: str,
+    args: tuple[str, ...],
+    *,
+    workers: tuple[int | None, int] | None,
+    threads: int | None,
+    grace: float,
+    max_restarts: int,
+    wait: float,
+    meet: tuple[str, int] | None,
+    hosts: int,
+    trace: bool,
+    profile: bool,
 ) -> int:
     from unisono.launch import runner
 
@@ -206,19 +270,30 @@ def _run(
         threads = threads or threads_from_environment(os.environ)
     except ConfigurationError as error:
         raise click.UsageError(str(error)) from None
+    if hosts > 1 and meet is None:
+        raise click.UsageError(f"--hosts {hosts} needs --meet HOST:PORT, which tells them where")
     cores = usable_cores()
+    minimum, most = workers or (1, max(1, cores // threads))
     settings = runner.Run(
         script=script,
         args=args,
-        workers=workers or max(1, cores // threads),
-        workers_defaulted=workers is None,
+        workers=most if minimum is None else max(minimum, min(most, cores // threads)),
+        workers_defaulted=minimum is not None,
+        minimum=minimum or 1,
         threads=threads,
         grace_s=grace,
+        max_restarts=max_restarts,
+        wait_s=wait,
+        meet=meet,
+        hosts=hosts,
     )
     if settings.workers * threads > cores:
         need = settings.workers * threads
         click.echo(f"unisono: {need} threads ({settings.workers} workers x {threads}) share {cores} cores", err=True)
-    status = runner.run(settings)
+    try:
+        status = runner.run(settings)
+    except ConfigurationError as error:
+        raise click.UsageError(str(error)) from None
     # The run is over and its status is known: a Ctrl-C that comes while the interpreter shuts down must not change it.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     return status

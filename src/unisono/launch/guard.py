@@ -47,6 +47,38 @@ def end_processes(leaders: Iterable[int]) -> None:
     end_groups(leaders, grace_s=1.0)
 
 
+class Leftovers:
+    """Ends process groups as `end_groups` does, but without waiting: call `end` again until there are none. All *local*.
+
+    Args:
+        guard: Who is told when a group is gone.
+        grace_s: Time between SIGTERM and SIGKILL, in seconds.
+    """
+
+    def __init__(self, guard: Guard, *, grace_s: float) -> None:
+        self._guard = guard
+        self._grace_s = grace_s
+        self._deadlines_s: dict[int, float] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._deadlines_s)
+
+    def add(self, group: int) -> None:
+        """Begin to end a group. What is gone already is no error."""
+        _signal_group(group, signal.SIGTERM)
+        self._deadlines_s[group] = time.monotonic() + self._grace_s
+
+    def end(self) -> None:
+        """Kill those whose grace is over, and forget those that are gone."""
+        for group, deadline_s in list(self._deadlines_s.items()):
+            overdue = time.monotonic() > deadline_s
+            if overdue or not _signal_group(group, 0):
+                if overdue:
+                    _signal_group(group, signal.SIGKILL)
+                del self._deadlines_s[group]
+                self._guard.remove(group)
+
+
 def _signal_group(group: int, signum: int) -> bool:
     """Whether there still was someone to signal."""
     try:

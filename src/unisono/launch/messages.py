@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _LENGTH = struct.Struct("!Q")
-_MOST_DESCRIPTORS = 4
+_MOST_DESCRIPTORS = 8
 
 
 def send(channel: socket.socket, message: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
@@ -19,7 +19,7 @@ def send(channel: socket.socket, message: Mapping[str, Any], descriptors: Sequen
     Args:
         channel: A connected Unix stream socket.
         message: What JSON can say.
-        descriptors: At most 4.
+        descriptors: At most 8.
 
     Raises:
         OSError: The other end is gone.

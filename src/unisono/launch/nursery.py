@@ -19,6 +19,7 @@ differ, for all that is imported already:
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import select
 import signal
@@ -33,8 +34,9 @@ from unisono.errors import WorkerFailure
 from unisono.launch.guard import Guard, end_processes
 from unisono.launch.messages import receive, send
 from unisono.launch.report import nursery_report
+from unisono.launch.statuses import STOP_SIGNALS
 
-BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+BLOCKED_SIGNALS = STOP_SIGNALS
 """Children start with these blocked: they are to unblock them once they can handle them."""
 
 _LAST_S = 5.0
@@ -160,6 +162,11 @@ class Nursery:
         """Its process number."""
         return self._process.pid
 
+    @property
+    def news(self) -> int:
+        """A descriptor that can be read when there is something to `listen` to; for select and the like."""
+        return self._channel.fileno()
+
     def start(
         self,
         function: str,
@@ -167,6 +174,7 @@ class Nursery:
         *,
         environment: Mapping[str, str],
         streams: Mapping[int, int],
+        handed: Mapping[str, Sequence[int]] | None = None,
         folder: Path | None = None,
     ) -> Child:
         """Start a child, now or at any later time. It leads a session of its own, with BLOCKED_SIGNALS blocked.
@@ -177,6 +185,8 @@ class Nursery:
             spec: What JSON can say.
             environment: All its variables.
             streams: Our descriptors for its 0, 1 and 2; those not named are closed.
+            handed: Further descriptors of ours for it to have. It finds their numbers, separated by commas, in the variable
+                that each stands for.
             folder: Where it will look for modules first. If one there would shadow a module that is already imported, the
                 start is refused.
 
@@ -184,17 +194,19 @@ class Nursery:
             Refusal: It would not be like a new interpreter.
             WorkerFailure: The nursery has ended.
         """
+        handed = handed or {}
         order = {
             "function": function,
             "spec": spec,
             "environment": dict(environment),
             "streams": list(streams),
+            "handed": {name: len(descriptors) for name, descriptors in handed.items()},
             "folder": None if folder is None else str(folder),
         }
         waits, go = os.pipe()  # the child goes on only once it is guarded; if we are killed before, it ends
         try:
             with contextlib.suppress(OSError):
-                send(self._channel, order, [*streams.values(), waits])
+                send(self._channel, order, [*streams.values(), *itertools.chain(*handed.values()), waits])
             child = self._answer()
             self._guard.add(child.pid)
             with contextlib.suppress(BrokenPipeError):  # killed already

@@ -17,6 +17,7 @@ import gc
 import importlib
 import importlib.machinery
 import io
+import itertools
 import multiprocessing
 import os
 import select
@@ -117,12 +118,15 @@ class _Parent:
         self._channel.close()
         for ended in self._children:
             os.close(ended)
-        *streams, go = descriptors
+        *given, go = descriptors
+        streams, handed = given[: len(order["streams"])], iter(given[len(order["streams"]) :])
         if not os.read(go, 1):
             os._exit(1)  # the asking end is gone, and may not have told anyone of this process
         os.close(go)
         os.environ.clear()
         os.environ.update(order["environment"])
+        for name, count in order["handed"].items():
+            os.environ[name] = ",".join(str(descriptor) for descriptor in itertools.islice(handed, count))
         _take_streams(dict(zip(order["streams"], streams, strict=True)))
         _seed()
         gc.enable()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -19,13 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from unisono.errors import WorkerFailure
-from unisono.launch.guard import Guard, end_groups
+from unisono.launch.guard import Guard, Leftovers
 from unisono.launch.nursery import BLOCKED_SIGNALS, Child, Nursery, Refusal, standard_streams
 from unisono.launch.report import ERROR_FILE, Failure, FailureRecord, read_record
-from unisono.launch.worker import LAUNCHER_PID
-
-STOP_CODES = frozenset(128 + signum for signum in BLOCKED_SIGNALS)
-"""Exit statuses of a worker that stopped because a signal asked it to."""
+from unisono.launch.statuses import STOP_CODES
+from unisono.launch.worker import LAUNCHER_PID, TERMINAL
 
 _log = logging.getLogger(__name__)
 
@@ -33,23 +32,59 @@ _POLL_S = 0.02
 _LEFTOVERS_S = 0.5
 
 
-@dataclass
-class _Process:
+@dataclass(eq=False)
+class WorkerProcess:
+    """One process of a worker, from its start on. All methods are *local*."""
+
     rank: int
+    """Number of the worker. A process that takes the place of a dead one has the same."""
+    uid: str
+    """Name of the process."""
     popen: subprocess.Popen[bytes] | Child
     error_file: Path
+    """Where it leaves its failure record."""
     log: Path | None
+    """Its output, unless that goes to the terminal."""
+    joins: bool = False
+    """Whether it joins others that were there before it."""
+    started_s: float = field(default_factory=time.time)
+    """When it was started, in seconds since the epoch."""
     status: int | None = None
+    """Exit status, -N if signal N killed it, None while it runs."""
     ended_s: float = 0.0
+    """When it was seen to have ended, in seconds since the epoch."""
+    told_to_end_s: float = float("inf")
+    """When it was told to end, in seconds since the epoch: what fails later comes of that."""
     sent: set[int] = field(default_factory=set)
     """Signals that we have sent it: that it died of one is not its failure."""
     record: FailureRecord | None = None
+    """What it wrote down about its failure."""
 
     @property
-    def failed_s(self) -> float:
-        return self.record.time_s if self.record else self.ended_s
+    def pid(self) -> int:
+        """Its process number."""
+        return self.popen.pid
+
+    @property
+    def failure(self) -> Failure | None:
+        """How it failed by itself; None if it has not, was told to end, or stopped as a signal asked."""
+        status = self.status
+        if self.record is None and (status is None or status == 0 or status in STOP_CODES or -status in self.sent):
+            return None
+        time_s = self.record.time_s if self.record else self.ended_s
+        if time_s > self.told_to_end_s:
+            return None
+        return Failure(rank=self.rank, pid=self.pid, status=status, time_s=time_s, record=self.record, log=self.log)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether SIGSTOP holds it, by the kernel's account."""
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        return False
 
     def send(self, signum: signal.Signals) -> None:
+        """Send it a signal, and remember that."""
         self.sent.add(signum)
         self.popen.send_signal(signum)
 
@@ -61,32 +96,46 @@ class WorkerProcesses:
         folder: Where workers leave output and failure records.
         guard: Who ends the workers if this process is killed.
         nursery: Who forks the workers. Without one, or where it refuses, each gets a fresh interpreter.
+        terminal: Standard output and error of this process, under numbers from 3 up, for every worker to have.
     """
 
-    def __init__(self, folder: Path, guard: Guard, nursery: Nursery | None = None) -> None:
+    def __init__(self, folder: Path, guard: Guard, nursery: Nursery | None = None, *, terminal: Sequence[int] = ()) -> None:
         self._folder = folder
         self._guard = guard
         self._nursery = nursery
-        self._by_rank: dict[int, _Process] = {}
-        self._ending_s = float("inf")
+        self._terminal = terminal
+        self._by_rank: dict[int, WorkerProcess] = {}
+        self._ends: dict[int, int] = {}
+        """A descriptor that tells the end of each process that is not the nursery's."""
+        self._leftovers = Leftovers(guard, grace_s=_LEFTOVERS_S)
 
-    def start(self, rank: int, command: Sequence[str], env: Mapping[str, str]) -> int:
-        """Start one worker and return its process number; at any time, also in the place of one that has ended.
+    def start(
+        self, rank: int, command: Sequence[str], env: Mapping[str, str], *, uid: str = "", joins: bool = False
+    ) -> WorkerProcess:
+        """Start one worker; at any time, also in the place of one that has ended.
 
-        Rank 0 has the launcher's terminal (or whatever its input and output are); the others write to files.
+        Args:
+            rank: Its number.
+            command: Script and arguments.
+            env: Its variables beside those of this process. An empty one is left out.
+            uid: Name of the process.
+            joins: Whether it joins others. If not, worker 0 has the launcher's terminal (or whatever its input and output
+                are). All others write to files.
 
         Raises:
             WorkerFailure: The nursery has ended.
         """
-        error_file = self._folder / f"error-{rank}.json"
+        error_file = self._folder / f"error-{uid or rank}.json"
         error_file.unlink(missing_ok=True)  # its predecessor's
-        log = self._folder / f"worker-{rank}.log" if rank else None
-        env = {**os.environ, **env, ERROR_FILE: str(error_file)}
+        log = None if rank == 0 and not joins else self._folder / f"worker-{rank}.log"
+        # What we tell our workers is not what an outer `unisono run` told us.
+        inherited = {name: value for name, value in os.environ.items() if name not in env and name != TERMINAL}
+        env = {**inherited, **{name: value for name, value in env.items() if value}, ERROR_FILE: str(error_file)}
         with contextlib.ExitStack() as files:
             output = files.enter_context(log.open("ab")).fileno() if log else None
-            process = self._fork(rank, command, env, output) or self._spawn(rank, command, env, output)
-            self._by_rank[rank] = _Process(rank, process, error_file, log)
-        return process.pid
+            popen = self._fork(rank, command, env, output) or self._spawn(command, env, output)
+            process = self._by_rank[rank] = WorkerProcess(rank, uid, popen, error_file, log, joins=joins)
+        return process
 
     def _fork(self, rank: int, command: Sequence[str], env: Mapping[str, str], output: int | None) -> Child | None:
         """None where a worker from the nursery would not be as it is from a fresh interpreter."""
@@ -103,30 +152,49 @@ class WorkerProcesses:
                     {"command": list(command)},
                     environment=env,
                     streams=streams,
+                    handed={TERMINAL: self._terminal} if self._terminal else {},
                     folder=None if env.get("PYTHONSAFEPATH") else Path(command[0]).resolve().parent,
                 )
             except Refusal as refusal:
                 _log.debug("worker %d starts in a fresh interpreter: %s", rank, refusal)
                 return None
 
-    def _spawn(self, rank: int, command: Sequence[str], env: Mapping[str, str], output: int | None) -> subprocess.Popen[bytes]:
+    def _spawn(self, command: Sequence[str], env: Mapping[str, str], output: int | None) -> subprocess.Popen[bytes]:
+        terminal = {TERMINAL: ",".join(map(str, self._terminal))} if self._terminal else {}
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
         try:
             popen = subprocess.Popen(
                 [sys.executable, "-P", "-m", "unisono.launch.worker", *command],
-                env={**env, LAUNCHER_PID: str(os.getpid())},
-                stdin=subprocess.DEVNULL if rank else None,
+                env={**env, **terminal, LAUNCHER_PID: str(os.getpid())},
+                stdin=None if output is None else subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
+                pass_fds=self._terminal,
                 start_new_session=True,
             )
             self._guard.add(popen.pid)
-            return popen
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        if hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError):  # Linux before 5.3: `wait` looks now and then
+                self._ends[popen.pid] = os.pidfd_open(popen.pid)
+        return popen
 
-    def poll(self) -> None:
-        """See who has ended or failed since the last time, and end what the dead left running."""
+    def wait(self, limit_s: float) -> None:
+        """Wait until it is worth to `poll`: a worker has ended, or `limit_s` seconds are over."""
+        told = select.poll()
+        heard = len(self._ends)
+        for ended in self._ends.values():
+            told.register(ended, select.POLLIN)
+        if self._nursery is not None and self._nursery.status is None:
+            told.register(self._nursery.news, select.POLLIN)
+            heard += sum(1 for process in self._running() if isinstance(process.popen, Child))
+        if self._leftovers or heard < self.running:
+            limit_s = min(limit_s, _POLL_S)
+        told.poll(limit_s * 1000)
+
+    def poll(self) -> list[WorkerProcess]:
+        """See who has ended or failed since the last time; begin to end what the dead left running. Those who have ended."""
         for process in self._by_rank.values():
             if process.record is None:
                 process.record = read_record(process.error_file)
@@ -134,9 +202,11 @@ class WorkerProcesses:
         for process in buried:
             process.status, process.ended_s = process.popen.returncode, time.time()
             process.record = process.record or read_record(process.error_file)
-        end_groups([process.popen.pid for process in buried], grace_s=_LEFTOVERS_S)
-        for process in buried:
-            self._guard.remove(process.popen.pid)
+            if (ended := self._ends.pop(process.pid, None)) is not None:
+                os.close(ended)
+            self._leftovers.add(process.pid)
+        self._leftovers.end()
+        return buried
 
     @property
     def lost(self) -> WorkerFailure | None:
@@ -149,42 +219,50 @@ class WorkerProcesses:
         return not self._running()
 
     @property
+    def latest(self) -> list[WorkerProcess]:
+        """The latest process of each worker, in order of rank."""
+        return [process for _, process in sorted(self._by_rank.items())]
+
+    @property
+    def running(self) -> int:
+        """How many workers run."""
+        return len(self._running())
+
+    @property
     def statuses(self) -> list[int | None]:
-        """Exit status of each worker, in order of rank: -N if signal N killed it, None if it runs."""
-        return [process.status for _, process in sorted(self._by_rank.items())]
+        """Exit status of each worker's latest process, in order of rank: -N if signal N killed it, None if it runs."""
+        return [process.status for process in self.latest]
 
     def failures(self) -> list[Failure]:
         """The workers that failed by themselves: not those that were told to end, or stopped as a signal asked."""
-        return [
-            Failure(
-                rank=process.rank,
-                pid=process.popen.pid,
-                status=process.status,
-                time_s=process.failed_s,
-                record=process.record,
-                log=process.log,
-            )
-            for process in self._by_rank.values()
-            if self._has_failed(process)
-        ]
-
-    def _has_failed(self, process: _Process) -> bool:
-        status = process.status
-        if process.record is None and (status is None or status == 0 or status in STOP_CODES or -status in process.sent):
-            return False
-        return process.failed_s <= self._ending_s  # later failures come of being ended
+        return [failure for process in self._by_rank.values() if (failure := process.failure)]
 
     def ask_to_stop(self, signum: signal.Signals) -> None:
         """Pass a stop on to the workers that run, and to nobody else."""
         for process in self._running():
             process.send(signum)
 
+    def hurry(self, limit_s: float) -> None:
+        """Kill workers that failed more than `limit_s` seconds ago and are still on their way out."""
+        for process in self._running():
+            if process.record is not None and time.time() - process.record.time_s > limit_s:
+                process.send(signal.SIGKILL)
+
+    def end_stopped(self) -> None:
+        """Kill the workers that run, if SIGSTOP holds every one of them: nobody is left to let them go on."""
+        running = self._running()
+        if all(process.is_stopped for process in running):
+            for process in running:
+                process.send(signal.SIGKILL)
+
     def end(self, *, grace_s: float, signum: signal.Signals = signal.SIGTERM) -> None:
         """End all workers and whatever they started: a signal, then SIGKILL for who still runs after the grace.
 
         A worker that has failed is on its way out already and only gets the grace, for its own last words.
         """
-        self._ending_s = min(self._ending_s, time.time())
+        now_s = time.time()
+        for process in self._by_rank.values():
+            process.told_to_end_s = min(process.told_to_end_s, now_s)
         try:
             for process in self._running():
                 if process.record is None:
@@ -194,13 +272,16 @@ class WorkerProcesses:
             for process in self._running():
                 process.send(signal.SIGKILL)
             self._wait(2.0)  # not for ever: a process stuck in the kernel does not even die of SIGKILL
+            while self._leftovers:  # for half a second: then they are killed
+                time.sleep(_POLL_S)
+                self._leftovers.end()
 
     def _wait(self, limit_s: float) -> None:
         deadline_s = time.monotonic() + limit_s
         self.poll()
-        while self._running() and time.monotonic() < deadline_s:
-            time.sleep(_POLL_S)
+        while self._running() and (left_s := deadline_s - time.monotonic()) > 0:
+            self.wait(left_s)
             self.poll()
 
-    def _running(self) -> list[_Process]:
+    def _running(self) -> list[WorkerProcess]:
         return [process for process in self._by_rank.values() if process.status is None]

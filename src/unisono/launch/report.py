@@ -15,11 +15,13 @@ from pathlib import Path
 from types import TracebackType
 
 from unisono.errors import DataError, UnisonoError, WorkerFailure
+from unisono.launch.statuses import RESTART
 
 ERROR_FILE = "UNISONO_ERROR_FILE"
 """Environment variable: where a worker leaves its failure record."""
 
 _TAIL_LINES = 20
+_BRIEF = 200
 _LOST_CONTACT = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe")
 
 
@@ -119,6 +121,20 @@ class Failure:
     """Its output, unless that went to the terminal."""
 
     @property
+    def is_secondary(self) -> bool:
+        """Whether it comes of the loss of another worker."""
+        return self.record.secondary if self.record else self.status == RESTART
+
+    @property
+    def error(self) -> tuple[str, str] | None:
+        """What tells an error of the script from other ones, if it was the script that failed: kind and message."""
+        if self.is_secondary or self.status is None:
+            return None
+        if self.record is not None:
+            return self.record.kind, self.record.message
+        return ("exit", str(self.status)) if self.status > 0 else None
+
+    @property
     def exit_code(self) -> int:
         """What a shell would show: the script's status, 128 + N for signal N, 1 for an exception."""
         if self.record is not None or self.status is None:
@@ -135,8 +151,7 @@ def root_cause(failures: Iterable[Failure]) -> Failure | None:
     """
 
     def order(failure: Failure) -> tuple[bool, bool, float]:
-        secondary = failure.record is not None and failure.record.secondary
-        return secondary, failure.status != -signal.SIGKILL, failure.time_s
+        return failure.is_secondary, failure.status != -signal.SIGKILL, failure.time_s
 
     return min(failures, key=order, default=None)
 
@@ -160,6 +175,9 @@ def _lines(failure: Failure, size: int, host: str) -> Iterator[str]:
         yield f"{who} (pid {failure.pid}) was killed by {_signal_name(-failure.status)}{_hint(-failure.status)}"
         yield from _tail(failure.log)
         return
+    if record is None and failure.status == RESTART:
+        yield f"{who} could not go on without what a lost worker held. Start the run again: it resumes from its last checkpoint"
+        return
     if record is None:
         yield f"{who} ended with exit status {failure.exit_code}"
         yield from _tail(failure.log)
@@ -174,6 +192,19 @@ def _lines(failure: Failure, size: int, host: str) -> Iterator[str]:
         yield f"{who} failed{step}: {record.kind}: {record.message}"
     if has_output(failure.log):
         yield f"unisono: its output is in {failure.log}"
+
+
+def brief(failure: Failure) -> str:
+    """How a worker failed, in a few words that go on a sentence: "was killed by SIGKILL". *local*"""
+    record = failure.record
+    if record is None and failure.status is not None and failure.status < 0:
+        return f"was killed by {_signal_name(-failure.status)}"
+    if record is None:
+        return f"ended with exit status {failure.exit_code}"
+    message = record.message.strip().partition("\n")[0]
+    if len(message) > _BRIEF:
+        message = message[:_BRIEF] + "..."
+    return f"failed: {record.kind}: {message}" if message else f"failed: {record.kind}"
 
 
 def nursery_report(pid: int, status: int) -> str:

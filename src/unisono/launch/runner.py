@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import shutil
@@ -10,8 +11,7 @@ import signal
 import socket
 import sys
 import tempfile
-import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +20,16 @@ from typing import TYPE_CHECKING
 from unisono.errors import WorkerFailure
 from unisono.launch.guard import Guard
 from unisono.launch.nursery import Nursery, is_possible
-from unisono.launch.processes import STOP_CODES, WorkerProcesses
+from unisono.launch.processes import WorkerProcesses
 from unisono.launch.report import Failure, has_output, report, root_cause
+from unisono.launch.statuses import STOP_CODES
+from unisono.launch.survival import Survival
 from unisono.signals import StopRequest
 
 if TYPE_CHECKING:
     from unisono.launch.agent import Agent
+    from unisono.launch.meeting import Meeting
 
-_MONITOR_INTERVAL_S = 0.1
 _PRELOADED = (
     "numpy",
     "torch",
@@ -55,30 +57,46 @@ class Run:
     """Threads per worker."""
     grace_s: float
     """How long workers may take to save their work and leave after a stop, in seconds."""
+    minimum: int = 1
+    """Fewest workers that go on when others are lost."""
+    max_restarts: int = 3
+    """How often in the whole run a worker is replaced, or all start again from a checkpoint."""
+    wait_s: float = 300.0
+    """How long fewer workers than the minimum wait for more, and hosts for each other, in seconds."""
+    meet: tuple[str, int] | None = None
+    """Host and port where the launchers of several hosts meet; None if there is only this one."""
+    hosts: int = 1
+    """How many hosts begin the run together."""
 
 
 def run(settings: Run) -> int:
     """Start the workers, wait for their end, report what failed, and return the exit status. *local*
 
-    The status is 0 if all workers ended with 0; that of the worker that failed first (128 + N if signal N killed it);
-    or 130 or 143 if SIGINT or SIGTERM asked for a stop and the workers followed.
+    The status is 0 if all workers ended with 0, or those that were left when others had died; that of the worker whose
+    failure ended the run (128 + N if signal N killed it); or 130 or 143 if SIGINT or SIGTERM asked for a stop and the workers
+    followed.
     """
     host = socket.gethostname()
     folder = Path(tempfile.mkdtemp(prefix="unisono-"))
     keep_output = False
+    survival = Survival(max_restarts=settings.max_restarts, say=_say)
     try:
-        with StopRequest() as stop, Guard() as guard, _nursery(settings, guard) as nursery:
-            processes = WorkerProcesses(folder, guard, nursery)
+        with StopRequest() as stop, Guard() as guard, _nursery(settings, guard) as nursery, _terminal() as terminal:
+            processes = WorkerProcesses(folder, guard, nursery, terminal=terminal)
+            elsewhere = None
             try:
-                _run_agent(settings, processes, stop)
+                elsewhere = _run_agent(settings, processes, survival, stop)
             except KeyboardInterrupt:
                 pass  # a person insisted: the agent has ended the workers on its way out
-            except WorkerFailure:
-                if processes.lost is None:
-                    raise
+            except WorkerFailure as failure:
+                elsewhere = None if processes.lost else str(failure)
             finally:
                 processes.end(grace_s=0.0)
-        cause = root_cause(processes.failures())
+        if elsewhere and not stop.requested:
+            _restore_terminal()
+            _say(f"unisono: {elsewhere}")
+            return 1
+        cause = survival.cause if survival.has_applied else root_cause(processes.failures())
         if processes.lost and (cause is None or cause.record is None or cause.record.secondary):
             _restore_terminal()
             _say(str(processes.lost))
@@ -107,21 +125,47 @@ def _nursery(settings: Run, guard: Guard) -> AbstractContextManager[Nursery | No
     return Nursery(environment=_environment(settings), preload=_PRELOADED, guard=guard, label=command)
 
 
-def _run_agent(settings: Run, processes: WorkerProcesses, stop: StopRequest) -> None:
-    agent = _make_agent(settings, processes, stop)  # imports torch, which takes a second
-    if stop.requested:
-        return
-    rendezvous = agent.get_worker_group().spec.rdzv_handler
+@contextlib.contextmanager
+def _terminal() -> Iterator[tuple[int, ...]]:
+    """Our standard output and error once more, for every worker: whoever becomes worker 0 speaks to the person."""
+    with contextlib.ExitStack() as stack:
+        copies = []
+        for descriptor in (1, 2):
+            try:
+                # From 3 up: a closed stream must not be taken for a free number.
+                copies.append(fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3))
+            except OSError:
+                yield ()
+                return
+            stack.callback(os.close, copies[-1])
+        yield tuple(copies)
+
+
+def _run_agent(settings: Run, processes: WorkerProcesses, survival: Survival, stop: StopRequest) -> str | None:
+    """Of what the run has failed on another host, if it has.
+
+    Raises:
+        ConfigurationError: The hosts cannot meet where they are told to.
+        WorkerFailure: The nursery has ended, or contact with the other hosts was lost.
+    """
+    from unisono.launch.meeting import Meeting, Stopped  # imports torch, which takes a second
+
     try:
-        agent.run()
-    finally:
-        rendezvous.shutdown()
+        meeting = Meeting(settings.meet, hosts=settings.hosts, wait_s=settings.wait_s, stops=lambda: bool(stop.requested))
+        agent = _make_agent(settings, meeting, processes, survival, stop)
+        if stop.requested:
+            return None
+        try:
+            agent.run()
+        finally:
+            meeting.shutdown()
+    except Stopped:
+        return None
+    return f"the run has failed: {agent.failed_elsewhere}" if agent.failed_elsewhere else None
 
 
-def _make_agent(settings: Run, processes: WorkerProcesses, stop: StopRequest) -> Agent:
+def _make_agent(settings: Run, meeting: Meeting, processes: WorkerProcesses, survival: Survival, stop: StopRequest) -> Agent:
     from torch.distributed.elastic.agent.server.api import WorkerSpec
-    from torch.distributed.elastic.rendezvous import RendezvousParameters
-    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
     from unisono.launch.agent import Agent
 
@@ -129,30 +173,22 @@ def _make_agent(settings: Run, processes: WorkerProcesses, stop: StopRequest) ->
     elastic = logging.getLogger("torch.distributed.elastic")
     elastic.addHandler(logging.NullHandler())
     elastic.propagate = False
-    # Port 0: the system picks a free one, so that runs beside each other do not meet.
-    parameters = RendezvousParameters(
-        backend="c10d",
-        endpoint="localhost:0",
-        run_id=uuid.uuid4().hex,
-        min_nodes=1,
-        max_nodes=1,
-        local_addr="localhost",
-        is_host=True,
-    )
     spec = WorkerSpec(
         role="worker",
         local_world_size=settings.workers,
         entrypoint=settings.script,
-        rdzv_handler=get_rendezvous_handler(parameters),
-        max_restarts=0,
-        monitor_interval=_MONITOR_INTERVAL_S,
-        local_addr="localhost",
+        rdzv_handler=meeting,
+        max_restarts=settings.max_restarts,
+        monitor_interval=0.001,  # elastic wants one, but the agent itself waits until a worker ends
     )
     return Agent(
         spec,
+        meeting=meeting,
         processes=processes,
+        survival=survival,
+        is_shared=settings.meet is not None,
         command=[settings.script, *settings.args],
-        env=_environment(settings),
+        env=_environment(settings) | _network(settings, meeting),
         stop=stop,
         grace_s=settings.grace_s,
         say=_say,
@@ -167,12 +203,19 @@ def _environment(settings: Run) -> dict[str, str]:
         "UNISONO_THREADS": threads,
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
+        "UNISONO_MINIMUM": str(settings.minimum),
+        "UNISONO_WAIT": str(settings.wait_s),
         "PYTHONUNBUFFERED": "1",  # what a worker said before it was killed is in its log
     }
-    if sys.platform == "linux" and "GLOO_SOCKET_IFNAME" not in os.environ:
-        # All workers are here. Gloo would look up the host's own name, which not every machine can resolve.
-        env["GLOO_SOCKET_IFNAME"] = "lo"
     return env
+
+
+def _network(settings: Run, meeting: Meeting) -> dict[str, str]:
+    """Gloo would look up the host's own name, which not every machine can resolve, or not as the others do."""
+    if sys.platform != "linux" or "GLOO_SOCKET_IFNAME" in os.environ:
+        return {}
+    interface = meeting.interface if settings.meet else "lo"
+    return {"GLOO_SOCKET_IFNAME": interface} if interface else {}
 
 
 def _stop_of(processes: WorkerProcesses) -> signal.Signals | None:

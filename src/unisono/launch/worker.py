@@ -25,9 +25,14 @@ from unisono.launch.report import ERROR_FILE, describe, write_record
 LAUNCHER_PID = "UNISONO_LAUNCHER_PID"
 """Environment variable: the process that must be this one's parent."""
 
+TERMINAL = "UNISONO_TERMINAL"
+"""Environment variable: numbers of the descriptors that are the launcher's standard output and error."""
+
 
 def main() -> None:
     """Run the script named by the arguments, in an interpreter of its own, then end with its status."""
+    for descriptor in filter(None, os.environ.get(TERMINAL, "").split(",")):
+        os.set_inheritable(int(descriptor), False)  # for this process, and not for what it starts
     # If the launcher was killed before its guard heard of this process, nobody would ever end it.
     if os.getppid() != int(os.environ[LAUNCHER_PID]):
         sys.exit(1)

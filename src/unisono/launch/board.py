@@ -1,0 +1,177 @@
+"""What launchers and workers tell each other through the store while a run goes on: the launchers' side.
+
+Each attempt has a part of the store to itself, "unisono/ATTEMPT". There a launcher writes
+
+- ``dead/UID``: this process has ended, and how;
+- ``stop``: the number of the signal that it is about to pass on to all workers. A worker that gets SIGTERM without finding
+  this was told to leave alone;
+
+the workers
+
+- ``elastic``: they train with a Trainer, which can go on without one of them. Without it a worker that dies ends the run;
+- ``whole`` = "0": they cannot go on without one of them after all (on GPUs): all have to start again from a checkpoint;
+- ``over``: the run is finished, nobody needs to be replaced any more;
+
+and launchers for each other
+
+- ``again``: all workers of all hosts start again, in the next attempt;
+- ``failed``: the run has failed, and of what.
+"""
+
+from __future__ import annotations
+
+import queue
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from unisono.errors import WorkerFailure
+
+
+class Notes(Protocol):
+    """What is needed of a `torch.distributed.Store`."""
+
+    def set(self, key: str, value: str, /) -> None: ...
+    def get(self, key: str, /) -> bytes: ...
+    def check(self, keys: list[str], /) -> bool: ...
+    def add(self, key: str, amount: int, /) -> int: ...
+
+
+class Reachable:
+    """A store on another host, which may be out of reach: PyTorch's client would then wait for it without end. All *local*.
+
+    Args:
+        store: The client, for this object alone.
+        limit_s: How long an operation may take, in seconds.
+        where: HOST:PORT of the store, for the message.
+
+    Raises:
+        WorkerFailure: From every method: the store is gone, or does not answer.
+    """
+
+    def __init__(self, store: Notes, *, limit_s: float, where: str) -> None:
+        self._store = store
+        self._limit_s = limit_s
+        self._where = where
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._serve, daemon=True, name="unisono-store").start()
+
+    def _serve(self) -> None:
+        while True:
+            self._orders.get()()
+
+    def _ask(self, name: str, *args: Any) -> Any:
+        answers: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+
+        def order() -> None:
+            try:
+                answers.put((getattr(self._store, name)(*args), None))
+            except Exception as error:
+                answers.put((None, error))
+
+        self._orders.put(order)
+        try:
+            answer, error = answers.get(timeout=self._limit_s)
+        except queue.Empty:
+            answer, error = None, TimeoutError(f"no answer for {self._limit_s:g} s")
+        if error is not None:
+            raise WorkerFailure(
+                f"contact with the store at {self._where} was lost ({_first_line(error)}). If the run goes on there, "
+                "start this command again and this host joins it; if not, start it on all hosts, and it resumes from its last "
+                "checkpoint"
+            ) from error
+        return answer
+
+    def set(self, key: str, value: str, /) -> None:
+        """As the store does."""
+        self._ask("set", key, value)
+
+    def get(self, key: str, /) -> bytes:
+        """As the store does."""
+        return bytes(self._ask("get", key))
+
+    def check(self, keys: list[str], /) -> bool:
+        """As the store does."""
+        return bool(self._ask("check", keys))
+
+    def add(self, key: str, amount: int, /) -> int:
+        """As the store does."""
+        return int(self._ask("add", key, amount))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class News:
+    """What other hosts' launchers have decided."""
+
+    failed: str | None
+    """Of what the run has failed."""
+    again: bool
+    """Whether all start again."""
+    stop: signal.Signals | None
+    """What asked the run to stop."""
+
+
+class Board:
+    """One attempt's part of the store. All methods are *local*.
+
+    Args:
+        store: The run's store.
+        attempt: Number of the attempt.
+    """
+
+    def __init__(self, store: Notes, attempt: int) -> None:
+        self._store = store
+        self._attempt = f"unisono/{attempt}"
+
+    def tell_dead(self, uid: str, how: str) -> None:
+        """Tell the workers that one of them has ended."""
+        self._store.set(f"{self._attempt}/dead/{uid}", how)
+
+    def tell_stop(self, signum: signal.Signals) -> None:
+        """Tell the workers that the next signal is for all of them."""
+        self._store.set(f"{self._attempt}/stop", str(int(signum)))
+
+    def tell_failed(self, why: str) -> None:
+        """Tell the other launchers that the run has failed."""
+        self._store.set(f"{self._attempt}/failed", why)
+
+    def call_again(self) -> bool:
+        """Tell all launchers to start their workers again; whether we are the first to say so."""
+        return self._store.add(f"{self._attempt}/again", 1) == 1
+
+    def news(self) -> News:
+        """What other launchers have said."""
+        stop, failed = (self._read(key) for key in ("stop", "failed"))
+        signum = None if stop is None else signal.Signals(int(stop))
+        return News(failed=failed, again=self._has("again"), stop=signum)
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the workers have said that they can go on without one of them."""
+        return self._has("elastic")
+
+    @property
+    def is_over(self) -> bool:
+        """Whether a worker has said that the run is finished."""
+        return self._has("over")
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether a worker has said that they cannot go on without one of them."""
+        return self._read("whole") == "0"
+
+    def take_restart(self) -> int:
+        """Count a restart, of one worker or of all; how many that makes in the whole run."""
+        return self._store.add("unisono/restarts", 1)
+
+    def _has(self, key: str) -> bool:
+        return self._store.check([f"{self._attempt}/{key}"])
+
+    def _read(self, key: str) -> str | None:
+        return self._store.get(f"{self._attempt}/{key}").decode() if self._has(key) else None

@@ -1,0 +1,277 @@
+"""Where the launchers of a run meet: a store that one of them serves, and the rendezvous of elastic's agent over it.
+
+Elastic's own c10d rendezvous does not serve us: as soon as another host comes it restarts all workers, before each meeting it
+waits a random part of 0.3 s, and who serves its store is guessed from names. Its agent takes any other rendezvous that keeps
+to `RendezvousHandler`. In this one
+
+- the launcher that can listen at the agreed address serves the store, and is host 0; the others connect to it;
+- host 0 says which hosts begin an attempt: for the first those that are there when enough are, for a later one those that live;
+- a host that comes later joins the running attempt with its workers, and nobody is restarted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import socket
+import struct
+import time
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
+
+from unisono.errors import ConfigurationError, WorkerFailure
+from unisono.launch.board import Notes, Reachable
+
+_LOOPBACK = "127.0.0.1"
+_STORE_TIMEOUT = timedelta(seconds=60)
+_ANSWER_S = 10.0
+"""How long the store may take to answer a launcher on another host, in seconds."""
+_SILENCE_S = 10.0
+"""How long a host may be silent before it counts as gone, in seconds."""
+_REUNION_S = 10.0
+"""How long host 0 waits for the other living hosts before an attempt after the first, in seconds."""
+_POLL_S = 0.1
+
+
+class Stopped(Exception):
+    """A person asked to stop while the hosts were still to meet."""
+
+
+class Meeting(RendezvousHandler):
+    """This host's place in the run. Apart from `next_rendezvous` all methods are *local*.
+
+    Args:
+        place: Where the store is served: a name or address of one of the hosts, and a port. None: on this host alone.
+        hosts: How many hosts begin the run together.
+        wait_s: How long to wait for the one that serves the store, and for the other hosts, in seconds.
+        stops: Whether a person has asked to stop.
+
+    Raises:
+        ConfigurationError: The address cannot be used.
+        WorkerFailure: Nobody serves the store.
+        Stopped: A person asked to stop.
+    """
+
+    def __init__(
+        self,
+        place: tuple[str, int] | None = None,
+        *,
+        hosts: int = 1,
+        wait_s: float = 300.0,
+        stops: Callable[[], bool] = bool,
+    ) -> None:
+        host, port = place or (_LOOPBACK, 0)
+        self._hosts = hosts
+        self.wait_s = wait_s
+        """How long hosts wait for each other, in seconds."""
+        self._stops = stops
+        self._run_id = uuid.uuid4().hex
+        self._closed = False
+        self._place = host
+        self._server = _serve_if_possible(host, port)
+        self._port = self._server.port if self._server else port
+        self._local = host if self._server else self._find_server()
+        self._workers_store: TCPStore | None = None
+        self._beats: dict[int, tuple[bytes, float]] = {}
+        self.store: Notes = self.client()
+        """For the thread that made this object."""
+        if not self.serves:
+            self.store = Reachable(self.store, limit_s=_ANSWER_S, where=self.address)
+        self.host = 0 if self.serves else self.store.add("unisono/hosts", 1)
+        """Number of this host."""
+        self.attempt = -1
+        """Number of the attempt that `next_rendezvous` began or joined last; -1 before the first."""
+        self.joins = False
+        """Whether this host joins an attempt that had begun before it came."""
+
+    @property
+    def serves(self) -> bool:
+        """Whether the store is served here."""
+        return self._server is not None
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT of the store."""
+        return f"{self._place}:{self._port}"
+
+    @property
+    def interface(self) -> str | None:
+        """Name of the network interface by which this host reaches the others; None if that cannot be told."""
+        return _interface_of(socket.gethostbyname(self._local))
+
+    def client(self) -> TCPStore:
+        """A new client of the store: one object serves one thread at a time, and an operation that waits holds up all others."""
+        return TCPStore(self._place, self._port, is_master=False, timeout=_STORE_TIMEOUT)
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Begin an attempt, or join one. *collective*: every host that takes part calls it.
+
+        Raises:
+            WorkerFailure: Too few hosts came, or contact with the store was lost.
+            Stopped: A person asked to stop.
+        """
+        if self.serves:
+            self.attempt += 1
+            # Workers of an attempt meet in a store of their own: what an earlier one left behind must not mislead them.
+            self._workers_store = _serve(self._place, 0)
+            self.store.set(f"hosts/{self.attempt}/port", str(self._workers_store.port))
+            members = self._gather()
+            self.store.set(f"hosts/{self.attempt}/members", ",".join(map(str, members)))
+            self.store.set("hosts/attempt", str(self.attempt))
+        else:
+            members = self._come()
+        self.joins = self.host not in members
+        port = int(self.store.get(f"hosts/{self.attempt}/port"))
+        # Elastic gives out ranks among those who share this part of the store.
+        part = f"hosts/{self.attempt}" + (f"/{self.host}" if self.joins else "")
+        rank, size = (0, 1) if self.joins else (members.index(self.host), len(members))
+        return RendezvousInfo(PrefixStore(part, self.client()), rank, size, RendezvousStoreInfo(self._place, port))
+
+    def _gather(self) -> list[int]:
+        """Host 0: who begins this attempt."""
+        deadline_s = time.monotonic() + (self.wait_s if self.attempt == 0 else _REUNION_S)
+        while True:
+            arrived = self.store.add(f"hosts/{self.attempt}/arrived", 0)
+            members = {0} | {int(self.store.get(f"hosts/{self.attempt}/arrival/{number}")) for number in range(1, arrived + 1)}
+            others = set(self.others())
+            if len(members) >= self._hosts if self.attempt == 0 else others <= members:
+                return sorted(members)
+            if time.monotonic() > deadline_s:
+                if self.attempt > 0:
+                    return sorted(members)
+                raise WorkerFailure(
+                    f"{len(members)} of {self._hosts} hosts came within {self.wait_s:g} s (--wait): start `unisono run --meet "
+                    f"{self.address}` on the others, or ask for fewer --hosts"
+                )
+            self.pause()
+
+    def _come(self) -> list[int]:
+        """Another host: say that it is there, and hear who begins."""
+        if self.attempt < 0 and self.store.check(["hosts/attempt"]):
+            self.attempt = int(self.store.get("hosts/attempt"))
+        else:
+            self.attempt += 1
+            number = self.store.add(f"hosts/{self.attempt}/arriving", 1)
+            self.store.set(f"hosts/{self.attempt}/arrival/{number}", str(self.host))
+            self.store.add(f"hosts/{self.attempt}/arrived", 1)
+        members = f"hosts/{self.attempt}/members"
+        deadline_s = time.monotonic() + self.wait_s
+        while not self.store.check([members]):
+            if time.monotonic() > deadline_s:
+                raise WorkerFailure(f"the run at {self.address} did not begin within {self.wait_s:g} s (--wait)")
+            self.beat()
+            self.pause()
+        return [int(host) for host in self.store.get(members).decode().split(",")]
+
+    def beat(self) -> None:
+        """Tell host 0 that this one is there."""
+        self.store.set(f"hosts/beat/{self.host}", str(time.monotonic()))
+
+    def others(self) -> list[int]:
+        """Host 0: the other hosts that are there, by number."""
+        now_s = time.monotonic()
+        there = []
+        for host in range(1, self.store.add("unisono/hosts", 0) + 1):
+            beat = self.store.get(f"hosts/beat/{host}") if self.store.check([f"hosts/beat/{host}"]) else b""
+            last, seen_s = self._beats.get(host, (None, now_s))
+            self._beats[host] = (beat, seen_s if beat == last else now_s)
+            if beat != b"gone" and now_s - self._beats[host][1] < _SILENCE_S:
+                there.append(host)
+        return there
+
+    def _find_server(self) -> str:
+        """Our own address on the way to the store."""
+        deadline_s = time.monotonic() + self.wait_s
+        while True:
+            try:
+                with socket.create_connection((self._place, self._port), timeout=2.0) as connection:
+                    return str(connection.getsockname()[0])
+            except OSError as error:
+                if time.monotonic() > deadline_s:
+                    raise WorkerFailure(
+                        f"nobody serves the run at {self.address} after {self.wait_s:g} s (--wait; last answer: {error}): start "
+                        "`unisono run` with the same --meet on the host that has this address, and see that it can be reached"
+                    ) from None
+            self.pause()
+
+    def pause(self) -> None:
+        """Wait a moment, unless a person asked to stop."""
+        if self._stops():
+            raise Stopped
+        time.sleep(_POLL_S)
+
+    @property
+    def use_agent_store(self) -> bool:
+        """Workers that meet at MASTER_ADDR:MASTER_PORT find a store there already."""
+        return True
+
+    def get_backend(self) -> str:
+        """What elastic writes in its event log."""
+        return "unisono"
+
+    def get_run_id(self) -> str:
+        """A name that no other run has."""
+        return self._run_id
+
+    def num_nodes_waiting(self) -> int:
+        """Never any: a host that comes later joins the running attempt, which elastic would restart."""
+        return 0
+
+    def is_closed(self) -> bool:
+        """Whether this host has left."""
+        return self._closed
+
+    def set_closed(self) -> None:
+        """This host leaves."""
+        self._closed = True
+
+    def shutdown(self) -> bool:
+        """Leave; host 0 lets the others hear the end of the run first."""
+        if not self._closed:
+            self._closed = True
+            if not self.serves:
+                with contextlib.suppress(WorkerFailure):  # there is nobody to leave any more
+                    self.store.set(f"hosts/beat/{self.host}", "gone")
+            deadline_s = time.monotonic() + _SILENCE_S
+            while self.serves and self.others() and time.monotonic() < deadline_s:
+                time.sleep(_POLL_S)
+        return True
+
+
+def _serve_if_possible(host: str, port: int) -> TCPStore | None:
+    try:
+        return _serve(socket.gethostbyname(host), port)
+    except socket.gaierror as error:
+        raise ConfigurationError(f"{host!r} is no host that this one knows ({error.strerror}): correct --meet") from None
+    except OSError as error:
+        # Another host's address, or the launcher that serves is on this very host.
+        if error.errno not in (errno.EADDRNOTAVAIL, errno.EADDRINUSE):
+            raise ConfigurationError(f"cannot listen at {host}:{port} ({error.strerror}): choose another --meet") from None
+        return None
+
+
+def _serve(host: str, port: int) -> TCPStore:
+    """Serve a store at this address and nowhere else: PyTorch by itself would listen at every address of the machine."""
+    listener = socket.create_server((host, port))
+    port = listener.getsockname()[1]
+    descriptor = listener.detach()  # the store closes it
+    return TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=_STORE_TIMEOUT, master_listen_fd=descriptor)
+
+
+def _interface_of(address: str) -> str | None:
+    """Linux: which interface has this IPv4 address."""
+    get_address = 0x8915  # SIOCGIFADDR
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                found = fcntl.ioctl(probe, get_address, struct.pack("256s", name.encode()))
+            except OSError:  # it has none
+                continue
+            if socket.inet_ntoa(found[20:24]) == address:
+                return name
+    return "lo" if address.startswith("127.") else None

@@ -1,0 +1,223 @@
+"""What becomes of a run that can go on without one of its workers, when workers end. The rules, and nothing else.
+
+- A worker that dies is replaced, while restarts are left (`--max-restarts`); without them the others go on.
+- An error that comes a second time, from another worker or from the replacement, is the program's and not the machine's: it
+  ends the run. So does one that all workers raise.
+- If the living cannot go on without what the dead held, or nobody lives, all start again from the last checkpoint: the next
+  attempt.
+- Once the run is stopping or over, nobody is replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+from unisono.launch.processes import WorkerProcess
+from unisono.launch.report import Failure, brief, root_cause
+from unisono.launch.statuses import RESTART, STOP_CODES
+
+if TYPE_CHECKING:  # it imports torch, and the command must not wait for that
+    from unisono.launch.board import Board
+
+REPLACE_S = 0.1
+"""How long a dead worker's place stays empty, in seconds: the others first get the processor to recover with, and if all of
+them were killed one after the other, no newcomer is sent to meet nobody."""
+_CAUSE_S = 1.0
+"""How long a worker that lost contact may be the first sign of something that ends all of them, in seconds."""
+
+
+_NEWCOMER_S = 5.0
+"""How long after its start a worker may still be on its way to the others, in seconds."""
+
+
+class Course(Enum):
+    """How the run goes on."""
+
+    GO_ON = auto()
+    """Workers run; some may have to be replaced."""
+    AGAIN = auto()
+    """All workers start again, from the last checkpoint."""
+    DONE = auto()
+    """The run has succeeded."""
+    FAILED = auto()
+    """The run has failed."""
+    OUT = auto()
+    """Nobody runs on this host any more, nor will. Other hosts may go on."""
+
+
+@dataclass(frozen=True)
+class _Vacancy:
+    failure: Failure
+    due_s: float
+
+
+class Survival:
+    """The rules, applied to one host's workers. All methods are *local*.
+
+    Args:
+        max_restarts: How many restarts the whole run has, of single workers and of all together.
+        say: Shows one line to a person.
+    """
+
+    def __init__(self, *, max_restarts: int, say: Callable[[str], None]) -> None:
+        self._max_restarts = max_restarts
+        self._say = say
+        self._errors: dict[tuple[str, str], Failure] = {}
+        self._is_elastic = False
+        self._board: Board
+        self._vacancies: dict[int, _Vacancy]
+        self._deaths: list[Failure]
+        self._all_needed: bool
+        self._is_alone: bool
+        self.cause: Failure | None = None
+        """What ended the run, once it has failed."""
+
+    def begin(self, board: Board, *, is_alone: bool = True) -> None:
+        """Begin an attempt.
+
+        Args:
+            board: Its part of the store.
+            is_alone: Whether no other host can take part.
+        """
+        self._board = board
+        self._is_alone = is_alone
+        self._vacancies = {}
+        self._deaths = []
+        self._all_needed = False
+
+    @property
+    def applies(self) -> bool:
+        """Whether the run can go on without one of its workers: that says the first Trainer, and it holds for later attempts."""
+        self._is_elastic = self._is_elastic or self._board.is_elastic
+        return self._is_elastic
+
+    @property
+    def has_applied(self) -> bool:
+        """Whether `applies` has ever been true."""
+        return self._is_elastic
+
+    def look(self, ended: Sequence[WorkerProcess], everyone: Sequence[WorkerProcess], *, stops: bool, now_s: float) -> Course:
+        """Judge what has happened since the last look.
+
+        Args:
+            ended: Those who have ended since then.
+            everyone: The latest process of each worker.
+            stops: Whether the run was asked to stop.
+            now_s: The time, in seconds, of a clock that never goes back.
+        """
+        for process in ended:
+            if process.failure is not None:
+                self._note(process, process.failure, stops=stops, now_s=now_s)
+        if self.cause is not None:
+            return Course.FAILED
+        if self._are_helpless(everyone, now_s):
+            return self._fail(_failures(everyone))
+        if all(process.status is not None for process in everyone):
+            return self._end(everyone, stops=stops)
+        if self._all_needed:
+            return self._again(everyone, stops=stops)
+        return Course.GO_ON
+
+    def give_up(self, everyone: Sequence[WorkerProcess]) -> None:
+        """Take what the workers of this host ended with for the cause: there is no other host that goes on, or it does without
+        this one."""
+        self._fail(_failures(everyone))
+
+    def due(self, running: int, now_s: float) -> list[int]:
+        """The workers whose place is to be taken now, by number.
+
+        Args:
+            running: How many workers run.
+            now_s: The time, as for `look`.
+        """
+        due = [rank for rank, vacancy in self._vacancies.items() if vacancy.due_s <= now_s]
+        if due and self._board.is_over:
+            self._vacancies.clear()
+            return []
+        return [rank for rank in due if self._may_replace(self._vacancies.pop(rank).failure, running)]
+
+    def _may_replace(self, failure: Failure, running: int) -> bool:
+        number = self._board.take_restart()
+        if number > self._max_restarts:
+            others = f"{running} worker{'s' if running > 1 else ''} go{'' if running > 1 else 'es'} on without it"
+            self._say(f"{_who(failure)} {brief(failure)}; {others}: no restarts left (--max-restarts {self._max_restarts})")
+            return False
+        self._say(f"{_who(failure)} {brief(failure)}; a new one starts (restart {number} of {self._max_restarts})")
+        return True
+
+    def _note(self, process: WorkerProcess, failure: Failure, *, stops: bool, now_s: float) -> None:
+        self._deaths.append(failure)
+        if failure.error is not None and (stops or failure.error in self._errors or self._board.is_over):
+            self.cause = self._errors.get(failure.error, failure)
+        elif stops or self._board.is_over:
+            self._say(f"{_who(failure)} {brief(failure)} when the run was about to end")
+        elif process.joins and failure.record is not None and failure.record.kind == "FingerprintMismatch":
+            self._say(f"{_who(failure)} was turned away and the others go on without it: {failure.record.message}")
+        else:
+            if failure.error is not None:
+                self._errors[failure.error] = failure
+            self._all_needed = self._all_needed or failure.status == RESTART or self._board.needs_all
+            secondary = failure.record is not None and failure.is_secondary
+            self._vacancies[process.rank] = _Vacancy(failure, now_s + (_CAUSE_S if secondary else REPLACE_S))
+
+    def _are_helpless(self, everyone: Sequence[WorkerProcess], now_s: float) -> bool:
+        """Whether a worker has ended because it lost contact, and nobody who was there with it goes on: only newcomers run."""
+        return any(
+            vacancy.failure.is_secondary and vacancy.due_s <= now_s and not any(_was_there(vacancy.failure, p) for p in everyone)
+            for vacancy in self._vacancies.values()
+        )
+
+    def _end(self, everyone: Sequence[WorkerProcess], *, stops: bool) -> Course:
+        """Nobody runs any more."""
+        statuses = [process.status for process in everyone]
+        if not any(statuses) or self._board.is_over:
+            return Course.DONE  # the script had come to its end, whatever struck afterwards
+        if stops and any(status == 0 or status in STOP_CODES for status in statuses):
+            return Course.FAILED  # as it was asked to, without a cause
+        last = _failures(everyone)
+        if not (self._is_alone or stops or self._all_needed or self._board.is_over):
+            if self._vacancies:
+                return Course.GO_ON
+            return Course.OUT
+        by_script = all(failure.error is not None for failure in last)
+        lost_contact = any(failure.record is not None and failure.is_secondary for failure in last)
+        if stops or by_script or lost_contact or self._board.is_over:
+            return self._fail(last)
+        return self._again(everyone, stops=stops)
+
+    def _again(self, everyone: Sequence[WorkerProcess], *, stops: bool) -> Course:
+        if stops:
+            return self._fail(_failures(everyone))
+        if not self._board.call_again():
+            return Course.AGAIN  # as another host has said, and counted
+        number = self._board.take_restart()
+        if number > self._max_restarts:
+            self._say(f"unisono: no restarts left (--max-restarts {self._max_restarts})")
+            return self._fail(_failures(everyone))
+        cause = root_cause(self._deaths)
+        why = f"{_who(cause)} {brief(cause)}" if cause else "unisono: all workers have left"
+        self._say(f"{why}; all workers start again from the last checkpoint (restart {number} of {self._max_restarts})")
+        return Course.AGAIN
+
+    def _fail(self, last: Sequence[Failure]) -> Course:
+        cause = root_cause(last)
+        # What the last to live died of was the loss of another one, who may have died long before.
+        self.cause = root_cause(self._deaths) if cause is None or cause.is_secondary else cause
+        return Course.FAILED
+
+
+def _failures(everyone: Iterable[WorkerProcess]) -> list[Failure]:
+    return [process.failure for process in everyone if process.failure is not None]
+
+
+def _who(failure: Failure) -> str:
+    return f"unisono: worker {failure.rank} (pid {failure.pid})"
+
+
+def _was_there(failure: Failure, process: WorkerProcess) -> bool:
+    """Whether a process runs and took part when another one failed."""
+    has_joined = not process.joins or failure.time_s - process.started_s > _NEWCOMER_S
+    return process.status is None and has_joined

@@ -1,0 +1,67 @@
+"""What launchers and workers tell each other, and a store that does not answer."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+from torch.distributed import HashStore, PrefixStore
+
+from unisono.errors import WorkerFailure
+from unisono.launch.board import Board, News, Reachable
+
+
+def test_what_workers_write_is_read_and_what_launchers_write_is_theirs_to_read() -> None:
+    store = HashStore()
+    workers, board = PrefixStore("unisono/2", store), Board(store, 2)
+    assert [board.is_elastic, board.is_over, board.needs_all] == [False, False, False]
+    for key in ("elastic", "over"):
+        workers.set(key, "1")
+    workers.set("whole", "0")
+    assert board.is_elastic
+    assert board.is_over
+    assert board.needs_all
+    board.tell_dead("0.3", "was killed by SIGKILL")
+    board.tell_stop(signal.SIGTERM)
+    assert (workers.get("dead/0.3"), workers.get("stop")) == (b"was killed by SIGKILL", b"15")
+
+
+def test_attempts_share_nothing_but_the_count_of_restarts() -> None:
+    store = HashStore()
+    first, second = Board(store, 0), Board(store, 1)
+    first.tell_failed("worker 1 failed")
+    assert [first.call_again(), first.call_again(), second.call_again()] == [True, False, True]
+    assert first.news() == News(failed="worker 1 failed", again=True, stop=None)
+    assert second.news() == News(failed=None, again=True, stop=None)
+    assert [first.take_restart(), second.take_restart()] == [1, 2]
+
+
+class Silent:
+    """A store that lets its first caller wait."""
+
+    def __init__(self) -> None:
+        self.answers = threading.Event()
+
+    def set(self, key: str, value: str, /) -> None:
+        self.answers.wait()
+
+    def get(self, key: str, /) -> bytes:
+        return b"value"
+
+    def check(self, keys: list[str], /) -> bool:
+        raise RuntimeError("Connection reset by peer\nand a long trace")
+
+    def add(self, key: str, amount: int, /) -> int:
+        return amount
+
+
+def test_a_store_that_does_not_answer_or_is_gone_is_lost_contact() -> None:
+    silent = Silent()
+    store = Reachable(silent, limit_s=0.05, where="node1:29400")
+    assert (store.get("key"), store.add("key", 3)) == (b"value", 3)
+    with pytest.raises(WorkerFailure, match=r"node1:29400 was lost \(Connection reset by peer\)"):
+        store.check(["key"])
+    with pytest.raises(WorkerFailure, match=r"node1:29400 was lost \(no answer for 0.05 s\)"):
+        store.set("key", "value")
+    silent.answers.set()

@@ -1,0 +1,225 @@
+"""`unisono run --meet` on several hosts: they meet, later ones join, and one that is lost ends nobody else's work."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import socket
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.launch.conftest import PRELUDE, Launch, Launcher
+from tests.launch.test_replacement import ELASTIC
+from unisono.testing.hosts import ADDRESSES, NoNamespaces, TwoHosts, two_hosts
+
+
+@pytest.fixture
+def place() -> str:
+    """An address that nobody else uses now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.fixture
+def hosts() -> Iterator[TwoHosts]:
+    try:
+        with two_hosts() as hosts:
+            yield hosts
+    except NoNamespaces as reason:
+        pytest.skip(str(reason))
+
+
+class Site:
+    """The same command, on one host after another."""
+
+    def __init__(self, launcher: Launcher, body: str, place: str, *options: str) -> None:
+        self._launcher = launcher
+        self._script = str(launcher.write(ELASTIC + textwrap.dedent(body)))
+        self._options = ("--meet", place, "--wait", "30", *options)
+
+    def start(self, through: Callable[[list[str]], list[str]] = list) -> Launch:
+        command = ["-m", "unisono.launch", "run", "--workers", "1", *self._options, self._script]
+        return self._launcher.command(*command, through=through)
+
+    def start_plain(self) -> Launch:
+        """Without what tells that the workers can go on without each other."""
+        Path(self._script).write_text(PRELUDE + "tell('there'); signal.pause()")
+        return self.start()
+
+
+def hear(launch: Launch) -> tuple[str, int]:
+    *words, pid = launch.hear()
+    launch.know([int(pid)])
+    return " ".join(words), int(pid)
+
+
+def test_hosts_begin_together_and_their_workers_can_talk(launcher: Launcher, place: str) -> None:
+    site = Site(
+        launcher,
+        """
+        import torch
+        dist.init_process_group("gloo", init_method=world.init_method, rank=world.rank, world_size=world.size)
+        total = torch.tensor([world.rank + 1])
+        dist.all_reduce(total)
+        tell(rank, size, world.local_rank, world.local_size, total.item(), world.founders)
+        dist.barrier()
+        dist.destroy_process_group()
+        store.set("over", "1")
+        """,
+        place,
+        "--hosts",
+        "2",
+    )
+    launches = [site.start(), site.start()]
+    assert {hear(launch)[0] for launch in launches} == {"founder 0 0.0", "founder 0 1.0"}
+    told = sorted(launch.hear() for launch in launches)
+    assert told == [[str(rank), "2", "0", "1", "3", "('0.0',", "'1.0')"] for rank in range(2)]
+    for launch in launches:
+        status, out, err = launch.finish()
+        assert (status, out, err) == (0, "", "")
+
+
+def test_a_host_that_comes_later_joins_and_a_host_may_leave(launcher: Launcher, place: str) -> None:
+    site = Site(
+        launcher,
+        """
+        if world.joins:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(1 if store.check(["stop"]) else 0))
+            store.set("joined", world.uid)
+            tell("joined")
+            signal.pause()
+        until("joined")
+        until("dead/" + store.get("joined").decode())
+        store.set("over", "1")
+        """,
+        place,
+    )
+    first = site.start()
+    assert hear(first)[0] == "founder 0 0.0"
+    second = site.start()
+    assert hear(second)[0] == "joiner 0 1.0"
+    assert second.hear() == ["joined"]
+    second.process.terminate()
+    assert second.finish()[0] == 0
+    assert first.finish()[0] == 0
+
+
+def test_a_host_that_comes_to_a_script_without_a_trainer_says_so(launcher: Launcher, place: str) -> None:
+    first = Site(launcher, "signal.pause()", place).start_plain()
+    assert first.hear() == ["there"]
+    status, _, err = Site(launcher, "", place, "--wait", "0.5").start_plain().finish()
+    assert status == 1
+    assert f"the run at {place} has made no Trainer within 0.5 s (--wait)" in err
+
+
+def test_a_worker_is_replaced_on_its_own_host_and_a_restart_of_all_takes_every_host(launcher: Launcher, place: str) -> None:
+    site = Site(
+        launcher,
+        """
+        if world.attempt == 0 and not world.joins:
+            if world.uid == "1.0":
+                os.kill(os.getpid(), signal.SIGKILL)
+            signal.pause()
+        if world.attempt == 0:
+            os._exit(79)
+        store.set("over", "1")
+        """,
+        place,
+        "--hosts",
+        "2",
+    )
+    launches = [site.start(), site.start()]
+    heard = [[hear(launch)[0]] for launch in launches]
+    second = heard.index(["founder 0 1.0"])
+    heard[second].append(hear(launches[second])[0])
+    for own, launch in zip(heard, launches, strict=True):
+        own.append(hear(launch)[0])
+    assert sorted(heard) == [["founder 0 0.0", "founder 1 0.1"], ["founder 0 1.0", "joiner 0 1.1", "founder 1 1.2"]]
+    assert [launch.finish()[0] for launch in launches] == [0, 0]
+
+
+def test_an_error_that_ends_the_run_ends_it_on_every_host(launcher: Launcher, place: str) -> None:
+    site = Site(
+        launcher, "if rank == 1 or world.joins:\n    raise ValueError('bad sample')\nsignal.pause()", place, "--hosts", "2"
+    )
+    launches = [site.start(), site.start()]
+    for launch in launches:
+        hear(launch)
+    told = [launch.finish(limit_s=30.0) for launch in launches]
+    assert [status for status, _, _ in told] == [1, 1]
+    assert sorted("Traceback" in err for _, _, err in told) == [False, True]
+    assert all("ValueError: bad sample" in err for _, _, err in told)
+
+
+def test_without_the_host_of_the_store_the_others_end_and_say_what_to_do(launcher: Launcher, place: str) -> None:
+    site = Site(launcher, "signal.pause()", place, "--hosts", "2")
+    launches = [site.start(), site.start()]
+    names = [hear(launch)[0] for launch in launches]
+    first = names.index("founder 0 0.0")
+    launches[first].process.kill()
+    status, _, err = launches[1 - first].finish(limit_s=30.0)
+    assert status == 1
+    assert f"contact with the store at {place} was lost" in err
+    assert "Traceback" not in err
+
+
+def test_hosts_that_do_not_come_are_named(launcher: Launcher, place: str) -> None:
+    site = Site(launcher, "", place, "--hosts", "2", "--wait", "0.5")
+    status, _, err = site.start().finish()
+    assert status == 1
+    assert "1 of 2 hosts came within 0.5 s (--wait)" in err
+    elsewhere = Site(launcher, "", "192.0.2.1:29400", "--wait", "0.5")  # an address for documentation, which nobody has
+    status, _, err = elsewhere.start().finish()
+    assert status == 1
+    assert "nobody serves the run at 192.0.2.1:29400 after 0.5 s" in err
+
+
+def test_hosts_that_wait_for_others_can_be_stopped(launcher: Launcher, place: str) -> None:
+    launch = Site(launcher, "", place, "--hosts", "2").start()
+    host, port = place.split(":")
+    while launch.process.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port))):
+            break
+    launch.process.send_signal(signal.SIGINT)
+    status, out, err = launch.finish(limit_s=20.0)
+    assert (status, out, err) == (128 + signal.SIGINT, "", "")
+
+
+def test_an_address_that_cannot_be_used_is_named(launcher: Launcher) -> None:
+    status, _, err = Site(launcher, "", "no-such-host.invalid:29400").start().finish()
+    assert status == 2
+    assert "'no-such-host.invalid' is no host that this one knows" in err
+
+
+def test_a_host_out_of_reach_ends_with_a_clear_error_and_the_other_goes_on(launcher: Launcher, hosts: TwoHosts) -> None:
+    place = f"{ADDRESSES[0]}:29400"
+    site = Site(
+        launcher,
+        """
+        if rank == 0:
+            until("alone")
+            store.set("over", "1")
+        else:
+            tell(os.environ["GLOO_SOCKET_IFNAME"])
+            signal.pause()
+        """,
+        place,
+        "--hosts",
+        "2",
+    )
+    launches = [site.start(functools.partial(hosts.command, number)) for number in range(2)]
+    for launch in launches:
+        hear(launch)
+    assert launches[1].hear() == ["wire"]
+    hosts.run(0, "ip", "link", "set", "wire", "down")
+    status, _, err = launches[1].finish(limit_s=40.0)
+    assert status == 1
+    assert f"contact with the store at {place} was lost (no answer for 10 s)" in err
+    assert launches[0].process.poll() is None
+    os.kill(launches[0].process.pid, signal.SIGTERM)
+    assert launches[0].finish(limit_s=30.0)[0] == 128 + signal.SIGTERM
