@@ -6,8 +6,10 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -74,3 +76,12 @@ def test_a_peer_that_is_not_installed_says_how_to_install_it(monkeypatch: pytest
     peer = peers.Peer(name="nobody", make=peers.plain, module="no_such_module_at_all", package="no-such-package")
     assert peer.missing == "no-such-package is not installed: pip install -c constraints.txt -e '.[bench-peers]'"
     assert peers.PEERS["DDP"].missing is None
+
+
+def test_the_cost_of_every_guard_is_measured(monkeypatch: pytest.MonkeyPatch, run_workers: Callable[..., Any]) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import guards
+
+    for step_s, seconds in run_workers(2, guards.measure, "tiny", 64, transport="shared memory"):
+        assert list(seconds) == list(guards.GUARDS)
+        assert all(0 < cost < step_s for cost in seconds.values())

@@ -17,7 +17,7 @@ from torch import Tensor
 from unisono.collective import Collective, Expected, InProcess
 from unisono.errors import WorkerFailure
 from unisono.layout import ALIGNMENT_BYTES
-from unisono.testing import run_threads, run_workers
+from unisono.testing import run_threads
 from unisono.testing.processes import Transport
 
 CPU = torch.device("cpu")
@@ -302,7 +302,7 @@ WORLDS: list[tuple[Transport, str, int]] = [
 
 
 @pytest.fixture(scope="module", params=WORLDS, ids=lambda world: f"{world[0]} {world[2]}")
-def process_world(request: pytest.FixtureRequest) -> tuple[int, list[dict[str, str]]]:
+def process_world(request: pytest.FixtureRequest, run_workers: Callable[..., Any]) -> tuple[int, list[dict[str, str]]]:
     transport, kind, size = request.param
     return size, run_workers(size, failed_checks, size, kind, transport=transport)
 
@@ -380,7 +380,9 @@ def test_threads_that_expect_something_else_say_so() -> None:
 
 
 @pytest.mark.parametrize("transport", ["gloo", "shared memory"])
-def test_when_a_process_fails_the_others_get_a_worker_failure_and_its_error_is_shown(transport: Transport) -> None:
+def test_when_a_process_fails_the_others_get_a_worker_failure_and_its_error_is_shown(
+    transport: Transport, run_workers: Callable[..., Any]
+) -> None:
     begin = time.monotonic()
 
     with pytest.raises(WorkerFailure) as caught:

@@ -24,7 +24,6 @@ from unisono.collective.hosts import Hosts
 from unisono.collective.shared_memory import host_identity
 from unisono.collective.torch_distributed import TorchDistributed
 from unisono.errors import WorkerFailure
-from unisono.testing import run_workers
 
 
 def on_hosts(collective: Collective, hosts: Sequence[int], work: Callable[..., Any], *args: Any) -> Any:
@@ -57,7 +56,7 @@ def test_there_are_two_levels_where_one_of_several_hosts_has_several_workers(gro
 
 
 @pytest.fixture(scope="module", params=[(2, 1), (2, 2), (2, 1, 2)], ids=str)
-def world(request: pytest.FixtureRequest) -> list[dict[str, str]]:
+def world(request: pytest.FixtureRequest, run_workers: Callable[..., Any]) -> list[dict[str, str]]:
     size = sum(request.param)
     return run_workers(size, on_hosts, request.param, failed_checks, size, "Hierarchical")
 
@@ -83,14 +82,14 @@ def shared_fit(collective: Collective) -> tuple[list[bool], list[str]]:
 
 
 @pytest.mark.parametrize("hosts", [(2, 1), (2, 2), (2, 3)], ids=str)
-def test_training_ends_with_the_bits_of_one_process(hosts: tuple[int, ...]) -> None:
+def test_training_ends_with_the_bits_of_one_process(hosts: tuple[int, ...], run_workers: Callable[..., Any]) -> None:
     found = run_workers(sum(hosts), on_hosts, hosts, promised, timeout_s=100)
 
     for everybodys in zip(*found, strict=True):
         assert differing(merged(list(everybodys)), alone(8)) == []
 
 
-def test_the_workers_of_each_host_share_their_weights() -> None:
+def test_the_workers_of_each_host_share_their_weights(run_workers: Callable[..., Any]) -> None:
     expected = digests(fit(InProcess(), Looks()))
 
     assert run_workers(4, on_hosts, (2, 2), shared_fit) == [([True] * 4, expected)] * 4
@@ -113,7 +112,9 @@ def chosen(collective: Collective) -> list[str]:
     return found
 
 
-def test_workers_get_the_fastest_transport_that_their_hosts_allow_or_all_the_same_reason_why_not() -> None:
+def test_workers_get_the_fastest_transport_that_their_hosts_allow_or_all_the_same_reason_why_not(
+    run_workers: Callable[..., Any],
+) -> None:
     found = run_workers(4, chosen)
 
     assert found == [found[0]] * 4
@@ -155,7 +156,7 @@ def reported(collective: Collective, folder: str, guilty: int) -> None:
 
 
 @pytest.mark.parametrize("guilty", [0, 3])
-def test_a_worker_that_dies_is_noticed_on_every_host(guilty: int, tmp_path: Path) -> None:
+def test_a_worker_that_dies_is_noticed_on_every_host(guilty: int, tmp_path: Path, run_workers: Callable[..., Any]) -> None:
     with pytest.raises(WorkerFailure, match=f"worker {guilty}: died without a word"):
         run_workers(4, on_hosts, (2, 2), reported, str(tmp_path), guilty)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from unisono.doctor.links import (
 )
 from unisono.doctor.records import Links, Pair
 from unisono.doctor.streams import measure_streams, own_address
-from unisono.testing import run_threads, run_workers
+from unisono.testing import run_threads
 from unisono.world import World
 
 CPU = torch.device("cpu")
@@ -83,7 +85,7 @@ def _streams(collective: Collective) -> Links:
     return measure_streams(collective, address, large_bytes=2**21)
 
 
-def test_plain_tcp_is_measured_between_those_who_can_reach_each_other() -> None:
+def test_plain_tcp_is_measured_between_those_who_can_reach_each_other(run_workers: Callable[..., Any]) -> None:
     first, *others = run_workers(4, _streams)
     assert all(other == first for other in others)
     assert [(pair.first, pair.second) for pair in first.pairs] == [(0, 1), (0, 3), (1, 3)]

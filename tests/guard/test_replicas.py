@@ -15,7 +15,7 @@ from unisono import Callback, Desync, Exact, StepResult, Trainer
 from unisono.collective import Collective
 from unisono.errors import WorkerFailure
 from unisono.guard.replicas import PERIOD, ReplicaGuard
-from unisono.testing import flip_bit, run_threads, run_workers
+from unisono.testing import flip_bit, run_threads
 
 FLIP_AT = 5
 STEPS = FLIP_AT + PERIOD + 3
@@ -158,7 +158,7 @@ def processes(collective: Collective) -> str:
     return ""
 
 
-def test_workers_in_processes_notice_it_too() -> None:
+def test_workers_in_processes_notice_it_too(run_workers: Callable[..., Any]) -> None:
     for message in run_workers(3, processes, transport="shared memory"):
         assert "parameter 'first.weight' on worker 1" in message
 

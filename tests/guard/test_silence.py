@@ -6,11 +6,13 @@ import gc
 import multiprocessing
 import os
 import re
+import select
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from unisono.collective.base import Lookout
 from unisono.errors import ConfigurationError, WorkerFailure
 from unisono.guard.silence import Watch
 from unisono.observe.timing import StepClock
-from unisono.testing import run_threads, run_workers
+from unisono.testing import run_threads
 
 __all__ = ["launcher"]
 
@@ -70,24 +72,43 @@ def data(collective: Collective, steps: int = 8) -> TensorDataset:
     return TensorDataset(torch.ones(steps * collective.size, 4))
 
 
-def sleeps() -> None:
-    time.sleep(4)
+class Others:
+    """The processes of the other workers: whoever hangs goes on once they have had their say, which ends them."""
+
+    def __init__(self, pids: list[int]) -> None:
+        self.pids = pids
+        self._ends = list(map(os.pidfd_open, pids))
+
+    def gone(self, limit_s: float) -> bool:
+        for end in self._ends:
+            poll = select.poll()
+            poll.register(end, select.POLLIN)
+            if not poll.poll(limit_s * 1000):
+                return False
+        return True
 
 
-def spins() -> None:
-    """Holds the interpreter all the time, in C."""
-    began = time.monotonic()
-    while time.monotonic() - began < 4:
-        sum(range(100_000_000))
+Hang = Callable[[Others], None]
 
 
-def is_stopped() -> None:
-    """Stops this process, and has it go on once the others have had their say."""
-    subprocess.Popen(["sh", "-c", f"sleep 4; kill -CONT {os.getpid()}"], close_fds=True)
+def sleeps(others: Others) -> None:
+    assert others.gone(30)
+
+
+def spins(others: Others) -> None:
+    """Holds the interpreter nearly all the time, in C."""
+    while not others.gone(0):
+        sum(range(30_000_000))
+
+
+def is_stopped(others: Others) -> None:
+    """Stops this process, and has it go on once the others are gone."""
+    wait = "".join(f"while kill -0 {pid} 2> /dev/null; do sleep 0.1; done; " for pid in others.pids)
+    subprocess.Popen(["sh", "-c", f"{wait} kill -CONT {os.getpid()}"], close_fds=True)
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def outcome(collective: Collective, hang: Callable[[], None], odd: int, timeout_s: float) -> tuple[str, Any, float]:
+def outcome(collective: Collective, hang: Hang, odd: int, timeout_s: float) -> tuple[str, Any, float]:
     """What a worker ended with, and how long after the last step that it did."""
     steps = [time.monotonic()]
 
@@ -95,7 +116,10 @@ def outcome(collective: Collective, hang: Callable[[], None], odd: int, timeout_
         def on_step(self, trainer: Any, result: Any) -> None:
             steps.append(time.monotonic())
 
-    trainer = make(collective, hang if collective.rank == odd else None, timeout_s=timeout_s, callbacks=[Times()])
+    pids = [int(text) for text in collective.all_gather_bytes(b"%d" % os.getpid())]
+    others = Others([pid for pid in pids if pid != os.getpid()])
+    mine = partial(hang, others) if collective.rank == odd else None
+    trainer = make(collective, mine, timeout_s=timeout_s, callbacks=[Times()])
     try:
         trainer.fit(data(collective), 1)
     except WorkerFailure as error:
@@ -105,7 +129,15 @@ def outcome(collective: Collective, hang: Callable[[], None], odd: int, timeout_
     return "", None, 0.0
 
 
-def hanging(transport: Any, hang: Callable[[], None], *, size: int = 2, odd: int = 1, timeout_s: float = 1.0) -> list[Any]:
+def hanging(
+    run_workers: Callable[..., Any],
+    transport: Any,
+    hang: Hang,
+    *,
+    size: int = 2,
+    odd: int = 1,
+    timeout_s: float = 1.0,
+) -> list[Any]:
     outcomes = run_workers(size, outcome, hang, odd, timeout_s, transport=transport)
     others = [one for rank, one in enumerate(outcomes) if rank != odd]
     for _, _, seconds in others:
@@ -114,8 +146,10 @@ def hanging(transport: Any, hang: Callable[[], None], *, size: int = 2, odd: int
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_worker_that_sleeps_in_its_model_is_named_with_step_phase_and_stack(transport: Any) -> None:
-    (text, facts, _), (own, _, _) = hanging(transport, sleeps)
+def test_a_worker_that_sleeps_in_its_model_is_named_with_step_phase_and_stack(
+    transport: Any, run_workers: Callable[..., Any]
+) -> None:
+    (text, facts, _), (own, _, _) = hanging(run_workers, transport, sleeps)
     assert facts == (1, HANGS_IN, True)
     assert re.search(r"worker 1 \(host \S+, process \d+\) did not arrive within 1 s: worker 0 waited for it in step 3", text)
     assert re.search(r"It is in step 3, in phase 'compute', for [12]\.\d s, and its process is sleeping", text)
@@ -125,16 +159,18 @@ def test_a_worker_that_sleeps_in_its_model_is_named_with_step_phase_and_stack(tr
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_worker_that_holds_the_interpreter_shows_its_stack_all_the_same(transport: Any) -> None:
-    (text, facts, _), _ = hanging(transport, spins)
+def test_a_worker_that_holds_the_interpreter_shows_its_stack_all_the_same(
+    transport: Any, run_workers: Callable[..., Any]
+) -> None:
+    (text, facts, _), _ = hanging(run_workers, transport, spins)
     assert facts == (1, HANGS_IN, True)
     assert "its process is running" in text
     assert re.search(r"line \d+ in spins\n", text)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_worker_that_was_stopped_is_said_to_be(transport: Any) -> None:
-    (text, facts, _), _ = hanging(transport, is_stopped)
+def test_a_worker_that_was_stopped_is_said_to_be(transport: Any, run_workers: Callable[..., Any]) -> None:
+    (text, facts, _), _ = hanging(run_workers, transport, is_stopped)
     assert facts == (1, HANGS_IN, True)
     assert "in phase 'compute'" in text
     assert "its process is stopped, by SIGSTOP or the like: kill -CONT lets it go on. A stopped process shows no stacks" in text
@@ -142,8 +178,8 @@ def test_a_worker_that_was_stopped_is_said_to_be(transport: Any) -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_of_several_workers_those_who_wait_are_not_blamed(transport: Any) -> None:
-    *others, _ = hanging(transport, sleeps, size=3, odd=0)
+def test_of_several_workers_those_who_wait_are_not_blamed(transport: Any, run_workers: Callable[..., Any]) -> None:
+    *others, _ = hanging(run_workers, transport, sleeps, size=3, odd=0)
     told = [(text, facts) for text, facts, _ in others if "did not arrive" in text]
     assert told
     for text, facts in told:
@@ -168,7 +204,7 @@ def blamed(collective: Collective, waits_for: list[int], peer: int) -> int | Non
     [([-1, 0, 1], 1, 0), ([-1, 0, 0], 0, 0), ([1, 0, 1, -1], 1, 3), ([2, -1, 0], 0, 1)],
     ids=["a chain", "directly", "two in a circle", "who waits for the one who asks"],
 )
-def test_blame_follows_who_waits_for_whom(waits_for: list[int], peer: int, guilty: int) -> None:
+def test_blame_follows_who_waits_for_whom(waits_for: list[int], peer: int, guilty: int, run_workers: Callable[..., Any]) -> None:
     assert run_workers(len(waits_for), blamed, waits_for, peer, transport="shared memory")[2] == guilty
 
 
@@ -190,7 +226,7 @@ def stacks_of_all_threads(collective: Collective) -> str:
     return text
 
 
-def test_all_threads_are_shown_and_once_to_each_who_asks() -> None:
+def test_all_threads_are_shown_and_once_to_each_who_asks(run_workers: Callable[..., Any]) -> None:
     for text in run_workers(3, stacks_of_all_threads, transport="shared memory")[1:]:
         assert text.count("in idle") == 1
         assert text.count("in stacks_of_all_threads") == 1
@@ -216,7 +252,7 @@ def what_is_left(collective: Collective) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_many_trainers_leave_the_board_of_one_and_its_signal(transport: Any) -> None:
+def test_many_trainers_leave_the_board_of_one_and_its_signal(transport: Any, run_workers: Callable[..., Any]) -> None:
     for descriptors, signals in run_workers(2, what_is_left, transport=transport):
         assert descriptors == ONE_BOARD  # the collective keeps the last one
         assert signals == 1
@@ -244,7 +280,7 @@ def forked(collective: Collective) -> tuple[int, int, bool]:
     return here, in_child, caught_in_child == before
 
 
-def test_a_forked_loader_process_holds_no_board_and_answers_no_signal() -> None:
+def test_a_forked_loader_process_holds_no_board_and_answers_no_signal(run_workers: Callable[..., Any]) -> None:
     for here, in_child, quiet in run_workers(2, forked):
         assert here == ONE_BOARD
         assert in_child == 0
@@ -333,7 +369,7 @@ def test_under_the_launcher_all_end_within_five_seconds_and_the_silent_worker_is
 
 def torchrun(launcher: Launcher, *args: str) -> Any:
     path = str(launcher.write(SCRIPT))
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", path, *args]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", path, *args]
     return launcher.command(*command)
 
 

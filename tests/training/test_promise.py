@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import pytest
 
 from tests.training.hard_problem import Digests, Net, digest, make_trainer, merged, shared, train
 from unisono.collective import InProcess
-from unisono.testing import run_threads, run_workers
+from unisono.testing import run_threads
 from unisono.testing.processes import Transport
 
 # At least one of them with loader processes.
@@ -39,7 +41,9 @@ def test_threads_end_with_the_bits_of_one_process(microbatches: int, workers: in
 
 @pytest.mark.parametrize("replicated", [False, True])
 @pytest.mark.parametrize(("transport", "workers"), [("gloo", 2), ("gloo", 3), ("shared memory", 2), ("shared memory", 3)])
-def test_processes_end_with_the_bits_of_one_process(transport: Transport, workers: int, replicated: bool) -> None:
+def test_processes_end_with_the_bits_of_one_process(
+    transport: Transport, workers: int, replicated: bool, run_workers: Callable[..., Any]
+) -> None:
     found = run_workers(workers, partial(train, replicated=replicated), 8, workers, transport=transport)
 
     assert differing(merged(found), alone(8)) == []

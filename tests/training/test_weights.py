@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,6 @@ from tests.training.hard_problem import digest, merged, train
 from tests.training.test_promise import alone, differing
 from unisono import Callback, ConfigurationError, Exact, StepResult, Trainer
 from unisono.collective import Collective, InProcess
-from unisono.testing import run_workers
 from unisono.training.weights import Weights
 
 
@@ -105,13 +105,13 @@ def secretly_edited_fit(collective: Collective, behind: bool) -> str:
 
 
 @pytest.mark.parametrize("workers", [2, 3, 5])
-def test_shared_weights_end_with_the_bits_of_one_process(workers: int) -> None:
+def test_shared_weights_end_with_the_bits_of_one_process(workers: int, run_workers: Callable[..., Any]) -> None:
     found = run_workers(workers, partial(train, share_weights=True), 8, workers, transport="shared memory")
 
     assert differing(merged(found), alone(8)) == []
 
 
-def test_fit_shares_weights_and_gives_everybody_a_copy_of_its_own_afterwards() -> None:
+def test_fit_shares_weights_and_gives_everybody_a_copy_of_its_own_afterwards(run_workers: Callable[..., Any]) -> None:
     expected = digests(fit(InProcess(), Looks()))
 
     for shared, found, independent in run_workers(3, shared_fit, transport="shared memory"):
@@ -120,14 +120,14 @@ def test_fit_shares_weights_and_gives_everybody_a_copy_of_its_own_afterwards() -
         assert independent
 
 
-def test_a_callback_that_edits_weights_does_so_once_on_any_number_of_workers() -> None:
+def test_a_callback_that_edits_weights_does_so_once_on_any_number_of_workers(run_workers: Callable[..., Any]) -> None:
     expected = digests(fit(InProcess(), Halves()))
 
     assert run_workers(2, edited_fit, transport="shared memory") == [expected] * 2
 
 
 @pytest.mark.parametrize("behind", [False, True])
-def test_an_edit_of_shared_weights_is_refused(behind: bool) -> None:
+def test_an_edit_of_shared_weights_is_refused(behind: bool, run_workers: Callable[..., Any]) -> None:
     for message in run_workers(2, secretly_edited_fit, behind, transport="shared memory"):
         assert "weights were changed between two steps" in message
         assert "share_weights=False" in message

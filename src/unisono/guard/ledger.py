@@ -7,7 +7,7 @@ cancel only if they agree in all three powers. Of a whole epoch the sums are kno
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,27 +15,66 @@ import numpy.typing as npt
 Entry = tuple[int, int, int, int]
 """Number of samples; sums of their indices, squares and cubes modulo 2**64."""
 
+Tally = tuple[npt.NDArray[np.int64], Entry]
+"""Samples, int64 ``[n]``, and their entry, reckoned ahead."""
+
 _MODULUS = 2**64
 NOTHING: Entry = (0, 0, 0, 0)
-_FEW = 128
-"""Up to so many, Python's integers are faster than a few calls of NumPy, each of which is cold once a step."""
 
 
 def entry(indices: npt.NDArray[np.int64]) -> Entry:
     """The entry of some samples, int64 ``[n]``."""
-    if len(indices) <= _FEW:
-        values = indices.tolist()
-        twos = [value * value for value in values]
-        return len(values), sum(values) % _MODULUS, sum(twos) % _MODULUS, sum(map(int.__mul__, twos, values)) % _MODULUS
+    return entries(indices, [0], [0])[0][0] if len(indices) else NOTHING
+
+
+def entries(indices: npt.NDArray[np.int64], starts: Sequence[int], firsts: Sequence[int]) -> tuple[list[Entry], list[Entry]]:
+    """The entries of consecutive parts of some samples, and of groups of these: many at once cost little more than one.
+
+    Args:
+        indices: int64 ``[n]``.
+        starts: Where each part begins, ascending from 0; none is empty.
+        firsts: The number of each group's first part, ascending from 0; none is empty.
+    """
     numbers = indices.astype(np.uint64, copy=False)
     squares = numbers * numbers  # unsigned arithmetic is modulo 2**64 by itself
-    return len(indices), int(numbers.sum()), int(squares.sum()), int((squares * numbers).sum())
+    columns = [np.diff(starts, append=len(indices)).astype(np.uint64)]
+    columns += [np.add.reduceat(powers, starts) for powers in (numbers, squares, squares * numbers)]
+    return _rows(columns), _rows([np.add.reduceat(column, firsts) for column in columns])
+
+
+def _rows(columns: Sequence[npt.NDArray[np.uint64]]) -> list[Entry]:
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def order_sums(indices: npt.NDArray[np.int64], starts: Sequence[int], weights: npt.NDArray[np.uint64]) -> list[int]:
+    """64 bits for each of these parts, unlike ``entries`` of the samples in their order.
+
+    Args:
+        indices: int64 ``[n]``.
+        starts: As for ``entries``.
+        weights: Random numbers for the first, second, ... sample of a part, uint64 [the largest part].
+    """
+    sizes = np.diff(starts, append=len(indices))
+    places = np.arange(len(indices)) - np.repeat(starts, sizes)
+    numbers = indices.astype(np.uint64, copy=False)
+    found: list[int] = np.add.reduceat((numbers + np.uint64(1)) * weights[places], starts).tolist()
+    return found
+
+
+def tallied(tally: Tally | None, indices: npt.NDArray[np.int64]) -> Entry:
+    """The entry of these samples: reckoned ahead if it was for this very array, else now."""
+    return tally[1] if tally is not None and tally[0] is indices else entry(indices)
 
 
 def total(entries: Iterable[Entry]) -> Entry:
     """The entry of all samples of several entries together."""
-    counts, ones, twos, threes = zip(NOTHING, *entries, strict=True)
-    return sum(counts), sum(ones) % _MODULUS, sum(twos) % _MODULUS, sum(threes) % _MODULUS
+    count = one = two = three = 0
+    for some in entries:
+        count += some[0]
+        one += some[1]
+        two += some[2]
+        three += some[3]
+    return count, one % _MODULUS, two % _MODULUS, three % _MODULUS
 
 
 def whole(length: int) -> Entry:

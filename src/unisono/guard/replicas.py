@@ -1,8 +1,8 @@
 """Replicas are compared while training runs, and what differs is named.
 
-At the start of a step a worker digests some of what all workers hold alike, piece by piece in turn, and the digest travels in
-the step's header: no message is added. As much is looked at as fits into a hundredth of the step's time, everything at least
-once in ``PERIOD`` steps.
+At the start of a step a worker may digest some of what all workers hold alike, piece by piece in turn, and the digest travels in
+the step's header: no message is added. As much is looked at as fits into a small share of the time, everything at least once in
+``PERIOD`` steps. Small tensors make up one piece together: one after the other they cost less than one now and then.
 
 What stays different (optimizer state, weights that every worker updates, buffers that forward leaves alone) is thus found
 within a period. Weights that their owner publishes are the same again after the next update, as are buffers that forward
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from unisono.collective import Collective
 from unisono.errors import Desync
+from unisono.guard.budget import Credit
 
 PERIOD = 64
 """Steps in which everything is compared once."""
@@ -31,11 +32,12 @@ PERIOD = 64
 OnDesync = Literal["error", "heal"]
 
 _PIECE_BYTES = 2**20
-_HASHED_BYTES = 2**15
+_HASHED_BYTES = 2**12
 _COLUMNS = 256
-_SHARE = 0.003
-_PIECE_S, _BYTES_PER_S = 30e-6, 6e9
-"""What looking at a piece costs, and how fast its bytes go; not measured here, since all workers must reckon with the same."""
+_SHARE = 0.0015
+_PIECE_S, _TENSOR_S, _BYTES_PER_S = 20e-6, 10e-6, 6e9
+"""What looking costs: a piece, each tensor in it, and how fast bytes go. It is not measured here, since all workers must reckon
+with the same."""
 
 Holding = tuple[str, Tensor]
 """Name and tensor of something that all workers hold alike."""
@@ -58,10 +60,11 @@ class ReplicaGuard:
         self._collective = collective
         self._on_desync = on_desync
         self._every = every
-        self._pieces: list[Tensor] = []
+        self._pieces: list[tuple[list[Tensor], float]] = []
         self._next = 0
+        self._idle = 0
         self._looked = 0.0
-        self._credit_s = 0.0
+        self._credit = Credit(_SHARE)
 
     def digest(self, step_s: float) -> int:
         """*local*. 64 bits of the pieces whose turn it is; 0 if it is no piece's turn.
@@ -71,25 +74,30 @@ class ReplicaGuard:
         """
         if self._collective.size == 1:
             return 0
+        if self._idle:
+            self._idle -= 1
+            return 0
         if self._next >= len(self._pieces):
             self._pieces = _pieces([tensor for _, tensor in self._holdings()])
             self._next, self._looked = 0, 0.0
+            if not self._pieces:  # as with one copy of the weights for all, and every state with its owner
+                self._idle = (self._every or PERIOD) - 1
+                return 0
         begin = self._next
         # Within the period, whatever it costs; and more while there is time.
         self._looked += len(self._pieces) / (self._every or PERIOD)
-        self._credit_s += _SHARE * step_s
-        while self._next < len(self._pieces) and (
-            self._next + 1 <= self._looked + 1e-9 or self._affords(self._pieces[self._next])
-        ):
-            self._credit_s = max(0.0, self._credit_s - _cost(self._pieces[self._next]))
+        self._credit.earn(step_s)
+        while self._next < len(self._pieces) and self._is_due(self._pieces[self._next][1]):
+            self._credit.spend(self._pieces[self._next][1])
             self._next += 1
         if self._next == begin:
             return 0
-        found = blake2b(b"".join(map(_digest, self._pieces[begin : self._next])), digest_size=8).digest()
+        looked_at = [tensor for piece, _ in self._pieces[begin : self._next] for tensor in piece]
+        found = blake2b(b"".join(map(_digest, looked_at)), digest_size=8).digest()
         return int.from_bytes(found, "little") | 1  # never 0
 
-    def _affords(self, piece: Tensor) -> bool:
-        return self._every is None and self._credit_s >= _cost(piece)
+    def _is_due(self, cost_s: float) -> bool:
+        return self._next + 1 <= self._looked + 1e-9 or (self._every is None and self._credit.affords(cost_s))
 
     def check_all(self, step: int) -> None:
         """*collective*. Compares everything.
@@ -148,29 +156,40 @@ class ReplicaGuard:
             )
 
 
-def _pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Everything in pieces of at most 1 MiB. What does not lie in one stretch of memory is not cut; looking at it copies it."""
-    found: list[Tensor] = []
+def _pieces(tensors: Sequence[Tensor]) -> list[tuple[list[Tensor], float]]:
+    """Everything in pieces of at most 1 MiB, with what each costs. What does not lie in one stretch of memory is not cut; looking
+    at it copies it."""
+    found: list[list[Tensor]] = []
+    room = 0
     for tensor in tensors:
         flat = tensor.detach()
-        if flat.is_contiguous():
-            found += torch.split(flat.view(-1), max(1, _PIECE_BYTES // flat.element_size()))
-        else:
-            found.append(flat)
-    return [piece for piece in found if piece.numel()]
+        cut = flat.is_contiguous() and flat.nbytes > _PIECE_BYTES
+        for part in torch.split(flat.view(-1), _PIECE_BYTES // flat.element_size()) if cut else (flat,):
+            if not part.nbytes:
+                continue
+            if part.nbytes > room:
+                found.append([])
+                room = _PIECE_BYTES
+            found[-1].append(part)
+            room -= part.nbytes
+    return [(piece, _cost(piece)) for piece in found]
 
 
-def _cost(piece: Tensor) -> float:
-    return _PIECE_S + piece.nbytes / _BYTES_PER_S
+def _cost(piece: Sequence[Tensor]) -> float:
+    return _PIECE_S + len(piece) * _TENSOR_S + sum(tensor.nbytes for tensor in piece) / _BYTES_PER_S
 
 
 def _digest(tensor: Tensor) -> bytes:
     """Of the bytes of a tensor. Large ones are summed up first, as integers in columns: any one bit that differs changes a sum,
     and reading the memory is all that it costs."""
     raw = tensor.detach().reshape(-1).view(torch.uint8)
+    found = blake2b(digest_size=8)
     if raw.numel() > _HASHED_BYTES:
         row = 8 * _COLUMNS
-        rows = raw.numel() // row
-        columns = raw[: rows * row].view(torch.int64).view(rows, _COLUMNS).sum(dim=0)
-        raw = torch.cat([columns.view(torch.uint8), raw[rows * row :]])
-    return blake2b(raw.cpu().numpy().tobytes(), digest_size=8).digest()
+        summed = raw.numel() // row * row
+        words = raw[:summed].view(torch.int64).view(-1, _COLUMNS)
+        columns = words.numpy().sum(axis=0) if words.is_cpu else words.sum(dim=0).cpu().numpy()
+        found.update(columns.data)
+        raw = raw[summed:]
+    found.update(raw.cpu().numpy().data)
+    return found.digest()

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 import torch
 
-from unisono.guard.ledger import entry
+from unisono.guard.ledger import Entry, entries, order_sums
 from unisono.observe.timing import StepClock
-from unisono.order import Indices, Order, derive_seed, microbatch_bounds
+from unisono.order import Epoch, Indices, Order, Permutation, derive_seed, microbatch_bounds
 from unisono.training.loader import Loader, Request, load
 from unisono.training.randomness import seed_generators
 from unisono.training.step import Batch, Microbatch
 from unisono.tree import Span
 
+_BLOCK = 4096
+"""Samples that are looked ahead for, if batches are smaller."""
 _Key = tuple[int, int, int]
 """A microbatch: epoch, number of the batch, number of the microbatch."""
 
@@ -31,6 +34,8 @@ class _Outline:
     """Of all its samples."""
     bounds: Sequence[tuple[int, int]]
     """Where each microbatch lies among them."""
+    entries: Sequence[Entry]
+    """The ledger's entry of each microbatch that is not empty."""
 
     def samples(self, microbatch: int) -> Indices:
         return self.indices[slice(*self.bounds[microbatch])]
@@ -79,6 +84,7 @@ class BatchStream:
         self._seed = seed
         self._device = device
         self._clock = clock
+        self._weights = Permutation(2**62, derive_seed("order sums")).at(np.arange(batch_size)).astype(np.uint64)
         self._requests = _Requests(iter(()))
 
     def reassign(self, ranges: Sequence[Span]) -> None:
@@ -107,7 +113,8 @@ class BatchStream:
                             loaded = self._load(requests)
                             microbatch = next(loaded)
                         requests.take(microbatch)
-                    parts.append(Microbatch(key[2], outline.samples(key[2]), requests.hand_out(key)))
+                    samples = outline.samples(key[2])
+                    parts.append(Microbatch(key[2], samples, requests.hand_out(key), (samples, outline.entries[key[2]])))
                 batch = dataclasses.replace(outline.batch, parts=parts, ranges=self._ranges)
             # Reading samples seeds, too. What the user's loop draws must not depend on which ones this worker has read.
             seed_generators(derive_seed("batch", self._seed, batch.epoch, batch.number), self._device)
@@ -119,21 +126,49 @@ class BatchStream:
     def _plan(self, epoch: int, number: int, epochs: int) -> Iterator[_Outline]:
         for current in range(epoch, epochs):
             plan = self._order.epoch(current)
-            for k in range(number if current == epoch else 0, plan.batches):
-                indices = plan.batch(k)
-                bounds = microbatch_bounds(len(indices), self._batch_size, self._microbatches)
-                batch = Batch(
-                    epoch=current,
-                    number=k,
-                    of=plan.batches,
-                    samples=len(indices),
-                    filled=sum(hi > lo for lo, hi in bounds),
-                    parts=(),
-                    made_for=self._made_for,
-                    digest=_digest(indices, current, k, plan.batches),
-                    ledger=entry(indices),
-                )
-                yield _Outline(batch, indices, bounds)
+            first = number if current == epoch else 0
+            while first < plan.batches:
+                block = self._block(plan, current, first)
+                yield from block
+                first += len(block)
+
+    def _block(self, plan: Epoch, epoch: int, first: int) -> list[_Outline]:
+        """The next batches, of a few thousand samples together: what is reckoned of each costs less if it is done for all."""
+        numbers = range(first, min(plan.batches, first + max(1, _BLOCK // self._batch_size)))
+        batches = [plan.batch(k) for k in numbers]
+        bounds = [microbatch_bounds(len(indices), self._batch_size, self._microbatches) for indices in batches]
+        filled = [sum(hi > lo for lo, hi in cuts) for cuts in bounds]
+        accounts = self._accounts(batches, [cuts[:n] for cuts, n in zip(bounds, filled, strict=True)])
+        block: list[_Outline] = []
+        for k, indices, cuts, n, (order, ledger, of_parts) in zip(numbers, batches, bounds, filled, accounts, strict=True):
+            batch = Batch(
+                epoch=epoch,
+                number=k,
+                of=plan.batches,
+                samples=len(indices),
+                filled=n,
+                parts=(),
+                digest=_placed(order, epoch, k, plan.batches),
+                ledger=ledger,
+                made_for=self._made_for,
+            )
+            block.append(_Outline(batch, indices, cuts, of_parts))
+        return block
+
+    def _accounts(
+        self, batches: Sequence[Indices], bounds: Sequence[Sequence[tuple[int, int]]]
+    ) -> list[tuple[int, Entry, list[Entry]]]:
+        """Of each batch what tells its order, and the ledger's entries of the whole and of each microbatch that is not empty."""
+        samples = np.concatenate(batches)
+        starts = [0, *itertools.accumulate(map(len, batches[:-1]))]
+        firsts = [0, *itertools.accumulate(map(len, bounds[:-1]))]
+        cuts = [start + lo for start, spans in zip(starts, bounds, strict=True) for lo, _ in spans]
+        parts, wholes = entries(samples, cuts, firsts)
+        orders = order_sums(samples, starts, self._weights)
+        return [
+            (order, whole, parts[first : first + len(spans)])
+            for order, whole, first, spans in zip(orders, wholes, firsts, bounds, strict=True)
+        ]
 
 
 class _Requests(Iterator[Request]):
@@ -248,7 +283,9 @@ def following(batch: Batch) -> tuple[int, int]:
     return (batch.epoch + 1, 0) if batch.number + 1 == batch.of else (batch.epoch, batch.number + 1)
 
 
-def _digest(indices: Indices, *position: int) -> int:
-    """64 bits that tell batches of other samples, or at another place, apart."""
-    whole = blake2b(indices.tobytes(), digest_size=8).digest()
-    return derive_seed(int.from_bytes(whole, "little"), *position)
+def _placed(order: int, *position: int) -> int:
+    """64 bits that tell batches of other samples, of another order, or at another place apart."""
+    return (order + sum(weight * number for weight, number in zip(_PLACES, position, strict=True))) % 2**64
+
+
+_PLACES = [derive_seed("place", number) | 1 for number in range(3)]

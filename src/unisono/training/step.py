@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from unisono.collective import Collective, Expected
 from unisono.errors import ConfigurationError, DataError, Desync
-from unisono.guard.ledger import NOTHING, Entry, entry, total
+from unisono.guard.ledger import NOTHING, Entry, Tally, tallied, total
 from unisono.guard.replicas import ReplicaGuard
 from unisono.layout import Layout
 from unisono.observe.timing import StepClock
@@ -47,6 +47,8 @@ class Microbatch:
     """Sample indices, int64, 1-D."""
     data: Any
     """What ``collate_fn`` made of them."""
+    tally: Tally | None = None
+    """Of ``indices``, if it was reckoned ahead."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,7 +305,7 @@ class Stepper:
             losses=sums,
             counts=counts,
             digest=batch.digest,
-            ledger=total(entry(part.indices) for part in batch.parts) if batch.ledger is not None else NOTHING,
+            ledger=total([tallied(part.tally, part.indices) for part in batch.parts]) if batch.ledger is not None else NOTHING,
             replica=replica,
             present=self._reduction.present,
             changed=self._buffers.changed.tobytes(),
@@ -378,7 +380,7 @@ class Stepper:
     def _check_ledger(self, headers: Sequence[Header], batch: Batch, step: int) -> None:
         if batch.ledger is None:
             return
-        used = total(header.ledger for header in headers)
+        used = total([header.ledger for header in headers])
         if used != batch.ledger:
             raise Desync(
                 f"step {step}: the workers together computed {used[0]} samples of a global batch of {batch.samples}, and not "

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from unisono.collective import Collective
 from unisono.errors import ConfigurationError
+from unisono.guard.budget import Dose
 from unisono.layout import Layout
 from unisono.training.memory import give_back_freed_memory
 
 _PROBES = 16
-"""Elements of each parameter that are looked at to notice a change."""
+"""Elements of each parameter by which a change is noticed: so many at a time as there is time for, at least one."""
+_SHARE = 0.002
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By the size of an element: NumPy knows these."""
+
+Array = npt.NDArray[Any]
 
 
 class Weights:
@@ -36,8 +45,12 @@ class Weights:
         self._wanted = False
         self._layout = layout
         self._collective = collective
-        self._probes = [torch.cat([_probe(slot.offset, slot.numel) for slot in block.slots]) for block in layout.blocks]
-        self._seen: tuple[list[int], list[Tensor]] | None = None
+        self._probes = [np.stack([_probe(slot.offset, slot.numel) for slot in block.slots], axis=1) for block in layout.blocks]
+        self._dose = Dose(_SHARE, _PROBES)
+        self._turn = 0
+        self._known_places: dict[tuple[int, int], list[Array]] = {}
+        self._integers: list[Array] = []
+        self._seen: tuple[list[int], list[Array], list[bytes]] | None = None
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """*local*. Every parameter's memory as it lies, 1-D."""
@@ -61,6 +74,7 @@ class Weights:
                 self._collective.unshare(flat)
             self.shared = False
             self._seen = None
+            self._integers = []
 
     def bind(self, collective: Collective) -> None:
         """*collective*. From now on these are the other workers; shares the weights with those of this host, if wanted."""
@@ -69,10 +83,21 @@ class Weights:
         if self._wanted:
             shared = [collective.share(flat) for flat in self.flats]
             self.shared = any(shared)
+            self._integers = []
+            if self.shared:
+                self._integers = [flat.view(_INTEGERS.get(flat.element_size(), flat.dtype)).numpy() for flat in self.flats]
 
     def remember(self) -> None:
         """*local*. The values of now are those that the trainer has made."""
-        self._seen = (self._versions(), self._values()) if self.shared else None
+        self._seen = None
+        if not self.shared:
+            return
+        self._dose.adjust()
+        began_s = self._dose.begin()
+        places = self._places(self._turn, self._dose.amount)
+        self._turn = (self._turn + self._dose.amount) % _PROBES
+        self._seen = (self._versions(), places, self._values(places))
+        self._dose.end(began_s)
 
     def check_untouched(self) -> None:
         """*local*. Whether shared weights are still as the trainer made them: if every worker changes them in place, they
@@ -83,22 +108,31 @@ class Weights:
         """
         if self._seen is None:
             return
-        versions, values = self._seen
-        if versions == self._versions() and all(map(torch.equal, values, self._values())):
+        began_s = self._dose.begin()
+        versions, places, values = self._seen
+        if versions == self._versions() and values == self._values(places):
+            self._dose.end(began_s)
             return
         raise ConfigurationError(
             "weights were changed between two steps while the workers of this host share them, so the change was made once by "
             "each worker. Pass sync=Exact(share_weights=False), and leave Callback.edits_weights True where a callback edits them"
         )
 
+    def _places(self, turn: int, amount: int) -> list[Array]:
+        found = self._known_places.get((turn, amount))
+        if found is None:
+            found = self._known_places[turn, amount] = [probes[turn : turn + amount].ravel() for probes in self._probes]
+        return found
+
     def _versions(self) -> list[int]:
         return [parameter._version for parameter in self._layout.parameters]
 
-    def _values(self) -> list[Tensor]:
+    def _values(self, places: Sequence[Array]) -> list[bytes]:
         # As bytes, so that a NaN equals itself.
-        return [flat.index_select(0, where).view(torch.uint8) for flat, where in zip(self.flats, self._probes, strict=True)]
+        return [integers.take(where).tobytes() for integers, where in zip(self._integers, places, strict=True)]
 
 
-def _probe(offset: int, numel: int) -> Tensor:
-    """Positions spread over a parameter, int64."""
-    return offset + torch.linspace(0, max(numel - 1, 0), min(numel, _PROBES), dtype=torch.float64).long()
+def _probe(offset: int, numel: int) -> Array:
+    """Positions spread over a parameter, in an order in which any few of them are far apart: int64 ``[_PROBES]``."""
+    spread = np.linspace(0, max(numel - 1, 0), _PROBES).astype(np.int64)
+    return offset + spread[[0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15]]
