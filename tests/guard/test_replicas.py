@@ -213,4 +213,4 @@ def test_a_worker_that_fails_meanwhile_is_a_failure_and_not_a_difference() -> No
             collective.close()
         return "none"
 
-    assert run_threads(3, work) == ["WorkerFailure", "KeyError", "WorkerFailure"]
+    assert run_threads(3, work) == ["LostWorker", "KeyError", "LostWorker"]

@@ -329,7 +329,7 @@ class Net(nn.Module):
         self.calls = 0
     def forward(self, x):
         self.calls += 1
-        if rank == 1 and self.calls == 3:
+        if self.calls == 3 and ("again" in sys.argv or (rank == 1 and not os.environ.get("UNISONO_JOINS"))):
             hang()
         return self.linear(x)
 
@@ -351,20 +351,17 @@ trainer.fit(torch.utils.data.TensorDataset(torch.ones(8 * size, 4)), 1)
 """
 
 
-def test_under_the_launcher_all_end_within_five_seconds_and_the_silent_worker_is_named(
-    launcher: Launcher, tmp_path: Path
-) -> None:
+def test_under_the_launcher_the_silent_worker_is_named_and_left_behind(launcher: Launcher, tmp_path: Path) -> None:
     launch = launcher.run(SCRIPT, str(tmp_path / "run"), workers=3)
     silent = launch.hear_processes(1)
-    began_s = time.monotonic()
-    status, _, err = launch.finish(limit_s=1.0 + 5.0)
-    assert_gone(silent, limit_s=max(0.1, began_s + 6.0 - time.monotonic()))
-    assert status == 1
-    assert f"unisono: worker 1 of 3 on {os.uname().nodename} failed in step 3" in err
-    assert f"process {silent[0].pid}) did not arrive within 1 s" in err
-    assert "in phase 'compute'" in err
-    assert err.count("in hang") == 1
-    assert "lost contact" not in err
+    assert_gone(silent, limit_s=1.0 + 5.0)
+    status, out, err = launch.finish()
+    assert status == 0
+    assert f"process {silent[0].pid}) did not arrive within 1 s" in out
+    assert "in phase 'compute'" in out
+    assert out.count("in hang") == 1
+    assert f"process {silent[0].pid}) was killed by SIGKILL" in out or f"process {silent[0].pid}) was lost" in out
+    assert f"(pid {silent[0].pid}) was killed by SIGKILL; a new one starts (restart 1 of 3)" in err
 
 
 def torchrun(launcher: Launcher, *args: str) -> Any:
@@ -381,16 +378,23 @@ def test_under_torchrun_a_worker_that_raises_ends_all_within_five_seconds(launch
     assert (out + err).count("KeyError: 'missing label'") == 1
 
 
-def test_under_the_launcher_a_worker_that_raises_in_training_ends_all_within_five_seconds(
-    launcher: Launcher, tmp_path: Path
-) -> None:
-    launch = launcher.run(SCRIPT, str(tmp_path / "run"), "fail", workers=3)
+def test_under_the_launcher_an_error_that_comes_again_ends_all_within_five_seconds(launcher: Launcher, tmp_path: Path) -> None:
+    launch = launcher.run(SCRIPT, str(tmp_path / "run"), "fail", "again", workers=3)
     assert launch.hear() == ["fails"]
     status, out, err = launch.finish(limit_s=5.0)
     assert status == 1
-    assert (out + err).count("KeyError: 'missing label'") == 1
+    assert (out + err).count("Traceback") == 1
+    assert "KeyError: 'missing label'" in err
     assert "in fail" in err
     assert "lost contact" not in err
+
+
+def test_under_the_launcher_an_error_that_does_not_come_again_is_survived(launcher: Launcher, tmp_path: Path) -> None:
+    launch = launcher.run(SCRIPT, str(tmp_path / "run"), "fail", workers=3)
+    assert launch.hear() == ["fails"]
+    status, _, err = launch.finish()
+    assert status == 0
+    assert "failed: KeyError: 'missing label'; a new one starts (restart 1 of 3)" in err
 
 
 def test_under_torchrun_the_silent_worker_is_named(launcher: Launcher, tmp_path: Path) -> None:

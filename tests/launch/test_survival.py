@@ -149,7 +149,6 @@ def test_when_all_are_killed_all_start_again_which_is_one_restart() -> None:
     assert run.end((0, KILLED), (1, KILLED)) is Course.FAILED
 
 
-
 def test_when_those_who_live_cannot_go_on_all_start_again_and_the_first_death_is_the_cause() -> None:
     run = Run(3)
     assert run.end((2, KILLED)) is Course.GO_ON
@@ -201,7 +200,6 @@ def test_while_the_run_stops_nobody_is_replaced_and_deaths_do_not_count_if_other
     assert run.end((0, KILLED), (1, RESTART), stops=True) is Course.FAILED
 
 
-
 def test_an_error_while_the_run_stops_or_after_its_end_is_a_failure() -> None:
     run = Run(2)
     assert run.end((1, "disk full"), stops=True) is Course.FAILED
@@ -221,7 +219,6 @@ def test_a_death_after_the_end_changes_nothing() -> None:
     run.set("over")
     assert run.end((0, KILLED)) is Course.GO_ON
     assert run.end((1, KILLED)) is Course.DONE
-
 
 
 def test_a_newcomer_that_does_not_fit_is_turned_away_and_the_others_go_on() -> None:

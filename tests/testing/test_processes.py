@@ -64,9 +64,10 @@ def stays(collective: Collective, folder: str) -> None:
 
 def test_a_worker_that_stays_too_long_is_ended_with_what_it_has_started(run_workers: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(WorkerFailure, match=r"^worker 0: did not end in time$"):
-        run_workers(1, stays, str(tmp_path), timeout_s=2.0)
+        run_workers(1, stays, str(tmp_path), timeout_s=5.0)
 
-    assert not any(psutil.pid_exists(int(pid)) for pid in (tmp_path / "pids").read_text().split())
+    left = [psutil.Process(int(pid)) for pid in (tmp_path / "pids").read_text().split() if psutil.pid_exists(int(pid))]
+    assert psutil.wait_procs(left, timeout=5.0)[1] == []
 
 
 KILLED = """

@@ -143,6 +143,7 @@ class Team:
         token: Stands for the workers of now, in batches that are divided among them.
         state: The run's state, as this worker holds it.
         acts: How many acts are done.
+        silence: What was found out about a worker that did not answer, if that ended the generation before.
     """
 
     def __init__(
@@ -183,6 +184,7 @@ class Team:
         self._past: list[_Past] = []
         self._kept_buffers: list[Tensor] = []
         self._repeatable = False
+        self.silence: str | None = None
         self._stepping = False
         self._changing = False
 
@@ -448,6 +450,8 @@ class Team:
         if self._link is None or self._link.generation is None:
             raise failure
         before = self._link.generation
+        if failure.silent:
+            self._link.tell(f"silence/{before.number}", str(failure))
         while True:
             try:
                 self._regroup(before=before, silent=failure.rank if failure.silent else None)
@@ -480,6 +484,7 @@ class Team:
         if before is not None:
             gone = [member for member in before.members if member.uid not in self._link.uids]
             reason = "; ".join(self._obituary(before, member) for member in gone)
+            self.silence = self._link.ask(f"silence/{before.number}")
         self._gather(collective, reason)
 
     def _obituary(self, before: Generation, member: Member) -> str:

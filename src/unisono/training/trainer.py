@@ -653,9 +653,7 @@ class Trainer:
             self._team.act(act)
             note += f"; checkpoint written to {run.url}. Start the same command again to go on, on any number of workers"
         if self.collective.rank == 0:
-            self._progress.note(note)
-            if isinstance(self._progress, SilentProgress):
-                print(note, flush=True)
+            self._tell(note)
         raise SystemExit(128 + stop)
 
     def _is_done(self, epochs: int) -> bool:
@@ -797,10 +795,10 @@ class Trainer:
             return
         self._link.speak()
         self._show_progress()
+        if self._team.silence is not None:
+            self._tell(self._team.silence)
         workers = self._team.collective.size
-        self._progress.note(
-            f"{reason}: {workers} worker{'s go' if workers > 1 else ' goes'} on after step {self._team.committed}"
-        )
+        self._tell(f"{reason}: {workers} worker{'s go' if workers > 1 else ' goes'} on after step {self._team.committed}")
         if self._run is not None:
             self._run.note(
                 {
@@ -811,6 +809,12 @@ class Trainer:
                     "reason": reason,
                 }
             )
+
+    def _tell(self, text: str) -> None:
+        """Says something to the person, also where no progress is shown."""
+        self._progress.note(text)
+        if isinstance(self._progress, SilentProgress):
+            print(text, flush=True)
 
     def _catch_up(self, dataset: Any, *, own_loop: bool) -> list[Any]:
         """What the others had from this call, if they had finished it before this worker came; else it takes part from now."""
