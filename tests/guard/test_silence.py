@@ -347,7 +347,7 @@ torch.manual_seed(0)
 model = Net()
 trainer = unisono.Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda m, b: m(b[0]).square().mean(),
                           batch_size=size, microbatches=size, timeout_s=1.0, run_dir=sys.argv[1])
-trainer.fit(torch.utils.data.TensorDataset(torch.ones(8 * size, 4)), 1)
+trainer.fit(torch.utils.data.TensorDataset(torch.ones((800 if "once" in sys.argv else 8) * size, 4)), 1)
 """
 
 
@@ -390,7 +390,7 @@ def test_under_the_launcher_an_error_that_comes_again_ends_all_within_five_secon
 
 
 def test_under_the_launcher_an_error_that_does_not_come_again_is_survived(launcher: Launcher, tmp_path: Path) -> None:
-    launch = launcher.run(SCRIPT, str(tmp_path / "run"), "fail", workers=3)
+    launch = launcher.run(SCRIPT, str(tmp_path / "run"), "fail", "once", workers=3)
     assert launch.hear() == ["fails"]
     status, _, err = launch.finish()
     assert status == 0
