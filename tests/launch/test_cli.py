@@ -126,3 +126,17 @@ def test_a_demo_runs_as_a_script_does(tmp_path: Path, runs: list[runner.Run], mo
     assert (runs[0].script, runs[0].workers) == (str(tmp_path / "digits.py"), 1)
     assert runs[0].args == ("--epochs", "3", "more")
     assert "there are: digits\n" in unisono("demo", "letters").stderr
+
+
+def test_a_demo_is_copied_to_be_changed_and_no_file_is_overwritten(
+    tmp_path: Path, runs: list[runner.Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = unisono("demo", "digits", "--copy")
+    assert (result.exit_code, runs) == (0, [])
+    assert (tmp_path / "digits.py").read_text() == (cli._DEMOS / "digits.py").read_text()
+    (tmp_path / "digits.py").write_text("mine")
+    again = unisono("demo", "digits", "--copy")
+    assert again.exit_code == 2
+    assert "digits.py is there already" in again.stderr
+    assert (tmp_path / "digits.py").read_text() == "mine"

@@ -126,14 +126,29 @@ def run(script: str, args: tuple[str, ...], **options: Any) -> None:
 
 @main.command(context_settings={"ignore_unknown_options": True})
 @_launch_options
+@click.option("--copy", is_flag=True, help="Do not run it: copy its file into this folder, to change it.")
 @click.argument("name")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
-def demo(name: str, args: tuple[str, ...], **options: Any) -> None:
+def demo(name: str, args: tuple[str, ...], copy: bool, **options: Any) -> None:
     """Run the example NAME that comes with unisono. Options that unisono does not know go to the example."""
     names = sorted(file.stem for file in _DEMOS.glob("*.py") if not file.stem.startswith("_"))
     if name not in names:
         raise click.BadParameter(f"no demo {name!r}; there are: {', '.join(names) or 'none'}", param_hint="NAME")
-    sys.exit(_run(str(_DEMOS / f"{name}.py"), args, **options))
+    file = _DEMOS / f"{name}.py"
+    if copy:
+        _copy_here(file)
+        return
+    sys.exit(_run(str(file), args, **options))
+
+
+def _copy_here(file: Path) -> None:
+    target = Path(file.name)
+    try:
+        with target.open("x", encoding="utf-8") as out:
+            out.write(file.read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise click.UsageError(f"{target} is there already: move it away first") from None
+    click.echo(f"{target} is yours to change; unisono run {target} runs it")
 
 
 @main.command()
