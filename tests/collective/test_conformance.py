@@ -391,4 +391,4 @@ def test_when_a_process_fails_the_others_get_a_worker_failure_and_its_error_is_s
     assert time.monotonic() - begin < 30, "without waiting for any time limit"
     text = str(caught.value)
     assert "OSError: the data set is gone" in text
-    assert "WorkerFailure: worker 0 lost contact" in text
+    assert "LostWorker: worker 0 lost contact" in text

@@ -115,7 +115,7 @@ class Hierarchical(Collective):
 
     def publish(self, flat: Tensor, bounds: Sequence[tuple[int, int]]) -> None:
         hosts = self._hosts
-        if all(bounds[peer] in {bounds[near] for near in hosts.near} for peer in range(self.size)):
+        if all({bounds[worker] for worker in host} == set(bounds) for host in hosts.groups):
             # Each host has all of it among its workers.
             self._local.publish(flat, [bounds[peer] for peer in hosts.near])
             self._count()
