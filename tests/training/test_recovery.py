@@ -113,7 +113,7 @@ def test_a_worker_may_die_at_any_call_to_the_others(victim: int, replicate_kib: 
     calls = live({}, replicate_kib=replicate_kib).calls[victim]
     assert calls > 40
 
-    for call in range(1 + 2 * told, calls + 1, 5):
+    for call in range(1 + 2 * told, calls + 1, 9):
         lives = live({victim: Death(call, told)}, replicate_kib=replicate_kib)
         # A checkpoint that is complete a step earlier or later makes a few calls more or less.
         died = {victim} if lives.calls[victim] >= call else set()
@@ -123,7 +123,7 @@ def test_a_worker_may_die_at_any_call_to_the_others(victim: int, replicate_kib: 
 
 
 def test_two_may_die_the_second_while_the_others_still_recover() -> None:
-    for call in range(20, 110, 6):
+    for call in range(20, 110, 9):
         lives = live({0: Death(40), 1: Death(call)}, workers=4, replicate_kib=0.0)
         assert {2, 3} <= set(lives.results)
         for found in lives.results.values():
@@ -161,7 +161,7 @@ def test_workers_that_come_later_take_part_in_the_run_as_it_is(replicate_kib: fl
 
 @pytest.mark.parametrize("replicate_kib", [0.0, 4096.0], ids=["owners", "everywhere"])
 def test_one_that_comes_may_die_at_any_moment(replicate_kib: float) -> None:
-    for call in range(1, 26, 3):
+    for call in range(1, 26, 4):
         lives = live({2: Death(call)}, workers=2, joiners=1, replicate_kib=replicate_kib)
         assert {0, 1} <= set(lives.results), call
         assert lives.results[0] == lives.results[1] == undisturbed(), call
@@ -174,7 +174,7 @@ HOSTS = {0: "one", 1: "one", 2: "other", 3: "other"}
 @pytest.mark.parametrize("told", [False, True], ids=["unheard", "heard"])
 def test_one_of_several_hosts_may_lose_a_worker(victim: int, told: bool) -> None:
     calls = live({}, workers=4, machines=HOSTS, replicate_kib=0.0).calls[victim]
-    for call in range(1, calls + 1, 9):
+    for call in range(1 + 3 * told, calls + 1, 17):
         lives = live({victim: Death(call, told)}, workers=4, machines=HOSTS, replicate_kib=0.0)
         died = {victim} if lives.calls[victim] >= call else set()
         assert sorted(lives.results) == sorted({0, 1, 2, 3} - died), call
@@ -184,7 +184,7 @@ def test_one_of_several_hosts_may_lose_a_worker(victim: int, told: bool) -> None
 
 @pytest.mark.parametrize("host", [(0, 1), (2, 3)])
 def test_a_whole_host_may_be_lost(host: tuple[int, int]) -> None:
-    for call in range(25, 100, 7):
+    for call in range(25, 100, 11):
         lives = live(dict.fromkeys(host, Death(call)), workers=4, machines=HOSTS, replicate_kib=0.0)
         assert {0, 1, 2, 3}.difference(host) <= set(lives.results), call
         for found in lives.results.values():

@@ -157,6 +157,7 @@ class Membership:
         self._look_every_s = look_every_s
         self._looked_s = 0.0
         self._seen = 0
+        self._stopped_s = time.monotonic()
 
     @property
     def is_founder(self) -> bool:
@@ -182,6 +183,7 @@ class Membership:
                 self.store.set(f"{self._number}/over", "1")
             if suspect is not None:
                 self.store.set(f"{number}/silent/{suspect}", "1")
+            self.store.set(f"member/{self.me.uid}", self.me.to_json())
             self.store.set(f"{number}/here/{self.me.uid}", self.me.to_json())
             plan = self._plan(number, [uid for uid in self._expected if uid not in leavers], joiners)
         except DistError as error:
@@ -284,13 +286,22 @@ class Membership:
         Raises:
             StateLost: All that were there have died.
         """
-        if self.store.check(["members"]):
-            members = json.loads(self.store.get("members"))
-            if (
-                all(self.store.check([f"dead/{uid}"]) for uid in members)
-                and self.store.get("members") == json.dumps(members).encode()
-            ):
-                raise StateLost("all workers that held the run's state were lost before others could join them")
+        if not self.store.check(["members"]):
+            return
+        told = self.store.get("members")
+        living = [uid for uid in json.loads(told) if not self.store.check([f"dead/{uid}"])]
+        if not living and self.store.get("members") == told:
+            raise StateLost("all workers that held the run's state were lost before others could join them")
+        stopped = [member.process for uid in living if (member := self._told_by(uid)) is not None and member.process.is_stopped]
+        if len(stopped) < len(living) or not living:
+            self._stopped_s = time.monotonic()
+        elif time.monotonic() - self._stopped_s > self.timeout_s:
+            for process in stopped:  # nobody but those who wait for them can see that they do not answer
+                process.kill()
+
+    def _told_by(self, uid: str) -> Member | None:
+        key = f"member/{uid}"
+        return Member.from_json(self.store.get(key)) if self.store.check([key]) else None
 
     def apply(self, over: Callable[[], bool]) -> Generation | None:
         """*local* until others meet this worker. Waits to be let in; None once there is nothing to wait for, as ``over`` says.
@@ -309,6 +320,7 @@ class Membership:
                     self.check_members()
                     self.pause(_SLOW_POLL_S)
                 last = told["number"]
+                self.store.set(f"member/{self.me.uid}", self.me.to_json())
                 self.store.set(f"{last}/here/{self.me.uid}", self.me.to_json())
                 plan = self._plan(last, told["expected"], told["joiners"])
                 if self.me.uid in plan:
