@@ -102,7 +102,8 @@ def test_a_flipped_bit_is_named_within_a_period(
         flips = Flips(rank, fault)
         with pytest.raises(Desync) as found:
             # What owners publish is the same again after the next update: there, only looking in every step is sure to see it.
-            every = None if replicate_kib or fault is integers else 1
+            # And what differs in the optimizer makes the weights differ, too, one update later.
+            every = None if (replicate_kib or fault is integers) and fault is not moment else 1
             trained(collective, flips, replicate_kib=replicate_kib, compare_every=every)
         return found.value, flips.steps
 

@@ -352,7 +352,7 @@ trainer.fit(torch.utils.data.TensorDataset(torch.ones((800 if "once" in sys.argv
 
 
 def test_under_the_launcher_the_silent_worker_is_named_and_left_behind(launcher: Launcher, tmp_path: Path) -> None:
-    launch = launcher.run(SCRIPT, str(tmp_path / "run"), workers=3)
+    launch = launcher.run(SCRIPT, str(tmp_path / "run"), "once", workers=3)
     silent = launch.hear_processes(1)
     assert_gone(silent, limit_s=1.0 + 5.0)
     status, out, err = launch.finish()
