@@ -479,6 +479,7 @@ class Team:
         assert self._link is not None
         self._abandon()
         collective = self._link.meet(leavers=leavers, joiners=joiners, silent=silent, keep=self._weights.flats)
+        self.silence = None
         if acts is not None:
             self.acts, self._last, self._changing = acts, None, False
         if before is not None:
