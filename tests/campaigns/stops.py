@@ -237,10 +237,11 @@ def newest_checkpoint(run_dir: Path) -> int:
 
 
 def lines(run_dir: Path) -> list[dict[str, object]]:
-    """The log without what depends on time."""
-    timed = re.compile(r".*_s(_\d+)?|samples_per_second")
+    """The log of steps without what depends on time."""
+    timed = re.compile(r".*_s(_\d+)?|samples_per_second|microbatches(_\d+)?")
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if not timed.fullmatch(key)} for record in records]
+    steps = [record for record in records if "event" not in record]  # one that was killed and survived is told of there
+    return [{key: value for key, value in record.items() if not timed.fullmatch(key)} for record in steps]
 
 
 def weights(run_dir: Path) -> str:

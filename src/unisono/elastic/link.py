@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from unisono.collective import Collective, LostWorker
 from unisono.collective.regions import Memory
 from unisono.collective.shared_memory import SharedMemory, host_identity
 from unisono.elastic.membership import Generation, Member, Membership, Store, store_is_gone
-from unisono.errors import ConfigurationError, WorkerFailure
+from unisono.errors import WorkerFailure
 from unisono.process import Process
 from unisono.world import World
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 _MOST_TRIES = 100
 """Generations that may fail to come about before that counts as the machine's fault."""
+_PASSING = ("refused", "reset", "gone", "timed out", "broken pipe")
+"""Words of problems that a worker has left behind which died while all connected."""
 _STORE_LIMIT = datetime.timedelta(seconds=30)
 """How long the store may take to answer."""
 
@@ -215,17 +218,20 @@ def _transports(store: Any) -> Connect:
         found: Collective | str
         if len({member.machine for member in generation.members}) == 1:
             found = SharedMemory.meet(rank, size, generation.introduce, memory=memory, check=generation.check)
-        else:
-            from unisono.collective.hierarchical import come_near
-            from unisono.collective.torch_distributed import TorchDistributed
+            if not isinstance(found, str):
+                return found
+            if any(sign in found.lower() for sign in _PASSING) and number < _MOST_TRIES:
+                raise LostWorker(f"generation {number} did not come about: {found}")
+        from unisono.collective.hierarchical import come_near
+        from unisono.collective.torch_distributed import TorchDistributed
 
-            wide = TorchDistributed.meet(rank, size, PrefixStore(f"{number}/gloo", store))
-            found = come_near(wide, memory=memory, check=generation.check)
+        wide = TorchDistributed.meet(rank, size, PrefixStore(f"{number}/gloo", store))
+        found = come_near(wide, memory=memory, check=generation.check)
         if not isinstance(found, str):
             return found
-        if number > _MOST_TRIES:
-            raise ConfigurationError(f"the workers cannot talk to each other: {found}")
-        raise LostWorker(f"generation {number} did not come about: {found}")
+        if rank == 0 and number == 1:
+            warnings.warn(f"workers talk over Gloo, since they cannot share memory: {found}", stacklevel=6)
+        return wide
 
     return connect
 

@@ -155,7 +155,7 @@ class ProbeTrainer(Trainer):
                 torch.use_deterministic_algorithms(True, warn_only=True)
         if watched.phase == "script":
             watched.phase = "between"
-        bench.collective = self._probe_collective
+        bench.collective = super().collective
         bench.on_gpu = self.device.type == "cuda"
         self._probe.batch_size, self._probe.microbatches, self._probe.seed = self.batch_size, self.microbatches, self.seed
         if self.scheduler is not None:
@@ -168,12 +168,8 @@ class ProbeTrainer(Trainer):
         """The workers' collective; a look at its rank is noted."""
         frame = sys._getframe(1)
         if is_users(frame.f_code.co_filename):
-            return _Seen(self._probe_collective, self.bench.watch)  # type: ignore[return-value]
-        return self._probe_collective
-
-    @collective.setter
-    def collective(self, value: Collective) -> None:
-        self._probe_collective = value
+            return _Seen(super().collective, self.bench.watch)  # type: ignore[return-value]
+        return super().collective
 
     @property
     def world(self) -> World:
