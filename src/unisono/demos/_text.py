@@ -39,9 +39,9 @@ def n_gram(text: str, begin: int, order: int = 5) -> float:
     for place in range(begin):
         for length in range(min(order, place + 1)):
             counts[length][text[place - length : place]][text[place]] += 1
-    bits = 0.0
+    bits, anything = 0.0, 1 / len(set(text))
     for place in range(begin, len(text)):
-        probability = 1 / len(set(text))
+        probability = anything
         for length in range(order):
             if seen := counts[length].get(text[place - length : place]):
                 probability = (seen[text[place]] + len(seen) * probability) / (seen.total() + len(seen))
