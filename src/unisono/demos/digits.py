@@ -114,7 +114,7 @@ def main() -> None:
     )
     trainer.fit(train, epochs=arguments.epochs)
     result = trainer.evaluate(test, {"accuracy": accuracy}, batch_size=len(test))
-    if world.is_main:
+    if trainer.world.is_main:
         print(f"test accuracy {result['accuracy']:.2%} on {len(test)} images that were not trained on")
 
 

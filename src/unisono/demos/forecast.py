@@ -193,7 +193,7 @@ def main() -> None:
     )
     trainer.fit(train, epochs=arguments.epochs)
     result = trainer.evaluate(test, {"mae": absolute_error, "coverage": coverage}, batch_size=4096)
-    if not world.is_main:
+    if not trainer.world.is_main:
         return
     kept = {"demo": "forecast", "features": features.to_json(), "scale": scale, "middle": middle, "flights": flights}
     application.keep_settings(arguments.run_dir, kept)

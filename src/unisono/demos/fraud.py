@@ -212,7 +212,7 @@ def main() -> None:
     )
     trainer.fit(train, epochs=arguments.epochs)
     trainer.evaluate(test, {"test loss": loss}, batch_size=4096)
-    if world.is_main:
+    if trainer.world.is_main:
         application.keep_settings(arguments.run_dir, {"demo": "fraud", "features": features.to_json(), "label": label})
         report(arguments.run_dir, labels[test_rows], {"this run": scores(model, *test.tensors[:2])} | baselines(train, test))
 

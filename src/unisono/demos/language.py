@@ -210,7 +210,7 @@ def main() -> None:
     )
     trainer.fit(train, epochs=epochs)
     result = trainer.evaluate(HeldOut(codes, begin, preset.block), {"bits per character": bits_per_character}, batch_size=16)
-    if not world.is_main:
+    if not trainer.world.is_main:
         return
     kept = {"demo": "language", "vocabulary": vocabulary, "preset": dataclasses.asdict(preset)}
     application.keep_settings(arguments.run_dir, kept)

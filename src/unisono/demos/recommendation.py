@@ -212,7 +212,7 @@ def main() -> None:
     )
     trainer.fit(train, epochs=arguments.epochs)
     result = trainer.evaluate(test, {"mse": squared_error}, batch_size=5000)
-    if not world.is_main:
+    if not trainer.world.is_main:
         return
     run_dir = arguments.run_dir
     application.keep_settings(run_dir, {"demo": "recommendation"})

@@ -213,7 +213,7 @@ def main() -> None:
     )
     trainer.fit(train, epochs=arguments.epochs)
     result = trainer.evaluate(test, {"accuracy": accuracy}, batch_size=500)
-    if not world.is_main:
+    if not trainer.world.is_main:
         return
     application.keep_settings(arguments.run_dir, {"demo": "vision"})
     values = {"this run": result["accuracy"], "logistic regression": logistic_regression(train, test)}
