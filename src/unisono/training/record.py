@@ -82,12 +82,13 @@ class Record:
     def rates(self, collective: Collective) -> dict[str, Any]:
         """*collective*. The averages that a summary holds, each worker's share of the work, and where its time went."""
         sent = self.bytes_sent / self.steps if self.steps else 0.0
-        mine = torch.tensor([*self.phases_s, self.microbatches, peak_memory_bytes(), sent], dtype=torch.float64)
+        share = self.microbatches / self.steps if self.steps else 0.0  # of its own steps: it may have come later
+        mine = torch.tensor([*self.phases_s, share, peak_memory_bytes(), sent], dtype=torch.float64)
         *phases, microbatches, peaks, everybodys_sent = torch.stack(collective.all_gather(mine)).T
         waiting_s = self.phases_s[PHASES.index("waiting")]
         return {
             **{f"{name}_s": column.tolist() for name, column in zip(PHASES, phases, strict=True)},
-            "microbatches": (microbatches / self.steps).tolist() if self.steps else [],
+            "microbatches": microbatches.tolist() if self.steps else [],
             "peak_memory_bytes": peaks.tolist(),
             "bytes_sent": everybodys_sent.tolist(),
             "seconds": self.seconds,
