@@ -437,7 +437,7 @@ class Team:
                 raise WorkerFailure(
                     f"{self.collective.size} of at least {link.minimum} workers are left, and no others came within "
                     f"{link.wait_s:g} s (--wait). Start the same command again to go on from the last checkpoint, or "
-                    " with a smaller minimum (--workers MIN:MAX)"
+                    "with a smaller minimum (--workers MIN:MAX)"
                 )
             self.change((), admit=True)
             if self.collective.size < link.minimum:
