@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import operator
 from collections import deque
 from collections.abc import Sequence
@@ -162,7 +163,8 @@ class Balance:
         self._windows.append(window)
         if len(self._windows) < WINDOWS:
             return None
-        for ranges in dict.fromkeys(map(self._best, (functools.reduce(operator.add, self._windows), window))):
+        *_, together = itertools.accumulate(self._windows)
+        for ranges in dict.fromkeys(map(self._best, (together, window))):
             if ranges != self.ranges and all(one.gains(self._ratios(one, ranges)) for one in self._windows):
                 self._change(ranges, window)
                 return ranges
