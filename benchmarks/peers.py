@@ -213,10 +213,10 @@ def _unisono_step(trainer: Any, workload: Workload, place: Place) -> Step:
     next(stream)  # training has begun: weights are shared from here on
     bounds = list(enumerate(microbatch_bounds(workload.batch_size, workload.batch_size, trainer.microbatches)))
     share = trainer.microbatches // place.workers
-    parts = [
+    parts = tuple(
         Microbatch(number, np.arange(lo, hi), (inputs[lo:hi].clone(), targets[lo:hi].clone()))
         for number, (lo, hi) in bounds[place.rank * share : (place.rank + 1) * share]
-    ]
+    )
 
     def step(_open: Any = stream) -> None:
         trainer.step(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -92,8 +93,9 @@ def test_microbatches_that_do_not_make_up_the_batch_are_refused(workers: int) ->
         trainer = make(collective)
         for batch in trainer.batches(TensorDataset(torch.ones(12, 4)), 1):
             if collective.rank == workers - 1:
-                part = batch.parts[-1]
-                object.__setattr__(part, "indices", np.full_like(part.indices, 3))
+                *others, part = batch.parts
+                wrong = dataclasses.replace(part, indices=np.full_like(part.indices, 3))
+                batch = dataclasses.replace(batch, parts=(*others, wrong))
             with pytest.raises(
                 Desync, match="step 1: the workers together computed 6 samples of a global batch of 6, and not each"
             ):

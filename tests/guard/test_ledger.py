@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import struct
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unisono.guard.ledger import NOTHING, entries, entry, order_sums, tallied, total, whole
+from unisono.guard.ledger import ENTRY_BYTES, LANES, NOTHING, Entry, entries, entry, order_sums, samples_of, total, whole
 
 
-def of(*indices: int) -> tuple[int, int, int, int]:
+def of(*indices: int) -> Entry:
     return entry(np.array(indices, dtype=np.int64))
+
+
+def lanes(entry: Entry) -> tuple[int, ...]:
+    return struct.unpack("<" + "Q8x" * LANES, entry.to_bytes(ENTRY_BYTES, "little"))
 
 
 @given(st.permutations(range(40)), st.lists(st.integers(0, 40), max_size=6))
@@ -38,7 +43,9 @@ def test_the_closed_form_is_the_sum(length: int) -> None:
 
 def test_sums_are_modulo_2_to_the_64_and_cost_nothing_for_a_million_million_samples() -> None:
     large = 10**12
-    assert all(0 <= number < 2**64 for number in whole(large))
+    assert samples_of(whole(large)) == large
+    assert lanes(whole(large))[1] == large * (large - 1) // 2 % 2**64
+    assert lanes(total([whole(large)] * 3)) == tuple(3 * number % 2**64 for number in lanes(whole(large)))
     assert total([whole(large), of(large)]) == whole(large + 1)
 
 
@@ -47,27 +54,15 @@ def test_nothing_adds_nothing() -> None:
     assert total([NOTHING, of(3, 4)]) == of(4, 3)
 
 
-@given(
-    st.lists(st.lists(st.lists(st.integers(0, 2**62), min_size=1, max_size=4), min_size=1, max_size=3), min_size=1, max_size=4)
-)
-def test_many_entries_at_once_are_those_of_each_alone(groups: list[list[list[int]]]) -> None:
-    parts = [part for group in groups for part in group]
-    starts = [0, *itertools.accumulate(map(len, parts[:-1]))]
-    firsts = [0, *itertools.accumulate(map(len, groups[:-1]))]
+@given(st.lists(st.integers(0, 2**62), max_size=12), st.data())
+def test_many_entries_at_once_are_those_of_each_alone(samples: list[int], data: st.DataObject) -> None:
+    borders = st.integers(0, len(samples))
+    spans = [sorted(span) for span in data.draw(st.lists(st.tuples(borders, borders), min_size=1, max_size=5))]
 
-    of_parts, of_groups = entries(np.array([index for part in parts for index in part], dtype=np.int64), starts, firsts)
+    found = entries(np.array(samples, dtype=np.int64), np.array(spans))
 
-    assert of_parts == [
-        (len(part), sum(part) % 2**64, sum(i**2 for i in part) % 2**64, sum(i**3 for i in part) % 2**64) for part in parts
-    ]
-    assert of_groups == [total([of(*part) for part in group]) for group in groups]
-
-
-def test_an_entry_reckoned_ahead_counts_for_its_own_samples_only() -> None:
-    samples = np.array([4, 5])
-    assert tallied((samples, (9, 9, 9, 9)), samples) == (9, 9, 9, 9)
-    assert tallied((samples, (9, 9, 9, 9)), np.array([4, 5])) == of(4, 5)
-    assert tallied(None, samples) == of(4, 5)
+    parts = [samples[lo:hi] for lo, hi in spans]
+    assert [lanes(one) for one in found] == [(len(part), *(sum(i**n for i in part) % 2**64 for n in (1, 2, 3))) for part in parts]
 
 
 def test_the_order_sum_tells_other_samples_and_another_order() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -180,8 +180,9 @@ def test_any_bit_of_anything_is_seen_once_a_period(numel: int, dtype: torch.dtyp
     value = torch.randint(0, 2, (numel,), generator=generator).to(dtype)
     turned = value.clone()
 
-    def held(tensor: Tensor) -> Callable[[], Iterator[tuple[str, Tensor]]]:
-        return lambda: iter([("small", torch.arange(3)), ("value", tensor)])
+    def guard(tensor: Tensor) -> ReplicaGuard:
+        held = {"small": torch.arange(3), "value": tensor}
+        return ReplicaGuard(lambda: iter(held.items()), lambda: [*held.values()], Two(), "error")
 
     def digests(guard: ReplicaGuard) -> list[int]:
         return [guard.digest(step_s=0.0) for _ in range(PERIOD)]
@@ -190,13 +191,13 @@ def test_any_bit_of_anything_is_seen_once_a_period(numel: int, dtype: torch.dtyp
         size, rank = 2, 0
         start_exchange = publish = broadcast = None  # type: ignore[assignment]
 
-    plain = digests(ReplicaGuard(held(value), Two(), "error"))
+    plain = digests(guard(value))
     assert sum(digest != 0 for digest in plain) >= 1
     for place in {0, numel // 2, numel - 1}:
         flip_bit(turned, place, 0)
-        assert digests(ReplicaGuard(held(turned), Two(), "error")) != plain
+        assert digests(guard(turned)) != plain
         flip_bit(turned, place, 0)
-    assert digests(ReplicaGuard(held(turned), Two(), "error")) == plain
+    assert digests(guard(turned)) == plain
 
 
 def test_a_worker_that_fails_meanwhile_is_a_failure_and_not_a_difference() -> None:

@@ -17,8 +17,10 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -32,13 +34,17 @@ PERIOD = 64
 OnDesync = Literal["error", "heal"]
 
 _PIECE_BYTES = 2**20
+_SMALL_BYTES = 2**16
 _HASHED_BYTES = 2**12
 _COLUMNS = 256
+_ROW_BYTES = 8 * _COLUMNS
+_KNOWN_TO_NUMPY = {torch.float32, torch.float64, torch.int64, torch.int32, torch.bool, torch.uint8}
 _SHARE = 0.0015
 _PIECE_S, _TENSOR_S, _BYTES_PER_S = 20e-6, 10e-6, 6e9
 """What looking costs: a piece, each tensor in it, and how fast bytes go. It is not measured here, since all workers must reckon
 with the same."""
 
+Array = npt.NDArray[Any]
 Holding = tuple[str, Tensor]
 """Name and tensor of something that all workers hold alike."""
 
@@ -48,15 +54,22 @@ class ReplicaGuard:
 
     Args:
         holdings: What all workers hold alike now, in the same order with the same names.
+        tensors: The same memory in the same order, in as few tensors as may be.
         collective: The other workers.
         on_desync: "error", or "heal": where more than half agree, the others take their state.
         every: Everything is looked at once in this many steps; None: as often as time allows.
     """
 
     def __init__(
-        self, holdings: Callable[[], Iterator[Holding]], collective: Collective, on_desync: OnDesync, every: int | None = None
+        self,
+        holdings: Callable[[], Iterator[Holding]],
+        tensors: Callable[[], Sequence[Tensor]],
+        collective: Collective,
+        on_desync: OnDesync,
+        every: int | None = None,
     ) -> None:
         self._holdings = holdings
+        self._tensors = tensors
         self._collective = collective
         self._on_desync = on_desync
         self._every = every
@@ -78,7 +91,7 @@ class ReplicaGuard:
             self._idle -= 1
             return 0
         if self._next >= len(self._pieces):
-            self._pieces = _pieces([tensor for _, tensor in self._holdings()])
+            self._pieces = _pieces(self._tensors())
             self._next, self._looked = 0, 0.0
             if not self._pieces:  # as with one copy of the weights for all, and every state with its owner
                 self._idle = (self._every or PERIOD) - 1
@@ -93,8 +106,7 @@ class ReplicaGuard:
         if self._next == begin:
             return 0
         looked_at = [tensor for piece, _ in self._pieces[begin : self._next] for tensor in piece]
-        found = blake2b(b"".join(map(_digest, looked_at)), digest_size=8).digest()
-        return int.from_bytes(found, "little") | 1  # never 0
+        return int.from_bytes(_digest(looked_at), "little") | 1  # never 0
 
     def _is_due(self, cost_s: float) -> bool:
         return self._next + 1 <= self._looked + 1e-9 or (self._every is None and self._credit.affords(cost_s))
@@ -107,7 +119,7 @@ class ReplicaGuard:
         """
         if self._collective.size == 1:
             return
-        mine = blake2b(b"".join(_digest(tensor) for _, tensor in self._holdings()), digest_size=16).digest()
+        mine = _digest(self._tensors())
         everybodys = self._collective.all_gather(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
         if any(not torch.equal(other, everybodys[0]) for other in everybodys):
             self.settle(step)
@@ -118,7 +130,7 @@ class ReplicaGuard:
         Raises:
             Desync: It was not healed.
         """
-        mine = {name: _digest(tensor).hex() for name, tensor in self._holdings()}
+        mine = {name: _digest([tensor]).hex() for name, tensor in self._holdings()}
         everybodys: list[dict[str, str]] = [
             json.loads(text) for text in self._collective.all_gather_bytes(json.dumps(mine).encode())
         ]
@@ -179,17 +191,37 @@ def _cost(piece: Sequence[Tensor]) -> float:
     return _PIECE_S + len(piece) * _TENSOR_S + sum(tensor.nbytes for tensor in piece) / _BYTES_PER_S
 
 
-def _digest(tensor: Tensor) -> bytes:
-    """Of the bytes of a tensor. Large ones are summed up first, as integers in columns: any one bit that differs changes a sum,
-    and reading the memory is all that it costs."""
-    raw = tensor.detach().reshape(-1).view(torch.uint8)
+def _digest(tensors: Sequence[Tensor]) -> bytes:
+    """64 bits of the bytes of some tensors, one after the other."""
     found = blake2b(digest_size=8)
-    if raw.numel() > _HASHED_BYTES:
-        row = 8 * _COLUMNS
-        summed = raw.numel() // row * row
-        words = raw[:summed].view(torch.int64).view(-1, _COLUMNS)
-        columns = words.numpy().sum(axis=0) if words.is_cpu else words.sum(dim=0).cpu().numpy()
-        found.update(columns.data)
-        raw = raw[summed:]
-    found.update(raw.cpu().numpy().data)
+    small: list[Array] = []
+    for tensor in tensors:
+        raw = _bytes_of(tensor)
+        if raw.nbytes > _SMALL_BYTES:
+            _add(found, raw)
+        else:
+            small.append(raw)
+    # Each call costs more than the bytes of a small tensor do, so that these are looked at as one.
+    _add(found, np.frombuffer(b"".join([raw.data for raw in small]), np.uint8))
     return found.digest()
+
+
+def _add(found: blake2b, raw: Array) -> None:
+    """Many bytes are summed up first, as integers in columns: any one bit that differs changes a sum, and reading the memory is
+    all that it costs."""
+    if raw.nbytes > _HASHED_BYTES:
+        raw = raw.reshape(-1).view(np.uint8)
+        summed = raw.nbytes // _ROW_BYTES * _ROW_BYTES
+        found.update(raw[:summed].view(np.int64).reshape(-1, _COLUMNS).sum(axis=0).data)
+        raw = raw[summed:]
+    found.update(raw.data)
+
+
+def _bytes_of(tensor: Tensor) -> Array:
+    """The memory of a tensor, or a copy of it if it does not lie in one stretch on the CPU."""
+    there = tensor.detach()
+    if not there.is_cpu:
+        there = there.cpu()
+    if there.dtype not in _KNOWN_TO_NUMPY:
+        there = there.reshape(-1).view(torch.uint8)
+    return np.ascontiguousarray(there.numpy())

@@ -118,6 +118,7 @@ class Stragglers:
     def reassign(self, ranges: Sequence[Span]) -> None:
         """From the next step on these are each worker's microbatches. What was told of others is forgotten."""
         self._lo, self._hi = np.array(list(zip(*ranges, strict=True)))
+        self._full = ranges[-1][1]
         self._before = None
         self._pending.clear()
         self._forget()
@@ -150,18 +151,22 @@ class Stragglers:
         return block
 
     def _block(self) -> Block:
-        filled = np.array([[filled] for _, filled in self._pending])
-        seconds = np.array([[one.seconds for one in told] for told, _ in self._pending])
-        full = filled[:, 0] == self._hi[-1]
+        steps: dict[int, list[Sequence[Told]]] = {}
+        for told, filled in self._pending:
+            steps.setdefault(filled, []).append(told)
+        sums = {filled: _summed(alike) for filled, alike in steps.items()}
+        everything = np.sum([*sums.values()], axis=0)
+        full = sums.get(self._full, np.zeros_like(everything))
+        leaves = [len(alike) * np.clip(np.minimum(self._hi, n) - self._lo, 0, None) for n, alike in steps.items()]
         return Block(
             steps=len(self._pending),
-            seconds=seconds.sum(axis=0),
-            leaves=np.clip(np.minimum(self._hi, filled) - self._lo, 0, None).sum(axis=0).astype(np.float64),
+            seconds=everything[:, :-1],
+            leaves=np.sum(leaves, axis=0).astype(np.float64),
             troubles=tuple(one.troubles for one in self._pending[-1][0]),
             shares=tuple((self._hi - self._lo).tolist()),
-            full=int(full.sum()),
-            full_seconds=seconds[full].sum(axis=0),
-            full_work_s=np.array([[one.work_s for one in told] for told, _ in self._pending])[full].sum(axis=0),
+            full=len(steps.get(self._full, ())),
+            full_seconds=full[:, :-1],
+            full_work_s=full[:, -1],
         )
 
     def _judge(self) -> None:
@@ -174,6 +179,17 @@ class Stragglers:
     def _forget(self) -> None:
         self._blocks.clear()
         self._steps, self._seconds = 0, 0.0
+
+
+def _summed(steps: Sequence[Sequence[Told]]) -> Array:
+    """Each worker's seconds by phase, and last ``work_s``, summed over steps: float64 ``[workers, phases + 1]``. In plain Python:
+    an array of a few hundred numbers costs more to make than to add up."""
+    return np.array(
+        [
+            [*map(sum, zip(*(one.seconds for one in own), strict=True)), sum(one.work_s for one in own)]
+            for own in zip(*steps, strict=True)
+        ]
+    )
 
 
 def find_stragglers(blocks: Sequence[Block]) -> list[Straggler]:

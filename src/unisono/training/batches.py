@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from typing import Any
@@ -34,8 +33,10 @@ class _Outline:
     """Of all its samples."""
     bounds: Sequence[tuple[int, int]]
     """Where each microbatch lies among them."""
-    entries: Sequence[Entry]
-    """The ledger's entry of each microbatch that is not empty."""
+    own: Span
+    """The microbatches that were this worker's when it was planned."""
+    tally: Entry
+    """The ledger's entry of their samples."""
 
     def samples(self, microbatch: int) -> Indices:
         return self.indices[slice(*self.bounds[microbatch])]
@@ -113,12 +114,15 @@ class BatchStream:
                             loaded = self._load(requests)
                             microbatch = next(loaded)
                         requests.take(microbatch)
-                    samples = outline.samples(key[2])
-                    parts.append(Microbatch(key[2], samples, requests.hand_out(key), (samples, outline.entries[key[2]])))
-                batch = dataclasses.replace(outline.batch, parts=parts, ranges=self._ranges)
+                    parts.append(Microbatch(key[2], outline.samples(key[2]), requests.hand_out(key)))
+                batch = self._batch(outline, tuple(parts))
             # Reading samples seeds, too. What the user's loop draws must not depend on which ones this worker has read.
             seed_generators(derive_seed("batch", self._seed, batch.epoch, batch.number), self._device)
             yield batch
+
+    def _batch(self, outline: _Outline, parts: tuple[Microbatch, ...]) -> Batch:
+        tally = (parts, outline.tally) if outline.own == self._ranges[self._rank] else None
+        return dataclasses.replace(outline.batch, parts=parts, ranges=self._ranges, tally=tally)
 
     def _load(self, requests: Iterator[Request]) -> Iterator[Any]:
         return load(self._dataset, requests, self._loader, seed=self._seed, device=self._device)
@@ -137,38 +141,36 @@ class BatchStream:
         numbers = range(first, min(plan.batches, first + max(1, _BLOCK // self._batch_size)))
         batches = [plan.batch(k) for k in numbers]
         bounds = [microbatch_bounds(len(indices), self._batch_size, self._microbatches) for indices in batches]
-        filled = [sum(hi > lo for lo, hi in cuts) for cuts in bounds]
-        accounts = self._accounts(batches, [cuts[:n] for cuts, n in zip(bounds, filled, strict=True)])
+        own = self._ranges[self._rank]
+        orders, ledgers, tallies = self._accounts(batches, [(cuts[own[0]][0], cuts[own[1] - 1][1]) for cuts in bounds])
         block: list[_Outline] = []
-        for k, indices, cuts, n, (order, ledger, of_parts) in zip(numbers, batches, bounds, filled, accounts, strict=True):
+        for at, (k, indices, cuts) in enumerate(zip(numbers, batches, bounds, strict=True)):
             batch = Batch(
                 epoch=epoch,
                 number=k,
                 of=plan.batches,
                 samples=len(indices),
-                filled=n,
+                filled=sum(hi > lo for lo, hi in cuts),
                 parts=(),
-                digest=_placed(order, epoch, k, plan.batches),
-                ledger=ledger,
+                digest=_placed(orders[at], epoch, k, plan.batches),
+                ledger=ledgers[at],
                 made_for=self._made_for,
             )
-            block.append(_Outline(batch, indices, cuts, of_parts))
+            block.append(_Outline(batch, indices, cuts, own, tallies[at]))
         return block
 
-    def _accounts(
-        self, batches: Sequence[Indices], bounds: Sequence[Sequence[tuple[int, int]]]
-    ) -> list[tuple[int, Entry, list[Entry]]]:
-        """Of each batch what tells its order, and the ledger's entries of the whole and of each microbatch that is not empty."""
+    def _accounts(self, batches: Sequence[Indices], own: Sequence[Span]) -> tuple[list[int], list[Entry], list[Entry]]:
+        """What tells each batch's order, and the ledger's entries of the whole and of this worker's samples.
+
+        Args:
+            own: Where these lie among the batch's samples.
+        """
         samples = np.concatenate(batches)
-        starts = [0, *itertools.accumulate(map(len, batches[:-1]))]
-        firsts = [0, *itertools.accumulate(map(len, bounds[:-1]))]
-        cuts = [start + lo for start, spans in zip(starts, bounds, strict=True) for lo, _ in spans]
-        parts, wholes = entries(samples, cuts, firsts)
-        orders = order_sums(samples, starts, self._weights)
-        return [
-            (order, whole, parts[first : first + len(spans)])
-            for order, whole, first, spans in zip(orders, wholes, firsts, bounds, strict=True)
-        ]
+        sizes = np.array([len(indices) for indices in batches])
+        starts = np.cumsum(sizes) - sizes
+        spans = starts[:, None] + np.array([(0, size, *span) for size, span in zip(sizes, own, strict=True)])
+        found = entries(samples, spans.reshape(-1, 2))
+        return order_sums(samples, starts, self._weights), found[::2], found[1::2]
 
 
 class _Requests(Iterator[Request]):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from unisono.collective import Expected
+from unisono.guard.ledger import ENTRY_BYTES, Entry
 
-_FIXED = 17
+_FIXED = 14
 """Numbers in a header before the losses."""
 
 
@@ -49,8 +50,8 @@ class Header:
     """The same for the counts."""
     digest: int
     """Of the samples of the global batch, 64 bits."""
-    ledger: tuple[int, int, int, int]
-    """Of the samples of this worker's own microbatches (see ``unisono.guard.ledger``)."""
+    ledger: Entry
+    """Of the samples of this worker's own microbatches."""
     replica: int
     """Digest of a part of what all workers hold alike, 64 bits; 0 in steps in which none is compared."""
     present: bytes
@@ -73,7 +74,7 @@ class HeaderFormat:
 
     def __init__(self, leaves: int, slots: int, buffers: int) -> None:
         self._leaves = leaves
-        self._struct = struct.Struct(f"<Q4QQqBBBBB5f{leaves}d{leaves}d{slots}s{buffers}s")
+        self._struct = struct.Struct(f"<Q{ENTRY_BYTES}sQqBBBBB5f{leaves}d{leaves}d{slots}s{buffers}s")
 
     @property
     def expected(self) -> Expected:
@@ -88,7 +89,7 @@ class HeaderFormat:
             raw,
             0,
             header.digest,
-            *header.ledger,
+            header.ledger.to_bytes(ENTRY_BYTES, "little"),
             header.replica,
             signals.written,
             signals.stop,
@@ -108,13 +109,13 @@ class HeaderFormat:
     def unpack(self, packed: Tensor) -> Header:
         """What ``pack`` was given."""
         fields = self._struct.unpack(packed.numpy().tobytes())
-        digest, l0, l1, l2, l3, replica, written, stop, failed, torn, troubles, flags, s0, s1, s2, s3, work = fields[:_FIXED]
+        digest, ledger, replica, written, stop, failed, torn, troubles, flags, s0, s1, s2, s3, work = fields[:_FIXED]
         numbers = fields[_FIXED:]
         return Header(
             losses=numbers[: self._leaves],
             counts=numbers[self._leaves : 2 * self._leaves],
             digest=digest,
-            ledger=(l0, l1, l2, l3),
+            ledger=int.from_bytes(ledger, "little"),
             replica=replica,
             present=numbers[-2],
             changed=numbers[-1],

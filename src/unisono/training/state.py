@@ -64,13 +64,26 @@ class State:
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
         """What all workers hold alike, each in memory of its own, by name for a person."""
-        # Shared weights are one copy a host: there is something to compare between hosts only.
-        if not self.weights.shared or len(self.collective.hosts) > 1:
+        if self._own_weights:
             yield from self.weights.named()
         for name, buffer in self.model.named_buffers():
             yield f"buffer {name!r}", buffer
+        for slot, key, value in self._replicated_state():
+            yield f"{key!r} of the optimizer for {self.layout.names[slot]!r}", value
+
+    def replicated_tensors(self) -> list[Tensor]:
+        """The same in the same order, weights as they lie in memory: to look at it costs by the number of tensors."""
+        state = [value for _, _, value in self._replicated_state()]
+        return [*(self.weights.flats if self._own_weights else ()), *self.model.buffers(), *state]
+
+    @property
+    def _own_weights(self) -> bool:
+        """Shared weights are one copy a host: there is something to compare between hosts only."""
+        return not self.weights.shared or len(self.collective.hosts) > 1
+
+    def _replicated_state(self) -> Iterator[tuple[int, str, Tensor]]:
         if self.reduction.replicated:
-            for index in self.reduction.updated_by(self.collective.rank):
-                for key, value in sorted(self.optimizer.state.get(self.layout.parameters[index], {}).items()):
+            for slot in self.reduction.updated_by(self.collective.rank):
+                for key, value in sorted(self.optimizer.state.get(self.layout.parameters[slot], {}).items()):
                     if isinstance(value, Tensor):
-                        yield f"{key!r} of the optimizer for {self.layout.names[index]!r}", value
+                        yield slot, key, value

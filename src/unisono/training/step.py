@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from unisono.collective import Collective, Expected
 from unisono.errors import ConfigurationError, DataError, Desync
-from unisono.guard.ledger import NOTHING, Entry, Tally, tallied, total
+from unisono.guard.ledger import NOTHING, Entry, entry, samples_of, total
 from unisono.guard.replicas import ReplicaGuard
 from unisono.layout import Layout
 from unisono.observe.timing import StepClock
@@ -47,8 +47,6 @@ class Microbatch:
     """Sample indices, int64, 1-D."""
     data: Any
     """What ``collate_fn`` made of them."""
-    tally: Tally | None = None
-    """Of ``indices``, if it was reckoned ahead."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +62,14 @@ class Batch:
     """Samples of the global batch, over all workers."""
     filled: int
     """Microbatches that hold samples: numbers below this one."""
-    parts: Sequence[Microbatch]
+    parts: tuple[Microbatch, ...]
     digest: int = 0
     """Of the sample indices of the global batch and of its place in the run: equal on all workers, or they have not been
     given the same order."""
     ledger: Entry | None = None
     """Of the samples of the global batch; None: not known, and nothing to check."""
+    tally: tuple[tuple[Microbatch, ...], Entry] | None = None
+    """Of the samples of these very ``parts``, if it was reckoned ahead."""
     ranges: Sequence[Span] = ()
     """Each worker's microbatches of this batch, by rank; empty: those of the batch before."""
     made_for: object = None
@@ -305,7 +305,7 @@ class Stepper:
             losses=sums,
             counts=counts,
             digest=batch.digest,
-            ledger=total([tallied(part.tally, part.indices) for part in batch.parts]) if batch.ledger is not None else NOTHING,
+            ledger=_tally(batch),
             replica=replica,
             present=self._reduction.present,
             changed=self._buffers.changed.tobytes(),
@@ -383,27 +383,27 @@ class Stepper:
         used = total([header.ledger for header in headers])
         if used != batch.ledger:
             raise Desync(
-                f"step {step}: the workers together computed {used[0]} samples of a global batch of {batch.samples}, and not "
-                "each of them once. Nothing was updated. Pass batches to step() as batches() gave them",
+                f"step {step}: the workers together computed {samples_of(used)} samples of a global batch of {batch.samples}, "
+                "and not each of them once. Nothing was updated. Pass batches to step() as batches() gave them",
                 step=step,
             )
 
     def _check_losses(self, losses: Sequence[float], counts: Sequence[float], batch: Batch, step: int) -> None:
+        if all(map(math.isfinite, losses)) and sum(counts) > 0:
+            return
+        self._reduction.drop()
         for leaf, loss in enumerate(losses):
             if math.isfinite(loss):
                 continue
-            self._reduction.drop()
             samples = b"".join(self._collective.all_gather_bytes(self._samples_of(batch, leaf).encode())).decode()
             raise DataError(
                 f"step {step}: the loss of microbatch {leaf} is {loss}{samples}. Nothing was updated. Look at these "
                 "samples, lower the learning rate, or set max_grad_norm"
             )
-        if not sum(counts) > 0:
-            self._reduction.drop()
-            raise DataError(
-                f"step {step}: the count over the whole batch of {batch.samples} samples is 0, so there is nothing to divide "
-                "by. Nothing was updated. Does the loss count only samples that are masked out?"
-            )
+        raise DataError(
+            f"step {step}: the count over the whole batch of {batch.samples} samples is 0, so there is nothing to divide "
+            "by. Nothing was updated. Does the loss count only samples that are masked out?"
+        )
 
     def _explain_gradient(self, norms: Sequence[float], batch: Batch, step: int) -> None:
         """*collective*. Computes the step's microbatches once more, one by one, to name the one with the bad gradient."""
@@ -434,6 +434,15 @@ class Stepper:
             if part.number == leaf:
                 return f" (samples {', '.join(map(str, part.indices[:8]))}{', ...' if len(part.indices) > 8 else ''})"
         return ""
+
+
+def _tally(batch: Batch) -> Entry:
+    """The ledger's entry of what this worker computes: of the parts that the batch has, whatever it was planned to have."""
+    if batch.ledger is None:
+        return NOTHING
+    if batch.tally is not None and batch.tally[0] is batch.parts:
+        return batch.tally[1]
+    return total([entry(part.indices) for part in batch.parts])
 
 
 def _columns(lines: Sequence[Sequence[float]]) -> list[float]:

@@ -217,7 +217,9 @@ class Team:
             reduction=self.reduction,
             collective=collective,
         )
-        self.guard = ReplicaGuard(self.state.replicated, collective, settings.on_desync, settings.compare_every)
+        self.guard = ReplicaGuard(
+            self.state.replicated, self.state.replicated_tensors, collective, settings.on_desync, settings.compare_every
+        )
         self.stepper = Stepper(
             replica=self._replica,
             layout=self._layout,

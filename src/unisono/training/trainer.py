@@ -22,7 +22,7 @@ from unisono.collective import Collective, InProcess, Meeting
 from unisono.elastic.link import Link
 from unisono.errors import CheckpointError, ConfigurationError, Desync
 from unisono.guard.data import check_same_data, probe
-from unisono.guard.ledger import NOTHING, total, whole
+from unisono.guard.ledger import NOTHING, samples_of, total, whole
 from unisono.guard.replicas import OnDesync
 from unisono.guard.silence import Board
 from unisono.guard.stragglers import Block, Machine
@@ -559,8 +559,8 @@ class Trainer:
             return
         if self.position.ledger != whole(data["samples"]):
             raise Desync(
-                f"epoch {batch.epoch + 1} used {self.position.ledger[0]} samples of {data['samples']}, or not each of them once. "
-                "The steps stand; start again from a checkpoint before this epoch, and report this",
+                f"epoch {batch.epoch + 1} used {samples_of(self.position.ledger)} samples of {data['samples']}, or not each of "
+                "them once. The steps stand; start again from a checkpoint before this epoch, and report this",
                 step=self.position.step,
             )
 
@@ -715,9 +715,7 @@ class Trainer:
         if checkpoint is None:
             return
         self._team.state.restore(checkpoint)
-        position = checkpoint.info["position"]
-        ledger = position.get("ledger")
-        self.position = Position(**{**position, "ledger": None if ledger is None else tuple(ledger)})
+        self.position = Position(**checkpoint.info["position"])
         self._data_settings = checkpoint.info["data"]
         last = checkpoint.info["last"]
         self._record.last = StepResult(**{**last, "learning_rates": tuple(last["learning_rates"])}) if last else None
@@ -839,9 +837,7 @@ class Trainer:
         }
 
     def _adopt(self, description: dict[str, Any]) -> None:
-        position = description["position"]
-        ledger = position["ledger"]
-        self.position = Position(**{**position, "ledger": None if ledger is None else tuple(ledger)})
+        self.position = Position(**description["position"])
         self._data_settings = description["data"]
         self._record.last = description["last"]
         self._unsaved_since = description["unsaved_since"]
