@@ -16,8 +16,9 @@ help:
 demo: $(STAMP)
 	@$(BIN)/unisono demo digits
 
+# Two at a time, each in the order of its files: more would crowd tests that start several workers.
 test: $(STAMP)
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 check: $(STAMP)
 	@$(BIN)/ruff format --check --quiet .

@@ -169,6 +169,7 @@ def test_different_keys_give_unrelated_permutations() -> None:
     assert abs(np.corrcoef(a, b)[0, 1]) < 0.15
 
 
+@pytest.mark.alone
 def test_256_positions_of_a_trillion_take_under_a_millisecond() -> None:
     permutation, positions, times = Permutation(10**12, 3), np.arange(10**11, 10**11 + 256), []
     for _ in range(20):

@@ -63,6 +63,7 @@ def test_importing_unisono_alone_does_not_import_torch() -> None:
     assert in_a_new_process("import sys, unisono; print('torch' in sys.modules)") == "False"
 
 
+@pytest.mark.alone
 def test_importing_everything_adds_less_than_a_fifth_of_a_second_to_torch() -> None:
     # The best of three: a machine that is busy for a moment says nothing about the imports.
     assert min(float(in_a_new_process(EVERYTHING)) for _ in range(3)) < 0.2

@@ -33,14 +33,24 @@ def digest(folder: Path, *, workers: int) -> str:
     return found
 
 
-@pytest.fixture
-def script(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The README's script, in a file."""
     code = re.findall(r"```python\n(import torch.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     assert len(code) == 1
-    path = tmp_path / "digits.py"
+    path = tmp_path_factory.mktemp("readme") / "digits.py"
     path.write_text(code[0])
     return path
+
+
+@pytest.fixture(scope="module")
+def expected(script: Path) -> str:
+    """The digest of the script's weights, run as plain Python."""
+    said = run([sys.executable, str(script)], script.parent / "alone")
+    found = digest(script.parent / "alone", workers=1)
+    assert "accuracy" in said
+    assert found in said
+    return found
 
 
 def run(command: list[str], folder: Path, **more: str) -> str:
@@ -50,12 +60,7 @@ def run(command: list[str], folder: Path, **more: str) -> str:
     return done.stdout
 
 
-def test_the_readme_script_gives_one_digest_alone_and_under_every_launcher(script: Path, tmp_path: Path) -> None:
-    alone = run([sys.executable, str(script)], tmp_path / "alone")
-    expected = digest(tmp_path / "alone", workers=1)
-    assert "accuracy" in alone
-    assert expected in alone
-
+def test_the_readme_script_gives_one_digest_alone_and_under_every_launcher(script: Path, expected: str, tmp_path: Path) -> None:
     run([sys.executable, "-m", "unisono.launch", "run", "--workers", "3", str(script)], tmp_path / "unisono")
     assert digest(tmp_path / "unisono", workers=3) == expected
 
@@ -64,7 +69,7 @@ def test_the_readme_script_gives_one_digest_alone_and_under_every_launcher(scrip
     assert digest(tmp_path / "torchrun", workers=2) == expected
 
 
-def test_the_readme_script_finds_its_place_under_slurm(script: Path, tmp_path: Path) -> None:
+def test_the_readme_script_finds_its_place_under_slurm(script: Path, expected: str, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -95,9 +100,7 @@ def test_the_readme_script_finds_its_place_under_slurm(script: Path, tmp_path: P
         )
     outputs = [task.communicate(timeout=100)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], outputs
-    two = digest(folder, workers=2)
-    run([sys.executable, str(script)], tmp_path / "alone")
-    assert digest(tmp_path / "alone", workers=1) == two
+    assert digest(folder, workers=2) == expected
 
 
 def test_the_demo_gives_one_digest_on_one_and_three_workers(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ def test_it_holds_builds_threads_and_device() -> None:
     assert all(type(value) in (str, int) for value in found.values())
 
 
+@pytest.mark.alone
 def test_it_does_not_change_by_itself_and_is_cheap() -> None:
     first = fingerprint(threads=1, device=CPU)
     best = 1.0

@@ -279,6 +279,7 @@ def train(collective: Collective, run_dir: Path, slow: int | None, steps: int) -
     trainer.fit(Slow(collective.rank == slow, 3 * steps), 1, order="sequential")
 
 
+@pytest.mark.alone
 def test_in_training_a_slow_loader_is_named_and_its_time_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stragglers, "SECONDS", 0.3)
     monkeypatch.setattr(stragglers, "BLOCK_S", 0.02)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +17,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from tests.launch.warm import COMMAND, WarmCommand
+from unisono.launch.nursery import Nursery
 
 LIMIT_S = 60.0
 
@@ -36,17 +41,21 @@ def gloo():
 class Launch:
     """A running command, its words, and its end."""
 
-    def __init__(self, command: list[str], folder: Path) -> None:
+    def __init__(self, command: list[str], folder: Path, source: Nursery | None) -> None:
         pipe = folder / "tell"
         os.mkfifo(pipe)
         self._heard = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
         self._text = b""
         self.known: list[psutil.Process] = []
-        self.temporary = folder / "temporary"
-        self.temporary.mkdir()
+        # Not in the test's folder: with its long path, that of a socket of Python's loader processes would be too long.
+        self.temporary = Path(tempfile.mkdtemp(prefix="unisono-launch-"))
         env = {**os.environ, "TELL": str(pipe), "TMPDIR": str(self.temporary)}
         for name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS"):
             env.pop(name, None)
+        self.process: subprocess.Popen[str] | WarmCommand
+        if source is not None:
+            self.process = WarmCommand(source, command[1 + len(COMMAND) :], folder, env)
+            return
         self.process = subprocess.Popen(
             command,
             cwd=folder,
@@ -105,13 +114,20 @@ class Launch:
                 process.kill()
         self.process.communicate()
         os.close(self._heard)
+        shutil.rmtree(self.temporary)
 
 
 class Launcher:
-    """Starts commands on scripts written for the occasion."""
+    """Starts commands on scripts written for the occasion.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: Where scripts and output go.
+        source: From what `unisono` commands with one thread a worker are forked; None: each is a new interpreter.
+    """
+
+    def __init__(self, folder: Path, source: Nursery | None = None) -> None:
         self.folder = folder
+        self._source = source
         self._launches: list[Launch] = []
 
     def write(self, script: str, name: str = "script.py") -> Path:
@@ -123,7 +139,9 @@ class Launcher:
         """Starts Python on a command line; `through` puts another command before it."""
         folder = self.folder / str(len(self._launches))
         folder.mkdir()
-        launch = Launch(through([sys.executable, *command]), folder)
+        line = [sys.executable, *command]
+        warm = command[: len(COMMAND)] == COMMAND and "--threads" not in command and through(line) == line
+        launch = Launch(through(line), folder, self._source if warm else None)
         self._launches.append(launch)
         return launch
 
@@ -137,12 +155,9 @@ class Launcher:
 
 
 @pytest.fixture
-def launcher(tmp_path: Path) -> Iterator[Launcher]:
-    launcher = Launcher(tmp_path)
-    try:
+def launcher(tmp_path: Path, warm_commands: Nursery | None) -> Iterator[Launcher]:
+    with contextlib.closing(Launcher(tmp_path, warm_commands)) as launcher:
         yield launcher
-    finally:
-        launcher.close()
 
 
 def assert_gone(processes: list[psutil.Process], limit_s: float = 5.0) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 
+import pytest
+
 from tests.launch.conftest import Launcher, assert_gone
 
 
+@pytest.mark.alone
 def test_a_failing_worker_ends_all_within_five_seconds_with_its_own_traceback_once(launcher: Launcher) -> None:
     launch = launcher.run(
         """

@@ -1,16 +1,26 @@
-"""`unisono run`, when all goes well: the real command in processes of its own."""
+"""`unisono run`, when all goes well: the real command, in new interpreters as on a desk."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.launch.conftest import Launcher, assert_gone
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Iterator[Launcher]:
+    with contextlib.closing(Launcher(tmp_path)) as launcher:
+        yield launcher
+
 
 WORLD = """
 import json, torch

@@ -231,7 +231,7 @@ class Slow(TensorDataset):
         self.slow = slow
 
     def __getitem__(self, index: int) -> Any:
-        until = time.perf_counter() + (0.004 if self.slow else 0.0005)
+        until = time.perf_counter() + (0.002 if self.slow else 0.00025)
         while time.perf_counter() < until:
             pass
         return super().__getitem__(index)
@@ -253,6 +253,7 @@ def fit(collective: Collective, run_dir: Path, slow: int | None) -> bytes:
     return model.weight.detach().numpy().tobytes()
 
 
+@pytest.mark.alone
 def test_in_training_a_slow_worker_gets_less_and_log_and_summary_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (alone,) = run_threads(1, lambda collective: fit(collective, tmp_path / "alone", None))
     monkeypatch.setattr(stragglers, "BLOCK_S", 0.0)

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.conftest import Launcher, launcher
+
+__all__ = ["launcher"]  # a fixture, which pytest finds by its name
+
 SCRIPT = """
 import os, sys
 import torch, unisono
@@ -31,11 +35,18 @@ if trainer.world.is_main:
 """
 
 
-@pytest.fixture
-def script(tmp_path: Path) -> Path:
-    path = tmp_path / "script.py"
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("transport") / "script.py"
     path.write_text(SCRIPT)
     return path
+
+
+@pytest.fixture(scope="module")
+def alone(script: Path) -> str:
+    """The sum of the weights that one worker ends with."""
+    (_, _, total), _ = launch(1, script)
+    return total
 
 
 def launch(workers: int, script: Path, *arguments: str) -> tuple[list[str], str]:
@@ -46,19 +57,18 @@ def launch(workers: int, script: Path, *arguments: str) -> tuple[list[str], str]
     return done.stdout.split(), done.stderr
 
 
-def test_workers_of_one_host_share_memory_and_leave_nothing_behind(script: Path) -> None:
+@pytest.mark.alone
+def test_workers_of_one_host_share_memory_and_leave_nothing_behind(script: Path, alone: str) -> None:
     before = set(Path("/dev/shm").iterdir())
     (transport, size, total), _ = launch(3, script)
-    (_, _, alone), _ = launch(1, script)
 
     assert (transport, size) == ("SharedMemory", "3")
     assert total == alone
     assert not set(Path("/dev/shm").iterdir()) - before
 
 
-def test_where_one_worker_cannot_share_memory_all_use_gloo_and_say_so_once(script: Path) -> None:
+def test_where_one_worker_cannot_share_memory_all_use_gloo_and_say_so_once(script: Path, alone: str) -> None:
     (transport, size, total), said = launch(2, script, "forbidden")
-    (_, _, alone), _ = launch(1, script)
 
     assert (transport, size) == ("TorchDistributed", "2")
     assert total == alone
@@ -112,20 +122,18 @@ def named_shared_memory() -> set[str]:
     return {str(path) for path in Path("/dev/shm").iterdir()} | sockets
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("end", "status"), [("", 0), ("exception", 1), ("stop", 130), ("one killed", 0), ("all killed", 128 + 9)]
 )
-def test_nothing_is_left_however_a_run_ends(tmp_path: Path, end: str, status: int) -> None:
-    path = tmp_path / "endless.py"
-    path.write_text(ENDLESS)
+def test_nothing_is_left_however_a_run_ends(launcher: Launcher, end: str, status: int) -> None:
     before = named_shared_memory()
 
-    options = ["--workers", "3", "--max-restarts", "0"]  # else each newcomer would end as its predecessor did
-    command = [sys.executable, "-m", "unisono.launch", "run", *options, str(path), *([end] if end else [])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    options = ("--max-restarts", "0")  # else each newcomer would end as its predecessor did
+    found, out, err = launcher.run(ENDLESS, *([end] if end else []), workers=3, options=options).finish()
 
-    assert done.returncode == status, done.stdout + done.stderr
-    assert "trains SharedMemory" in done.stdout
+    assert found == status, out + err
+    assert "trains SharedMemory" in out
     deadline = time.monotonic() + 5
     left = named_shared_memory() - before
     while left and time.monotonic() < deadline:  # another run of this machine may just be meeting
