@@ -1,20 +1,18 @@
 """Does everything to the workers of real runs that can happen to them, and sees that the weights are those of an undisturbed run.
 
     python -m tests.campaigns.chaos --faults 500 --seed 0
+    python -m tests.campaigns.chaos --faults 60 --hosts 2
 
 Each run trains ``chaos_training.py`` through ``unisono run`` on 1 to 6 workers. While it trains, checkpoints, evaluates and
 recovers, faults come at random moments: a worker is killed (worker 0 like any other), stopped and perhaps woken up again, made
 to fail, told to leave; or all are killed at once. The run must end by itself, with status 0, with the digest of the run that
-nothing happened to, and leave no process and nothing under /dev/shm.
+nothing happened to, and leave no process and nothing under /dev/shm. What else happens on two hosts is in ``chaos_hosts.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import enum
-import hashlib
 import os
 import random
 import signal
@@ -26,48 +24,32 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.campaigns import chaos_hosts
+from tests.campaigns.chaos_faults import (
+    REPOSITORY,
+    SCRIPT,
+    TO_WORKERS,
+    Fault,
+    Outcome,
+    Striker,
+    between,
+    choose,
+    digest,
+    environment,
+    last_members,
+    last_step,
+    lives,
+    named_processes,
+    remains,
+    shared_memory,
+)
 from tests.campaigns.chaos_training import KINDS
+from unisono.testing.hosts import NoNamespaces
 
-SCRIPT = Path(__file__).with_name("chaos_training.py")
-REPOSITORY = Path(__file__).parents[2]
 MOST_WORKERS = 6
 LIMIT_S = 180.0
 """When a run counts as hung."""
 STEPS = 150
-PAUSE_S = (0.05, 1.2)
-"""Between two faults."""
-
-
-class Fault(enum.Enum):
-    """What is done to a worker."""
-
-    KILL = "SIGKILL"
-    STOP = "SIGSTOP, for ever"
-    PAUSE = "SIGSTOP, then SIGCONT"
-    FAIL = "exception"
-    LEAVE = "told to leave"
-    KILL_ALL = "SIGKILL of all"
-
-
-WEIGHTS = {Fault.KILL: 10, Fault.STOP: 1, Fault.PAUSE: 2, Fault.FAIL: 3, Fault.LEAVE: 2, Fault.KILL_ALL: 1}
-
-
-@dataclasses.dataclass(kw_only=True)
-class Outcome:
-    """What became of one run."""
-
-    number: int
-    kind: str
-    workers: int
-    faults: list[Fault] = dataclasses.field(default_factory=list)
-    seconds: float = 0.0
-    problems: list[str] = dataclasses.field(default_factory=list)
-
-    def row(self) -> str:
-        """A line for a person."""
-        counts = ", ".join(f"{count} x {fault.value}" for fault, count in Counter(self.faults).items())
-        what = f"run {self.number}: {self.kind}, {self.workers} workers, {len(self.faults)} faults ({counts})"
-        return f"{what}, {self.seconds:.1f} s: {'; '.join(self.problems) or 'same digest'}"
 
 
 class Run:
@@ -84,7 +66,6 @@ class Run:
         self.folder = folder
         self.log = folder / "log"
         self.log.touch()
-        self.left_s = 0.0
         command = ["run", "--workers", str(workers), "--max-restarts", "100000", str(SCRIPT)]
         arguments = [str(folder / "run"), str(self.log), kind, str(steps)]
         self.output = folder / "output"
@@ -95,7 +76,7 @@ class Run:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 cwd=REPOSITORY,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])},
+                env=environment(folder),
                 start_new_session=True,
             )
 
@@ -106,38 +87,16 @@ class Run:
 
     def workers(self) -> list[int]:
         """Processes of workers that live, in the order in which they came."""
-        named = dict.fromkeys(int(line.split()[1]) for line in self.log.read_text().splitlines() if len(line.split()) > 2)
-        return [pid for pid in named if _lives(pid)]
+        return [pid for pid in named_processes(self.log.read_text()) if lives(pid)]
+
+    def may_leave(self, worker: int) -> bool:
+        """Whether enough others stay."""
+        return min(len(self.workers()), last_members(self.log.read_text())) >= 3
 
     @property
     def ready(self) -> bool:
         """Whether a worker has made its Trainer: until then a script is like any other, and a death ends it."""
         return " ready" in self.log.read_text()
-
-    def members(self) -> int:
-        """How many workers took the last step."""
-        return max(
-            (int(line.split()[-1]) for line in self.log.read_text().splitlines()[-2:] if len(line.split()) == 6), default=0
-        )
-
-    def steps(self) -> int:
-        """The last step that any worker has done."""
-        lines = (line.split() for line in self.log.read_text().splitlines())
-        return max((int(line[3]) for line in lines if len(line) == 6), default=0)
-
-    def digest(self) -> str:
-        """SHA-256 of the weights."""
-        file = self.folder / "run" / "model.safetensors"
-        return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "no weights"
-
-    def leftovers(self) -> list[str]:
-        """Processes that still belong to it."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                if entry.name.isdecimal() and str(self.folder).encode() in (entry / "cmdline").read_bytes():
-                    found.append(entry.name)
-        return found
 
     def end(self) -> None:
         """Ends it, however it stands."""
@@ -147,59 +106,22 @@ class Run:
             self.process.wait()
 
 
-def strike(run: Run, fault: Fault, rng: random.Random, wakings: list[tuple[float, int]]) -> bool:
-    """Does something to the run; whether there was someone to do it to."""
-    alive = run.workers()
-    if not alive:
-        return False
-    victim = rng.choice(alive)
-    try:
-        match fault:
-            case Fault.KILL:
-                os.kill(victim, signal.SIGKILL)
-            case Fault.STOP:
-                os.kill(victim, signal.SIGSTOP)
-            case Fault.PAUSE:
-                os.kill(victim, signal.SIGSTOP)
-                wakings.append((time.monotonic() + rng.uniform(0.0, 5.0), victim))
-            case Fault.FAIL:
-                if len(alive) < 2:
-                    return False  # what all workers raise is the program's error, and ends the run
-                os.kill(victim, signal.SIGUSR1)
-            case Fault.LEAVE:
-                if min(len(alive), run.members()) < 3 or time.monotonic() < run.left_s + 3.0:
-                    return False  # when all leave the run stops, as it should
-                run.left_s = time.monotonic()
-                os.kill(victim, signal.SIGTERM)
-            case Fault.KILL_ALL:
-                for pid in alive:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def disturb(run: Run, outcome: Outcome, most: int, rng: random.Random, faults: Sequence[Fault]) -> None:
     """Lets faults come until the run is over, or there were enough."""
     began = time.monotonic()
-    wakings: list[tuple[float, int]] = []
+    striker = Striker(run, rng)
     next_s = began + rng.uniform(0.0, 3.0)
     while not run.over:
         now = time.monotonic()
         if now - began > LIMIT_S:
-            outcome.problems.append(f"not over after {LIMIT_S:g} s (step {run.steps()})")
+            outcome.problems.append(f"not over after {LIMIT_S:g} s (step {last_step(run.log.read_text())})")
             return
-        for due in [waking for waking in wakings if waking[0] <= now]:
-            wakings.remove(due)
-            with contextlib.suppress(ProcessLookupError):
-                if _lives(due[1]):
-                    os.kill(due[1], signal.SIGCONT)
+        striker.wake()
         if now >= next_s and run.ready and len(outcome.faults) < most:
-            fault = rng.choices(faults, [WEIGHTS[one] for one in faults])[0]
-            if strike(run, fault, rng, wakings):
+            fault = choose(faults, rng)
+            if striker.strike(fault):
                 outcome.faults.append(fault)
-            next_s = now + rng.uniform(*PAUSE_S)
+            next_s = now + between(rng)
         time.sleep(0.005)
 
 
@@ -215,10 +137,11 @@ def one_run(
     steps: int = STEPS,
 ) -> Outcome:
     """Starts a run, disturbs it, and looks what became of it."""
-    outcome = Outcome(number=number, kind=kind, workers=rng.randint(1, MOST_WORKERS))
-    shared = set(Path("/dev/shm").iterdir())
+    workers = rng.randint(1, MOST_WORKERS)
+    outcome = Outcome(number=number, kind=kind, workers=str(workers))
+    shared = shared_memory()
     began = time.monotonic()
-    run = Run(folder, kind, outcome.workers, steps)
+    run = Run(folder, kind, workers, steps)
     try:
         disturb(run, outcome, most, rng, faults)
     finally:
@@ -226,15 +149,8 @@ def one_run(
     outcome.seconds = time.monotonic() - began
     if run.process.returncode != 0:
         outcome.problems.append(f"status {run.process.returncode}")
-    if run.digest() != expected:
-        outcome.problems.append(f"digest {run.digest()[:12]} instead of {expected[:12]}")
-    until = time.monotonic() + 5.0
-    while run.leftovers() and time.monotonic() < until:
-        time.sleep(0.05)
-    if left := run.leftovers():
-        outcome.problems.append(f"processes left: {', '.join(left)}")
-    if new := [str(path) for path in set(Path("/dev/shm").iterdir()) - shared if "unisono" in path.name or "torch" in path.name]:
-        outcome.problems.append(f"left under /dev/shm: {', '.join(new)}")
+    outcome.compare(digest(folder / "run"), expected)
+    outcome.problems += remains(folder, shared)
     return outcome
 
 
@@ -246,26 +162,24 @@ def undisturbed(folder: Path, kind: str, steps: int = STEPS) -> str:
             raise RuntimeError(f"the undisturbed run failed:\n{run.output.read_text()}")
     finally:
         run.end()
-    return run.digest()
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
+    return digest(folder / "run")
 
 
 def main() -> int:
-    """Runs the campaign; 1 if anything was wrong."""
+    """Runs the campaign; 1 if anything was wrong, 2 if it cannot be run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--per-run", type=int, default=12, help="most faults of one run")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hosts", type=int, choices=(1, 2), default=1, help="2: two network namespaces")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
-    parser.add_argument("--only", nargs="*", default=[fault.name for fault in Fault], help="kinds of faults")
+    parser.add_argument("--only", nargs="*", choices=[fault.name for fault in Fault], help="kinds of faults")
     parser.add_argument("--keep", type=Path, help="keep the folders of runs with problems here")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))  # with the run under way
+    here, usual = (one_run, TO_WORKERS) if options.hosts == 1 else (chaos_hosts.one_run, tuple(chaos_hosts.FAULTS))
+    steps = STEPS if options.hosts == 1 else chaos_hosts.STEPS
+    faults = [Fault[name] for name in options.only] if options.only else usual
     rng = random.Random(options.seed)
     total = bad = number = 0
     counts: Counter[Fault] = Counter()
@@ -276,17 +190,13 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="unisono-chaos-") as name:
             if kind not in digests:
                 (Path(name) / "alone").mkdir()
-                digests[kind] = undisturbed(Path(name) / "alone", kind)
+                digests[kind] = undisturbed(Path(name) / "alone", kind, steps)
             (Path(name) / "run").mkdir()
-            outcome = one_run(
-                number,
-                Path(name) / "run",
-                digests[kind],
-                rng,
-                most=options.per_run,
-                kind=kind,
-                faults=[Fault[one] for one in options.only],
-            )
+            try:
+                outcome = here(number, Path(name) / "run", digests[kind], rng, most=options.per_run, kind=kind, faults=faults)
+            except NoNamespaces as reason:
+                print(f"no two hosts can be made here: {reason}")
+                return 2
             total += len(outcome.faults)
             counts.update(outcome.faults)
             bad += bool(outcome.problems)

@@ -66,6 +66,17 @@ def test_the_interface_is_that_of_every_collective(name: str, world: list[dict[s
     assert [failed.get(name) for failed in world] == [None] * len(world)
 
 
+def published(collective: Collective) -> list[float]:
+    """What lies in a tensor once every host has published all of it."""
+    flat = torch.full((4,), float(collective.rank))
+    collective.publish(flat, [(0, 3), (3, 4), (0, 4)])
+    return flat.tolist()
+
+
+def test_hosts_that_each_hold_everything_send_each_other_nothing(run_workers: Callable[..., Any]) -> None:
+    assert run_workers(3, on_hosts, (2, 1), published) == [[0, 0, 0, 1], [0, 0, 0, 1], [2, 2, 2, 2]]
+
+
 # ---- the promise ----
 
 

@@ -27,6 +27,17 @@ def test_what_workers_write_is_read_and_what_launchers_write_is_theirs_to_read()
     assert (workers.get("dead/0.3"), workers.get("stop")) == (b"was killed by SIGKILL", b"15")
 
 
+def test_members_on_a_host_that_is_gone_are_dead() -> None:
+    store = HashStore()
+    workers, board = PrefixStore("unisono/0", store), Board(store, 0)
+    board.tell_lost([0, 2])
+    workers.set("members", '["0.0", "1.0", "1.12", "2.1"]')
+    board.tell_dead("1.12", "was killed by SIGKILL")
+    board.tell_lost([0, 2])
+    told = {uid: workers.get(f"dead/{uid}") for uid in ("0.0", "1.0", "1.12", "2.1") if workers.check([f"dead/{uid}"])}
+    assert told == {"1.0": b"was lost with its host", "1.12": b"was killed by SIGKILL"}
+
+
 def test_attempts_share_nothing_but_the_count_of_restarts() -> None:
     store = HashStore()
     first, second = Board(store, 0), Board(store, 1)

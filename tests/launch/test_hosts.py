@@ -143,6 +143,28 @@ def test_a_worker_is_replaced_on_its_own_host_and_a_restart_of_all_takes_every_h
     assert [launch.finish()[0] for launch in launches] == [0, 0]
 
 
+def test_a_worker_that_those_of_other_hosts_have_given_up_is_killed_and_replaced(launcher: Launcher, place: str) -> None:
+    site = Site(
+        launcher,
+        """
+        if world.uid == "1.0":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif not world.joins:
+            store.set("outside/1.0", "1")
+            until("dead/1.0", "over")
+        else:
+            store.set("over", "1")
+        """,
+        place,
+        "--hosts",
+        "2",
+    )
+    launches = [site.start(), site.start()]
+    heard = [hear(launch)[0] for launch in launches]
+    assert hear(launches[heard.index("founder 0 1.0")])[0] == "joiner 0 1.1"
+    assert [launch.finish()[0] for launch in launches] == [0, 0]
+
+
 def test_an_error_that_ends_the_run_ends_it_on_every_host(launcher: Launcher, place: str) -> None:
     site = Site(
         launcher, "if rank == 1 or world.joins:\n    raise ValueError('bad sample')\nsignal.pause()", place, "--hosts", "2"

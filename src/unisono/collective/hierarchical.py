@@ -115,8 +115,9 @@ class Hierarchical(Collective):
 
     def publish(self, flat: Tensor, bounds: Sequence[tuple[int, int]]) -> None:
         hosts = self._hosts
-        if all({bounds[worker] for worker in host} == set(bounds) for host in hosts.groups):
-            # Each host has all of it among its workers.
+        if all(_is_all([bounds[worker] for worker in host], bounds) for host in hosts.groups):
+            # Each host has all of it among its workers. What came from another one could overwrite memory that a worker of
+            # this host has still to update.
             self._local.publish(flat, [bounds[peer] for peer in hosts.near])
             self._count()
             return
@@ -171,6 +172,16 @@ class Hierarchical(Collective):
 
     def _count(self) -> None:
         self.bytes_sent = self._local.bytes_sent + self._wide.bytes_sent
+
+
+def _is_all(parts: Sequence[tuple[int, int]], bounds: Sequence[tuple[int, int]]) -> bool:
+    """Whether these parts leave out nothing of what lies in any of ``bounds``."""
+    end = min(lo for lo, _ in bounds)
+    for lo, hi in sorted(parts):
+        if lo > end:
+            return False
+        end = max(end, hi)
+    return end == max(hi for _, hi in bounds)
 
 
 def come_near(

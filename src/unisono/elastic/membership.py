@@ -4,9 +4,10 @@ They meet through a key-value store that the launcher serves. Whoever is in the 
 the first of those who are left waits until all others are here or known to be dead, and writes the plan, which all follow.
 Nobody is special: if the first one dies meanwhile, the next takes its place, and whichever plan is written first counts.
 
-A worker that is silent is given up after the time limit. On the same host it is killed, so that it cannot write to common
-memory any more; on another one it finds a plan without itself when it wakes up, and ends. Workers that cannot reach the store
-end, too: of two groups of hosts that lose sight of each other, only the one with the store goes on.
+A worker that is silent is given up after the time limit. The others of its host kill it, so that it cannot write to common
+memory any more; its launcher does if there are none. If it wakes up before that, it finds a plan without itself, and ends.
+Workers that cannot reach the store end, too: of two groups of hosts that lose sight of each other, only the one with the store
+goes on.
 """
 
 from __future__ import annotations
@@ -156,7 +157,8 @@ class Membership:
         self._known: dict[str, Member] = {me.uid: me}
         self._look_every_s = look_every_s
         self._looked_s = 0.0
-        self._seen = 0
+        self._seen = 0  # how many have asked whose wish is settled
+        self._asked: list[str] = []  # those after them; "" where someone was let in
         self._stopped_s = time.monotonic()
 
     @property
@@ -185,7 +187,11 @@ class Membership:
                 self.store.set(f"{number}/silent/{suspect}", "1")
             self.store.set(f"member/{self.me.uid}", self.me.to_json())
             self.store.set(f"{number}/here/{self.me.uid}", self.me.to_json())
-            plan = self._plan(number, [uid for uid in self._expected if uid not in leavers], joiners)
+            expected = [uid for uid in self._expected if uid not in leavers]
+            plan = self._plan(number, expected, joiners)
+            if self.me.uid in plan:
+                # Who wrote the plan may be on another host than they are, and could not end them.
+                self._end([uid for uid in expected if uid not in plan])
         except DistError as error:
             raise store_is_gone(error) from error
         return self._begin(number, plan)
@@ -235,8 +241,14 @@ class Membership:
         return sorted(uids, key=lambda uid: places[machines[uid]])
 
     def _give_up(self, silent: Sequence[str]) -> None:
-        """Those who do not come are ended where they can be: they must not wake up and write to common memory."""
+        """Those who do not come are ended: here if they are on this machine, else by their launcher."""
+        self._end(silent)
         for uid in silent:
+            self.store.set(f"outside/{uid}", "1")
+
+    def _end(self, uids: Sequence[str]) -> None:
+        """Ends those that are on this machine: they must not wake up and write to common memory."""
+        for uid in uids:
             if uid in self._known:
                 self._known[uid].process.kill()
 
@@ -262,16 +274,18 @@ class Membership:
         if not at_once and now - self._looked_s < self._look_every_s:
             return []
         self._looked_s = now
-        found: list[str] = []
         try:
-            while self.store.check([f"applicant/{self._seen + len(found)}"]):
-                found.append(self.store.get(f"applicant/{self._seen + len(found)}").decode())
-            while found and (found[0] in self._expected or self._is_dead(found[0])):
+            while self.store.check([f"applicant/{self._seen + len(self._asked)}"]):
+                self._asked.append(self.store.get(f"applicant/{self._seen + len(self._asked)}").decode())
+            while self._asked and self._is_settled(self._asked[0]):
                 self._seen += 1
-                found.pop(0)
-            return list(dict.fromkeys(uid for uid in found if uid not in self._expected and not self._is_dead(uid)))
+                self._asked.pop(0)
+            return list(dict.fromkeys(uid for uid in self._asked if not self._is_settled(uid)))
         except DistError as error:
             raise store_is_gone(error) from error
+
+    def _is_settled(self, uid: str) -> bool:
+        return not uid or uid in self._expected or self._is_dead(uid)
 
     def admit(self, applicants: Sequence[str], leavers: Sequence[str]) -> None:
         """*local*. Tells those who wait (one worker does so) that they are in the next generation."""
@@ -279,6 +293,8 @@ class Membership:
         for uid in applicants:
             told = {"number": self._number + 1, "expected": expected, "joiners": list(applicants)}
             self.store.set(f"admitted/{uid}", json.dumps(told))
+        # Whoever does not come must ask again: all wait for those who are let in, and would do so time after time.
+        self._asked = ["" if uid in applicants else uid for uid in self._asked]
 
     def check_members(self) -> None:
         """*local*, on a worker that waits to join: whether there is anyone to join.

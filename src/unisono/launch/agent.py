@@ -25,7 +25,7 @@ from torch.distributed.elastic.agent.server.api import (
 )
 
 from unisono.errors import WorkerFailure
-from unisono.launch.board import Board
+from unisono.launch.board import Board, uid_of
 from unisono.launch.meeting import Meeting
 from unisono.launch.processes import WorkerProcess, WorkerProcesses
 from unisono.launch.report import brief, root_cause
@@ -184,7 +184,7 @@ class Agent(SimpleElasticAgent):
 
     def _next_uid(self) -> str:
         self._started += 1
-        return f"{self._meeting.host}.{self._started - 1}"
+        return uid_of(self._meeting.host, self._started - 1)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._processes.wait(_WAIT_S)
@@ -228,6 +228,9 @@ class Agent(SimpleElasticAgent):
         if time.monotonic() - self._looked_s > _LOOK_S:
             self._looked_s = time.monotonic()
             self._meeting.beat()
+            if self._meeting.serves:
+                self._board.tell_lost([self._meeting.host, *self._meeting.others()])
+            self._processes.kill([p for p in self._processes.latest if p.status is None and self._board.is_outside(p.uid)])
             news = self._board.news()
             if news.failed and course is not Course.FAILED:
                 self.failed_elsewhere = news.failed

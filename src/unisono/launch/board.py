@@ -11,6 +11,8 @@ the workers
 - ``elastic``: they train with a Trainer, which can go on without one of them. Without it a worker that dies ends the run;
 - ``whole`` = "0": they cannot go on without one of them after all (on GPUs): all have to start again from a checkpoint;
 - ``over``: the run is finished, nobody needs to be replaced any more;
+- ``members``: the uids of those who take part, as a JSON list;
+- ``outside/UID``: the others have gone on without this worker, which did not answer;
 
 and launchers for each other
 
@@ -20,10 +22,11 @@ and launchers for each other
 
 from __future__ import annotations
 
+import json
 import queue
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -101,6 +104,16 @@ class Reachable:
         return int(self._ask("add", key, amount))
 
 
+def uid_of(host: int, number: int) -> str:
+    """The name of a worker's process: the host's number, and its own there."""
+    return f"{host}.{number}"
+
+
+def host_of(uid: str) -> int:
+    """The number of the host whose launcher gave this name."""
+    return int(uid.partition(".")[0])
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -132,6 +145,16 @@ class Board:
     def tell_dead(self, uid: str, how: str) -> None:
         """Tell the workers that one of them has ended."""
         self._store.set(f"{self._attempt}/dead/{uid}", how)
+
+    def tell_lost(self, hosts: Collection[int]) -> None:
+        """Tell the workers that those members have ended which are on none of these hosts: nobody else can say so."""
+        for uid in json.loads(self._read("members") or "[]"):
+            if host_of(uid) not in hosts and not self._has(f"dead/{uid}"):
+                self.tell_dead(uid, "was lost with its host")
+
+    def is_outside(self, uid: str) -> bool:
+        """Whether the others have gone on without this worker."""
+        return self._has(f"outside/{uid}")
 
     def tell_stop(self, signum: signal.Signals) -> None:
         """Tell the workers that the next signal is for all of them."""

@@ -248,6 +248,11 @@ class WorkerProcesses:
             if process.record is not None and time.time() - process.record.time_s > limit_s:
                 process.send(signal.SIGKILL)
 
+    def kill(self, processes: Sequence[WorkerProcess]) -> None:
+        """Kill these, which the others have given up: that counts as their failure, so they are replaced."""
+        for process in processes:
+            process.popen.send_signal(signal.SIGKILL)
+
     def end_stopped(self) -> None:
         """Kill the workers that run, if SIGSTOP holds every one of them: nobody is left to let them go on."""
         running = self._running()

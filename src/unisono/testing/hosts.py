@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,14 +23,34 @@ class NoNamespaces(Exception):
 
 
 class TwoHosts:
-    """Two network namespaces that can reach each other and nobody else."""
+    """Two network namespaces that can reach each other and nobody else.
 
-    def __init__(self, holders: Sequence[int]) -> None:
+    Args:
+        holders: The process that holds each host's network namespace.
+        machines: Those that hold the namespaces of each host's processes; none if the hosts have them in common.
+    """
+
+    def __init__(self, holders: Sequence[int], machines: Sequence[Machine] = ()) -> None:
         self._holders = tuple(holders)
+        self._machines = tuple(machines)
 
     def command(self, host: int, command: Sequence[str]) -> list[str]:
-        """The command line that runs ``command`` on a host."""
-        return ["nsenter", f"--net={self.namespace(host)}", *command]
+        """The command line that runs ``command`` on a host. Where hosts have processes of their own, what it starts is a child
+        that does not get the signals which it gets, and begins in the root folder."""
+        within = self._machines[host].options if self._machines else []
+        return ["nsenter", f"--net={self.namespace(host)}", *within, *command]
+
+    def processes(self, host: int) -> dict[int, int]:
+        """The processes of a host that has its own, by their numbers there, with the numbers that they have here."""
+        return self._machines[host].processes()
+
+    def lose(self, host: int) -> None:
+        """Ends all processes of a host that has its own, at once, as a power cut does. Others can be started there afterwards."""
+        self._machines[host].restart()
+
+    def set_link(self, host: int, state: str) -> None:
+        """Pulls the wire out of a host ("down"), or plugs it in ("up")."""
+        self.run(host, "ip", "link", "set", WIRE, state)
 
     def namespace(self, host: int) -> Path:
         """The file of a host's network namespace."""
@@ -44,20 +65,70 @@ class TwoHosts:
         raise NoNamespaces(f"no interface {WIRE!r}")
 
     def run(self, host: int, *command: str) -> None:
-        """Runs a short command to its end.
+        """Runs a short command to its end, in the host's network namespace.
 
         Raises:
             NoNamespaces: It failed.
         """
-        _run(self.command(host, command))
+        _run(["nsenter", f"--net={self.namespace(host)}", *command])
+
+
+class Machine:
+    """A namespace of processes: those in it see each other only, and all end with it. Used as a context; all *local*.
+
+    Args:
+        network: The file of the network namespace in which they are.
+    """
+
+    _OWN = (1, 2)
+    """What holds it: a shell, which buries the orphans that it inherits, and the command that it waits for."""
+
+    def __init__(self, network: Path) -> None:
+        self._network = network
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Machine:
+        kept = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", "echo ready; cat; :"]
+        self._holder = self._stack.enter_context(_held(["nsenter", f"--net={self._network}", *kept]))
+        self._namespace = Path(f"/proc/{self._holder.pid}/ns/pid_for_children").readlink()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def options(self) -> list[str]:
+        """Those of nsenter that lead into it."""
+        namespaces = f"/proc/{self._holder.pid}/ns"
+        return [f"--pid={namespaces}/pid_for_children", f"--mount={namespaces}/mnt"]
+
+    def processes(self) -> dict[int, int]:
+        """Numbers of the processes in it, but for those that hold it: inside, and as seen from here."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):  # it has ended
+                if entry.name.isdecimal() and (entry / "ns/pid").readlink() == self._namespace:
+                    status = (entry / "status").read_text()
+                    inside = next(line for line in status.splitlines() if line.startswith("NSpid:")).split()[-1]
+                    found[int(inside)] = int(entry.name)
+        return {inside: here for inside, here in found.items() if inside not in self._OWN}
+
+    def restart(self) -> None:
+        """Ends all that runs in it at once, and makes a new one."""
+        self._holder.kill()
+        while self.processes():
+            time.sleep(0.001)
+        self._stack.close()
+        self.__enter__()
 
 
 @contextlib.contextmanager
-def two_hosts(*, megabit: float | None = None) -> Iterator[TwoHosts]:
+def two_hosts(*, megabit: float | None = None, machines: bool = False) -> Iterator[TwoHosts]:
     """Two hosts, for as long as the body runs.
 
     Args:
         megabit: Limits the wire in each direction to so many megabits a second.
+        machines: Whether the hosts cannot see each other's processes, as real ones cannot.
 
     Raises:
         NoNamespaces: They cannot be made here.
@@ -66,8 +137,10 @@ def two_hosts(*, megabit: float | None = None) -> Iterator[TwoHosts]:
     if missing:
         raise NoNamespaces(f"{' and '.join(missing)} not installed")
     with contextlib.ExitStack() as stack:
-        holders = [stack.enter_context(_namespace()) for _ in ADDRESSES]
-        hosts = TwoHosts(holders)
+        kept = ["unshare", "--net", "sh", "-c", "echo ready; exec cat"]
+        holders = [stack.enter_context(_held(kept)).pid for _ in ADDRESSES]
+        networks = [Path(f"/proc/{holder}/ns/net") for holder in holders] if machines else []
+        hosts = TwoHosts(holders, [stack.enter_context(Machine(network)) for network in networks])
         hosts.run(0, "ip", "link", "add", WIRE, "type", "veth", "peer", "name", WIRE, "netns", str(holders[1]))
         for host, address in enumerate(ADDRESSES):
             hosts.run(host, "ip", "address", "add", f"{address}/24", "dev", WIRE)
@@ -80,20 +153,15 @@ def two_hosts(*, megabit: float | None = None) -> Iterator[TwoHosts]:
 
 
 @contextlib.contextmanager
-def _namespace() -> Iterator[int]:
-    """The number of a process in a network namespace of its own."""
-    holder = subprocess.Popen(
-        ["unshare", "--net", "sh", "-c", "echo ready; exec cat"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+def _held(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """The process that holds a namespace: it says when it is ready, and ends with its input."""
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with holder:  # closes the pipes, and waits for the end
         assert holder.stdout is not None
         assert holder.stderr is not None
         if holder.stdout.readline() != b"ready\n":
             raise NoNamespaces(holder.stderr.read().decode().strip())
-        yield holder.pid
+        yield holder
 
 
 def _run(command: Sequence[str]) -> None:

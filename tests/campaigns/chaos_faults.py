@@ -1,0 +1,215 @@
+"""What the campaign of faults does to the workers of a run, and what it looks at afterwards, be they on one host or on two."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import hashlib
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+SCRIPT = Path(__file__).with_name("chaos_training.py")
+REPOSITORY = Path(__file__).parents[2]
+TRACE = "UNISONO_CHAOS"
+"""The variable by which everything that a run has started is known: it holds the run's folder."""
+
+
+class Fault(enum.Enum):
+    """What is done to a run."""
+
+    KILL = "SIGKILL"
+    STOP = "SIGSTOP, for ever"
+    PAUSE = "SIGSTOP, then SIGCONT"
+    FAIL = "exception"
+    LEAVE = "told to leave"
+    KILL_ALL = "SIGKILL of all"
+    # On two hosts only:
+    LINK_SHORT = "link down and up"
+    LINK_LONG = "link down until the host gives up"
+    HOST_LOST = "host lost"
+    STORE_LOST = "host of the store lost"
+    HOST_LEAVES = "host told to leave"
+    JOIN = "host comes"
+
+
+TO_WORKERS = (Fault.KILL, Fault.STOP, Fault.PAUSE, Fault.FAIL, Fault.LEAVE, Fault.KILL_ALL)
+"""Those that strike workers, wherever they are."""
+WEIGHTS = {Fault.KILL: 10, Fault.STOP: 1, Fault.PAUSE: 2, Fault.FAIL: 3, Fault.LEAVE: 2, Fault.KILL_ALL: 1}
+"""How often each comes."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Outcome:
+    """What became of one run."""
+
+    number: int
+    kind: str
+    workers: str
+    faults: list[Fault] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+    def compare(self, digest: str, expected: str) -> None:
+        """Notes a problem if the weights are not those of the undisturbed run."""
+        if digest != expected:
+            self.problems.append(f"digest {digest[:12]} instead of {expected[:12]}")
+
+    def row(self) -> str:
+        """A line for a person."""
+        counts = ", ".join(f"{count} x {fault.value}" for fault, count in Counter(self.faults).items())
+        what = f"run {self.number}: {self.kind}, {self.workers} workers, {len(self.faults)} faults ({counts})"
+        return f"{what}, {self.seconds:.1f} s: {'; '.join(self.problems) or 'same digest'}"
+
+
+class Victims(Protocol):
+    """Workers of a run."""
+
+    def workers(self) -> list[int]:
+        """Processes of workers that live."""
+        ...
+
+    def may_leave(self, worker: int) -> bool:
+        """Whether enough others stay."""
+        ...
+
+
+class Striker:
+    """Does things to workers.
+
+    Args:
+        run: Whose workers.
+        rng: Chooses.
+    """
+
+    def __init__(self, run: Victims, rng: random.Random) -> None:
+        self._run = run
+        self._rng = rng
+        self._wakings: list[tuple[float, int]] = []
+        self._left_s = 0.0
+
+    def strike(self, fault: Fault) -> bool:
+        """Whether there was someone to do it to."""
+        alive = self._run.workers()
+        if not alive:
+            return False
+        victim = self._rng.choice(alive)
+        try:
+            match fault:
+                case Fault.KILL:
+                    os.kill(victim, signal.SIGKILL)
+                case Fault.STOP:
+                    os.kill(victim, signal.SIGSTOP)
+                case Fault.PAUSE:
+                    os.kill(victim, signal.SIGSTOP)
+                    self._wakings.append((time.monotonic() + self._rng.uniform(0.0, 5.0), victim))
+                case Fault.FAIL:
+                    if len(alive) < 2:
+                        return False  # what all workers raise is the program's error, and ends the run
+                    os.kill(victim, signal.SIGUSR1)
+                case Fault.LEAVE:
+                    if time.monotonic() < self._left_s + 3.0 or not self._run.may_leave(victim):
+                        return False  # when all leave the run stops, as it should
+                    self._left_s = time.monotonic()
+                    os.kill(victim, signal.SIGTERM)
+                case Fault.KILL_ALL:
+                    for pid in alive:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+                case _:
+                    raise ValueError(f"{fault} is nothing that happens to a worker")
+        except ProcessLookupError:
+            return False
+        return True
+
+    def wake(self) -> None:
+        """Lets those go on whose pause is over."""
+        for due in [waking for waking in self._wakings if waking[0] <= time.monotonic()]:
+            self._wakings.remove(due)
+            if lives(due[1]):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(due[1], signal.SIGCONT)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """That of a command which trains `SCRIPT` in a folder, wherever it begins."""
+    path = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, TRACE: str(folder)}
+
+
+def lives(pid: int) -> bool:
+    """Whether a process runs, or could run again."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def last_members(log: str) -> int:
+    """How many workers took the last step that a log tells of."""
+    return max((int(line.split()[-1]) for line in log.splitlines()[-2:] if len(line.split()) == 6), default=0)
+
+
+def last_step(log: str) -> int:
+    """The last step that a log tells of."""
+    return max((int(line.split()[3]) for line in log.splitlines() if len(line.split()) == 6), default=0)
+
+
+def named_processes(log: str) -> list[int]:
+    """The processes that a log tells of, in the order in which they came."""
+    return list(dict.fromkeys(int(line.split()[1]) for line in log.splitlines() if len(line.split()) > 2))
+
+
+def digest(run_dir: Path) -> str:
+    """SHA-256 of the weights."""
+    file = run_dir / "model.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "no weights"
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Processes that belong to the run in a folder."""
+    found, trace = [], f"{TRACE}={folder}".encode()
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdecimal() and trace in (entry / "environ").read_bytes().split(b"\0") and lives(int(entry.name)):
+                found.append(entry.name)
+    return found
+
+
+def shared_memory() -> set[Path]:
+    """What lies under /dev/shm and may be ours."""
+    return {path for path in Path("/dev/shm").iterdir() if "unisono" in path.name or "torch" in path.name}
+
+
+def remains(folder: Path, before: Iterable[Path]) -> list[str]:
+    """What a run that has ended should not have left behind, for a person.
+
+    Args:
+        folder: The run's.
+        before: What `shared_memory` found before it.
+    """
+    until = time.monotonic() + 5.0
+    while leftovers(folder) and time.monotonic() < until:
+        time.sleep(0.05)
+    problems = []
+    if left := leftovers(folder):
+        problems.append(f"processes left: {', '.join(left)}")
+    if new := shared_memory().difference(before):
+        problems.append(f"left under /dev/shm: {', '.join(map(str, new))}")
+    return problems
+
+
+def between(rng: random.Random) -> float:
+    """How long until the next fault, in seconds."""
+    return rng.uniform(0.05, 1.2)
+
+
+def choose(faults: Sequence[Fault], rng: random.Random, weights: Mapping[Fault, int] = WEIGHTS) -> Fault:
+    """One of them."""
+    return rng.choices(faults, [weights[one] for one in faults])[0]

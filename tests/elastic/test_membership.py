@@ -1,0 +1,73 @@
+"""Members that do not answer, and who ends them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from torch.distributed import HashStore
+
+from unisono.elastic.membership import Member, Membership
+from unisono.process import Process, state_of
+
+
+@pytest.fixture
+def silent() -> Iterator[subprocess.Popen[bytes]]:
+    """A process of this machine."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        yield process
+        process.kill()
+
+
+def member(uid: str, pid: int = 0) -> Member:
+    """One of this machine, or of another one."""
+    process = Process(place=Process.this().place if pid else "elsewhere", pid=pid, started=state_of(pid)[1] if pid else 0)
+    return Member(uid=uid, host="here", process=process)
+
+
+def membership(store: HashStore, *members: Member) -> Membership:
+    """That of the first of them, in a generation with the others."""
+    uids = [one.uid for one in members]
+    for one in members:
+        store.set(f"1/here/{one.uid}", one.to_json())
+    mine = Membership(store, members[0], uids, timeout_s=0.0, pause=lambda seconds: None)
+    store.set("1/plan", json.dumps(uids))
+    mine.meet()
+    return mine
+
+
+def test_one_that_another_host_has_given_up_is_ended_by_those_of_its_own(silent: subprocess.Popen[bytes]) -> None:
+    store = HashStore()
+    mine = membership(store, member("mine"), member("silent", silent.pid), member("elsewhere"))
+    store.set("2/here/elsewhere", member("elsewhere").to_json())
+    store.set("2/plan", json.dumps(["elsewhere", "mine"]))
+    assert mine.meet().size == 2
+    assert silent.poll() == -9
+
+
+def test_one_that_leaves_is_not_ended(silent: subprocess.Popen[bytes]) -> None:
+    mine = membership(HashStore(), member("mine"), member("leaves", silent.pid))
+    assert mine.meet(leavers=["leaves"]).size == 1
+    assert silent.poll() is None
+
+
+def test_one_that_is_silent_elsewhere_is_named_to_its_launcher() -> None:
+    store = HashStore()
+    mine = membership(store, member("mine"), member("silent"))
+    assert mine.meet().size == 1
+    assert store.check(["outside/silent"])
+
+
+def test_one_that_was_let_in_and_did_not_come_is_let_in_again_only_if_it_asks_again() -> None:
+    store = HashStore()
+    mine = membership(store, member("mine"))
+    for number, uid in enumerate(["stands still", "another"]):
+        store.set(f"applicant/{number}", uid)
+    assert mine.applicants(at_once=True) == ["stands still", "another"]
+    mine.admit(["stands still"], leavers=[])
+    assert mine.applicants(at_once=True) == ["another"]
+    store.set("applicant/2", "stands still")
+    assert mine.applicants(at_once=True) == ["another", "stands still"]
