@@ -26,7 +26,7 @@ import unisono
 from unisono.collective import Collective
 from unisono.guard import replicas, stragglers
 from unisono.testing import Workers
-from unisono.training import batches, step, trainer, weights
+from unisono.training import batches, run, step, weights
 
 STEPS = {"tiny": 2560, "middle": 512, "wide": 64, "gpt": 128, "cnn": 128}
 """A multiple of 64, within which everything is looked at once."""
@@ -36,10 +36,10 @@ GUARDS: dict[str, Sequence[tuple[Any, str]]] = {
     "replicas": [(replicas.ReplicaGuard, "digest")],
     "ledger": [
         (batches.BatchStream, "_accounts"),
-        (step, "total"),
+        (step, "_tally"),
         (step.Stepper, "_check_ledger"),
-        (trainer, "total"),
-        (trainer.Trainer, "_check_epoch"),
+        (run, "total"),
+        (run.Run, "_check_epoch"),
     ],
     "same order": [(step.Stepper, "_check_same_batch")],
     "numbers": [(step.Stepper, "_check_losses")],

@@ -288,6 +288,11 @@ class Team:
             self._holdings.renew(self.committed, replay=replay)
 
     @property
+    def can_change(self) -> bool:
+        """*local*. Whether workers may be lost, leave and come while the run goes on."""
+        return self._link is not None
+
+    @property
     def grown(self) -> bool:
         """*local*. Whether this worker's part of the optimizer's state has something new."""
         return self._holdings is not None and self._holdings.grown

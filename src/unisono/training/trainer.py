@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import logging
 import os
 import signal
-import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,15 +18,13 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from unisono.checkpoint.fingerprint import fingerprint
 from unisono.collective import Collective, InProcess, Meeting
 from unisono.elastic.link import Link
-from unisono.errors import CheckpointError, ConfigurationError, Desync
+from unisono.errors import ConfigurationError
 from unisono.guard.data import check_same_data, probe
-from unisono.guard.ledger import NOTHING, samples_of, total, whole
 from unisono.guard.replicas import OnDesync
 from unisono.guard.silence import Board
-from unisono.guard.stragglers import Block, Machine
+from unisono.guard.stragglers import Machine
 from unisono.layout import Layout
 from unisono.observe import trace
-from unisono.observe.progress import Progress, ProgressDisplay, SilentProgress
 from unisono.observe.summary import Summary, show_summary
 from unisono.observe.timing import StepClock
 from unisono.order import Order, OrderLike, make_order
@@ -45,9 +41,11 @@ from unisono.training.optimizer import (
     check_optimizer,
     settle_state,
 )
-from unisono.training.record import Position, Record, log_line, show
+from unisono.training.record import Position
 from unisono.training.replica import LossFunction, Precision, TorchReplica
+from unisono.training.run import Run
 from unisono.training.run_directory import RunDirectory
+from unisono.training.screen import Screen
 from unisono.training.setup import (
     check_alike,
     check_arguments,
@@ -64,12 +62,9 @@ from unisono.training.setup import (
     unify_replicas,
 )
 from unisono.training.step import Batch, OnNonfinite, StepResult
-from unisono.training.team import Part, Settings, Team
+from unisono.training.team import Part, Settings, Taken, Team
 from unisono.training.weights import Weights
-from unisono.tree import Span
 from unisono.world import World
-
-logger = logging.getLogger("unisono")
 
 
 class Trainer:
@@ -148,19 +143,11 @@ class Trainer:
         self.batch_size, self.microbatches, self.seed = batch_size, microbatches, seed
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.callbacks = (*callbacks, *trace.from_environment())
-        self.position = Position()
-        self._checkpoint_every = checkpoint_every
         self._loader = loader or Loader()
         self._sync = sync or Exact()
         self._stop: StopRequest | None = None
-        self._screen = contextlib.ExitStack()
-        self._progress: ProgressDisplay = SilentProgress()
-        self._plan = (0, 0)
-        self._record = Record()
-        self._data_settings: dict[str, Any] | None = None
+        self._screen = Screen(batch_size)
         self._feed: Feed | None = None
-        self._unsaved_since: int | None = None
-        self._run: RunDirectory | None = None
 
         check_model(model)
         trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -212,7 +199,7 @@ class Trainer:
             part=Part(
                 batch=self._batch_at,
                 regrouped=self._regrouped,
-                unsaved=lambda: self._run is not None and self._run.pending,
+                unsaved=lambda: self._run.pending,
                 describe=self._describe,
                 adopt=self._adopt,
             ),
@@ -221,8 +208,17 @@ class Trainer:
         ground = fingerprint(threads=self.world.threads, device=self.device)
         if self._link is not None:
             check_identity(self._link, settings, ground, joins=self._history.outside)
-        if run_dir is not None:
-            self._run = RunDirectory(run_dir, met, settings=settings, fingerprint=ground, keep=keep, strict=strict)
+        self._run = Run(
+            model=model,
+            team=self._team,
+            directory=(
+                None
+                if run_dir is None
+                else RunDirectory(run_dir, met, settings=settings, fingerprint=ground, keep=keep, strict=strict)
+            ),
+            clock=self._clock,
+            checkpoint_every=checkpoint_every,
+        )
 
         def begin() -> int:
             others = self._team.collective
@@ -231,9 +227,8 @@ class Trainer:
             unify_replicas(model, others)
             updates = [self._team.reduction.updated_by(rank) for rank in range(others.size)]
             settle_state(optimizer, self._layout, updates, others)
-            if self._run is not None and not self._history.outside:
-                self._run.regroup(others)
-                self._resume(self._run)
+            if not self._history.outside:
+                self._run.resume()
             return self.position.step
 
         self._team.found(met, begin)
@@ -242,7 +237,12 @@ class Trainer:
     @property
     def run_dir(self) -> str | None:
         """The run directory, as it was given; None if there is none."""
-        return None if self._run is None else self._run.url
+        return self._run.url
+
+    @property
+    def position(self) -> Position:
+        """How far the run has come; the same on all workers."""
+        return self._run.position
 
     @property
     def clock(self) -> StepClock:
@@ -282,7 +282,7 @@ class Trainer:
         with self._history.call():
             samples = self._make_order(dataset, order, drop_last, epochs)
             if self._is_done(epochs):
-                self._complete(epochs)
+                self._run.complete(epochs)
                 summary = self._say_finished()
             else:
                 summary = self._train(dataset, samples, epochs, loader or self._loader)
@@ -290,20 +290,17 @@ class Trainer:
         return summary
 
     def _train(self, dataset: Any, samples: Order, epochs: int, loader: Loader) -> Summary:
-        with self._screen:
-            # Before the look at the rank: a sampler that counts how often it is read must count alike on all workers.
-            self._plan = (samples.epoch(self.position.epoch).batches * epochs, epochs)
-            self._show_progress()
-            try:
-                # Closed also after an error, so that the log is written as far as training came.
-                with contextlib.closing(self._batches(dataset, samples, epochs, loader, own_loop=False)) as batches:
-                    for batch in batches:
-                        self.step(batch)
-            finally:
-                progress, self._progress = self._progress, SilentProgress()
-            progress.finish()
-        summary = self._team.act(lambda: self._summary(finished=True))
-        if self.collective.rank == 0 and self._run is not None:
+        # Before the look at the rank: a sampler that counts how often it is read must count alike on all workers.
+        total_steps = samples.epoch(self.position.epoch).batches * epochs
+        with self._screen.planned(total_steps, epochs):
+            if self.collective.rank == 0:
+                self._screen.begin(self._run, self.collective.size)
+            # Closed also after an error, so that the log is written as far as training came.
+            with contextlib.closing(self._batches(dataset, samples, epochs, loader, own_loop=False)) as batches:
+                for batch in batches:
+                    self.step(batch)
+        summary = self._run.summary()
+        if self.collective.rank == 0 and self._run.url is not None:
             show_summary(summary, self._run.url)
         return summary
 
@@ -343,7 +340,7 @@ class Trainer:
         others, sent = self.collective, self.collective.bytes_sent
         taken = self._team.step(batch, self.position.step + 1, self._signals)
         result, told = taken.result, taken.told
-        self._advance(batch, result)
+        self._run.advance(batch, result)
         self._step_scheduler(result)
         alike = self.collective is others
         sent = self.collective.bytes_sent - (sent if alike else 0)
@@ -351,26 +348,17 @@ class Trainer:
         moved = self._team.balance.add(block) if block is not None and self._feed is not None else None
         if moved is not None and self._feed is not None:
             self._feed.reassign(moved)
-        self._note(result, sent, block, moved)
+        self._run.note(result, bytes_sent=sent, block=block, moved=moved)
+        if self.collective.rank == 0:
+            self._screen.step(result, self._clock)
         for callback in self.callbacks:
             callback.on_step(self, result)
-        if self._run is not None and self._run.is_written(told):
-            self._team.act(self._run.finish)
-        stop = max(signal.stop for signal in told)
+        self._run.complete_checkpoint(told)
         if batch.number + 1 == batch.of:
             for callback in self.callbacks:
                 callback.on_epoch(self, batch.epoch)
-        if self._run is not None and self._checkpoint_is_due(batch):
-            self._unsaved_since = None
-            self._team.act(self._begin_checkpoint)
-        if not stop and taken.leavers and len(taken.leavers) == len(told):
-            stop = int(signal.SIGTERM)
-        if stop:
-            self._leave(stop)
-        if taken.leavers or taken.admits:
-            if self._run is not None:
-                self._run.log.flush()
-            self._team.change(taken.leavers, admit=taken.admits)
+        self._run.begin_checkpoint(batch)
+        self._let_come_and_go(taken)
         return result
 
     def evaluate(
@@ -413,7 +401,7 @@ class Trainer:
 
         with self._history.call(), self._clock.pause():
             results = self._team.act(act)
-        self._keep_metrics(results)
+        self._run.keep_metrics(results)
         self._history.done(results, main=self.collective.rank == 0)
         return results
 
@@ -424,12 +412,12 @@ class Trainer:
             ConfigurationError: The trainer has no run directory.
             CheckpointError: A checkpoint could not be written; the one before it is whole.
         """
-        if self._run is None:
+        if not self._run.is_kept:
             raise ConfigurationError("there is no run directory to save to: pass run_dir=... to Trainer")
         if self._history.outside:
             self._history.wait()
             return
-        self._team.act(self._save)
+        self._run.save()
         self._history.done(None, main=self.collective.rank == 0)
 
     @property
@@ -447,12 +435,11 @@ class Trainer:
 
     def _batches(self, dataset: Any, samples: Order, epochs: int, loader: Loader, *, own_loop: bool) -> Generator[Batch]:
         if self._is_done(epochs):
-            self._complete(epochs)
+            self._run.complete(epochs)
             return
         check_unchanged(self.model, self._layout)
         self._clock.at(self.position.step + 1)
-        if self._run is not None:
-            self._run.begin(self.position.step)
+        self._run.begin_log()
         feed = self._feed = Feed(lambda: self._stream(dataset, samples, loader), epochs)
         share = self._may_share(own_loop)
         with StopRequest() as self._stop, self._weights.in_common(share):
@@ -466,10 +453,8 @@ class Trainer:
                 self._stop = None
                 feed.drop()
                 self._feed = None
-                if self._run is not None:
-                    with contextlib.suppress(CheckpointError):  # an error on its way is more important
-                        self._run.log.flush()
-        self._finish()
+                self._run.end_log()
+        self._run.finish()
 
     def _begin_steps(self, dataset: Any, *, replay: bool) -> None:
         if self._history.just_joined:
@@ -529,40 +514,15 @@ class Trainer:
         leaves = stop == signal.SIGTERM and self._link is not None and self._link.ask("stop") is None
         if leaves:
             stop = 0
-        signals = self._run.signals(stop) if self._run is not None else Signals(stop=stop)
         return dataclasses.replace(
-            signals,
-            seconds=self._record.last_seconds,
+            self._run.signals(stop),
+            seconds=self._run.record.last_seconds,
             work_s=self._team.stepper.work_s,
             troubles=self._machine.troubles(),
             leaves=leaves,
             admits=self._team.applicants(),
             grown=self._team.grown,
         )
-
-    def _advance(self, batch: Batch, result: StepResult) -> None:
-        position = self.position
-        position.step += 1
-        position.samples += batch.samples
-        position.skipped += result.skipped
-        position.ledger = None if position.ledger is None or batch.ledger is None else total([position.ledger, batch.ledger])
-        last = batch.number + 1 == batch.of
-        if last:
-            self._check_epoch(batch)
-            position.ledger = NOTHING
-        position.epoch, position.batch = (batch.epoch + 1, 0) if last else (batch.epoch, batch.number + 1)
-
-    def _check_epoch(self, batch: Batch) -> None:
-        """Each sample of the epoch was used exactly once: the ledger proves it wherever the order is one of ours."""
-        data = self._data_settings
-        if self.position.ledger is None or data is None or data["order"] == "given" or data["drop_last"]:
-            return
-        if self.position.ledger != whole(data["samples"]):
-            raise Desync(
-                f"epoch {batch.epoch + 1} used {samples_of(self.position.ledger)} samples of {data['samples']}, or not each of "
-                "them once. The steps stand; start again from a checkpoint before this epoch, and report this",
-                step=self.position.step,
-            )
 
     def _step_scheduler(self, result: StepResult) -> None:
         if result.skipped:
@@ -572,89 +532,7 @@ class Trainer:
         elif self.scheduler is not None:
             self.scheduler.step()
 
-    def _note(self, result: StepResult, bytes_sent: int, block: Block | None, moved: Sequence[Span] | None) -> None:
-        lo, hi = self._team.reduction.ranges[self.collective.rank]
-        seconds = self._record.add(result, self._clock, bytes_sent, hi - lo)
-        main = self.collective.rank == 0
-        if main:
-            show(self._progress, result, self._clock)
-        if self._run is not None and (main or self._link is not None):
-            self._run.note(log_line(result, self.position, self._clock, seconds, block, moved))
-
-    def _begin_checkpoint(self) -> None:
-        """Copies the current state; it is written while training goes on, and complete a few steps later."""
-        run = self._run
-        assert run is not None
-        self._team.guard.check_all(self.position.step)
-        main = self.collective.rank == 0
-        run.save(
-            self.position.step,
-            part={"state": self._team.state.own()},
-            model=self.model.state_dict() if main else None,
-            trainer=self._team.state.common() if main else None,
-            info={
-                "position": dataclasses.asdict(self.position),
-                "data": self._data_settings,
-                "workers": self.collective.size,
-                "last": dataclasses.asdict(self._record.last) if self._record.last else None,
-            },
-        )
-
-    def _save(self) -> None:
-        assert self._run is not None
-        self._begin_checkpoint()
-        self._run.finish()
-
-    def _checkpoint_is_due(self, batch: Batch) -> bool:
-        if self._unsaved_since is not None and self.position.step > self._unsaved_since:
-            return True  # the one under way was given up when the team changed
-        if self._checkpoint_every is not None:
-            return self.position.step % self._checkpoint_every == 0
-        return batch.number + 1 == batch.of
-
     # ------------------------------------------------------------------ end of a run
-
-    def _finish(self) -> None:
-        """All batches are done: the last checkpoint, the weights and the summary."""
-        run = self._run
-        if run is None:
-            return
-
-        def act() -> None:
-            self._settle()
-            run.publish(self.model.state_dict() if self.collective.rank == 0 else None)
-            run.log.flush()
-            run.write_summary(self._summary(finished=True))
-
-        self._team.act(act)
-
-    def _complete(self, epochs: int) -> None:
-        """A run may have stopped after its last step, before its files were written. (One that went on further has others.)"""
-        if (self.position.epoch, self.position.batch) == (epochs, 0):
-            self._finish()
-
-    def _settle(self) -> None:
-        """The newest checkpoint is complete, and it is the one of now."""
-        assert self._run is not None
-        self._run.finish()
-        if self._run.saved_step != self.position.step:
-            self._save()
-
-    def _leave(self, stop: int) -> None:
-        note = f"stopped by {signal.Signals(stop).name} after step {self.position.step}"
-        run = self._run
-        if run is not None:
-
-            def act() -> None:
-                self._settle()
-                run.log.flush()
-                run.write_summary(self._summary(finished=False))
-
-            self._team.act(act)
-            note += f"; checkpoint written to {run.url}. Start the same command again to go on, on any number of workers"
-        if self.collective.rank == 0:
-            self._tell(note)
-        raise SystemExit(128 + stop)
 
     def _is_done(self, epochs: int) -> bool:
         if epochs < 1:
@@ -662,64 +540,16 @@ class Trainer:
         return self.position.epoch >= epochs
 
     def _say_finished(self) -> Summary:
-        summary = self._team.act(lambda: self._summary(finished=True))
+        summary = self._run.summary()
         if self.collective.rank == 0:
-            where = f"the run in {self._run.url}" if self._run is not None else "this run"
+            where = f"the run in {self._run.url}" if self._run.is_kept else "this run"
             print(
                 f"{where} is finished ({self.position.epoch} epochs, {self.position.step} steps): nothing to do",
                 flush=True,
             )
-            if self._run is not None:
+            if self._run.url is not None:
                 show_summary(summary, self._run.url)
         return summary
-
-    def _summary(self, *, finished: bool) -> Summary:
-        """*collective*."""
-        rates = self._record.rates(self.collective)
-        weights = self.model.state_dict() if self.collective.rank == 0 else None
-        sha256 = self._run.weights_digest(weights) if self._run is not None else ""
-        earlier = self._run.read_summary() if self._run is not None else None
-        if earlier is not None and (earlier.steps, earlier.weights_sha256) != (self.position.step, sha256):
-            earlier = None
-        if earlier is not None and self._record.steps == 0:
-            # This start has trained nothing: what the one before it measured stands.
-            return dataclasses.replace(earlier, finished=finished)
-        return Summary(
-            steps=self.position.step,
-            epochs=self.position.epoch,
-            samples=self.position.samples,
-            workers=self.collective.size,
-            weights_sha256=sha256,
-            loss=self._record.last.loss if self._record.last else float("nan"),
-            metrics=earlier.metrics if earlier is not None else {},
-            finished=finished,
-            parameters=sum(parameter.numel() for parameter in self._layout.parameters),
-            run_dir=self._run.url if self._run is not None else "",
-            **rates,
-        )
-
-    def _keep_metrics(self, results: dict[str, float]) -> None:
-        if self._run is None or self.collective.rank:
-            return
-        summary = self._run.read_summary()
-        if summary is not None and summary.steps == self.position.step:
-            self._run.write_summary(dataclasses.replace(summary, metrics={**summary.metrics, **results}))
-
-    # ------------------------------------------------------------------ resume
-
-    def _resume(self, run: RunDirectory) -> None:
-        checkpoint = run.open()
-        if self.collective.rank == 0:
-            for note in run.notes:
-                warnings.warn(note, stacklevel=3)
-        if checkpoint is None:
-            return
-        self._team.state.restore(checkpoint)
-        self.position = Position(**checkpoint.info["position"])
-        self._data_settings = checkpoint.info["data"]
-        last = checkpoint.info["last"]
-        self._record.last = StepResult(**{**last, "learning_rates": tuple(last["learning_rates"])}) if last else None
-        logger.info("resumed from step %d of %s", self.position.step, run.url)
 
     # ------------------------------------------------------------------ checks
 
@@ -728,12 +558,12 @@ class Trainer:
         data = {"samples": length, "order": order if isinstance(order, str) else "given", "drop_last": drop_last}
         if not self._history.just_joined:  # the others have compared this already
             self._team.act(lambda: check_alike(self.collective, {**data, "epochs": epochs}))
-        if self.position.batch and self._data_settings not in (None, data):
+        if self.position.batch and self._run.data not in (None, data):
             raise ConfigurationError(
-                f"the run stopped in the middle of epoch {self.position.epoch + 1} over other data ({self._data_settings}) than "
+                f"the run stopped in the middle of epoch {self.position.epoch + 1} over other data ({self._run.data}) than "
                 f"is given now ({data}): give it the same data, or choose another run_dir"
             )
-        self._data_settings = data
+        self._run.data = data
         return make_order(order, length=length, batch_size=self.batch_size, seed=self.seed, drop_last=drop_last)
 
     def _check_batch(self, batch: Any) -> None:
@@ -742,28 +572,7 @@ class Trainer:
                 f"step() takes the batches that trainer.batches(...) yields, not a {type(batch).__name__}: samples must be "
                 "divided into microbatches by the trainer"
             )
-        if (batch.epoch, batch.number) != (self.position.epoch, self.position.batch):
-            raise ConfigurationError(
-                f"batch {batch.number} of epoch {batch.epoch} comes out of turn: the next one is batch {self.position.batch} of "
-                f"epoch {self.position.epoch}. Step each batch once, in order"
-            )
-
-    def _show_progress(self) -> None:
-        """Worker 0 speaks to the person, whoever that is by now."""
-        if self.collective.rank or not isinstance(self._progress, SilentProgress) or not self._plan[1]:
-            return
-        total, epochs = self._plan
-        self._progress = self._screen.enter_context(
-            Progress(
-                total_steps=total,
-                step=self.position.step,
-                epochs=epochs,
-                workers=self.collective.size,
-                batch_size=self.batch_size,
-            )
-        )
-        if self.position.step and not self._record.steps:
-            self._progress.note(f"resumed after step {self.position.step}")
+        self._run.check_turn(batch)
 
     # ------------------------------------------------------------------ others come and go
 
@@ -777,42 +586,44 @@ class Trainer:
         rank, size = self._team.collective.rank, self._team.collective.size
         self.world = dataclasses.replace(self.world, rank=rank, size=size, local_rank=rank, local_size=size)
 
+    def _let_come_and_go(self, taken: Taken) -> None:
+        """*collective*, after a step. All stop if one was asked to; else those leave who were told to, and others may come."""
+        stop = max(signal.stop for signal in taken.told)
+        if not stop and taken.leavers and len(taken.leavers) == len(taken.told):
+            stop = int(signal.SIGTERM)
+        if stop:
+            self._stop_all(stop)
+        if taken.leavers or taken.admits:
+            self._run.flush_log()
+            self._team.change(taken.leavers, admit=taken.admits)
+
+    def _stop_all(self, stop: int) -> None:
+        note = f"stopped by {signal.Signals(stop).name} after step {self.position.step}"
+        self._run.stop()
+        if self._run.is_kept:
+            note += f"; checkpoint written to {self._run.url}. Start the same command again to go on, on any number of workers"
+        if self.collective.rank == 0:
+            self._screen.tell(note)
+        raise SystemExit(128 + stop)
+
     def _regrouped(self, reason: str, unsaved: bool) -> None:
         assert self._link is not None
         assert self._link.generation is not None
         self._place_in_world()
-        if unsaved:
-            self._unsaved_since = self._team.committed
         if self._feed is not None:
             self._feed.drop()
         main = self._team.collective.rank == 0
-        if self._run is not None:
-            self._run.regroup(self._team.collective)
+        self._run.regroup(unsaved=unsaved)
         self._history.publish(main=main)
         if not main:
             return
         self._link.speak()
-        self._show_progress()
-        if self._team.silence is not None:
-            self._tell(self._team.silence)
         workers = self._team.collective.size
-        self._tell(f"{reason}: {workers} worker{'s go' if workers > 1 else ' goes'} on after step {self._team.committed}")
-        if self._run is not None:
-            self._run.note(
-                {
-                    "step": self._team.committed,
-                    "event": "generation",
-                    "generation": self._link.generation.number,
-                    "workers": workers,
-                    "reason": reason,
-                }
-            )
-
-    def _tell(self, text: str) -> None:
-        """Says something to the person, also where no progress is shown."""
-        self._progress.note(text)
-        if isinstance(self._progress, SilentProgress):
-            print(text, flush=True)
+        self._screen.begin(self._run, workers)
+        if self._team.silence is not None:
+            self._screen.tell(self._team.silence)
+        self._screen.tell(f"{reason}: {workers} worker{'s go' if workers > 1 else ' goes'} on after step {self._team.committed}")
+        self._run.note_generation(self._link.generation.number, reason)
 
     def _catch_up(self, dataset: Any, *, own_loop: bool) -> list[Any]:
         """What the others had from this call, if they had finished it before this worker came; else it takes part from now."""
@@ -821,25 +632,14 @@ class Trainer:
         self._weights.want(self._may_share(own_loop))
         read = functools.partial(read_sample, dataset, seed=self.seed)
         earlier = self._history.enter(self._team.join, probe(read, dataset_length(dataset)))
-        if earlier and self._run is not None:
-            weights = self._run.read_model()
-            if weights is not None:
-                self.model.load_state_dict(weights)
+        if earlier and (weights := self._run.read_model()) is not None:
+            self.model.load_state_dict(weights)
         return earlier
 
     def _describe(self) -> dict[str, Any]:
-        return {
-            "position": dataclasses.asdict(self.position),
-            "data": self._data_settings,
-            "last": self._record.last,
-            "history": self._history.describe(),
-            "unsaved_since": self._unsaved_since,
-        }
+        return {"run": self._run.describe(), "history": self._history.describe()}
 
     def _adopt(self, description: dict[str, Any]) -> None:
-        self.position = Position(**description["position"])
-        self._data_settings = description["data"]
-        self._record.last = description["last"]
-        self._unsaved_since = description["unsaved_since"]
+        self._run.adopt(description["run"])
         self._history.adopt(description["history"])
         self._clock.at(self.position.step + 1)

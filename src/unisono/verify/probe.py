@@ -211,7 +211,7 @@ class ProbeTrainer(Trainer):
         if snapshot is not None and Change.FRESH_DATA not in bench.changes:
             add(bench.record.data_state, snapshot.changed())
         if self.position.step >= bench.steps and not self._is_done(epochs):
-            self._finish()
+            self._run.finish()
 
     def step(self, batch: Any) -> Any:
         """One step, written down."""

@@ -1,0 +1,340 @@
+"""A run as far as it has come, and how that is kept in its run directory: checkpoints, log, weights and summary."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from unisono.errors import CheckpointError, ConfigurationError, Desync
+from unisono.guard.ledger import NOTHING, samples_of, total, whole
+from unisono.guard.stragglers import Block
+from unisono.observe.summary import Summary
+from unisono.observe.timing import StepClock
+from unisono.training.header import Signals
+from unisono.training.record import Position, Record, log_line
+from unisono.training.run_directory import RunDirectory
+from unisono.training.step import Batch, StepResult
+from unisono.training.team import Team
+from unisono.tree import Span
+
+logger = logging.getLogger("unisono")
+
+
+class Run:
+    """See the module. All workers have the same, but for ``record``.
+
+    Args:
+        model: The model that is trained.
+        team: The workers, who write together.
+        directory: Where it is kept; None: nowhere.
+        clock: Where this worker's time goes.
+        checkpoint_every: Steps between checkpoints; None: at the end of each epoch.
+
+    Attributes:
+        position: How far it has come.
+        record: What this worker has noted since it started.
+        data: Samples, order and ``drop_last`` of the data that it trains on, once that is known.
+    """
+
+    def __init__(
+        self, *, model: nn.Module, team: Team, directory: RunDirectory | None, clock: StepClock, checkpoint_every: int | None
+    ) -> None:
+        self.position = Position()
+        self.record = Record()
+        self.data: dict[str, Any] | None = None
+        self._model = model
+        self._team = team
+        self._directory = directory
+        self._clock = clock
+        self._checkpoint_every = checkpoint_every
+        self._unsaved_since: int | None = None
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether there is a run directory."""
+        return self._directory is not None
+
+    @property
+    def url(self) -> str | None:
+        """The run directory, as it was given; None if there is none."""
+        return None if self._directory is None else self._directory.url
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this worker writes what only one of them writes."""
+        return self._team.collective.rank == 0
+
+    # ------------------------------------------------------------------ steps
+
+    def check_turn(self, batch: Batch) -> None:
+        """*local*.
+
+        Raises:
+            ConfigurationError: It is another batch's turn.
+        """
+        position = self.position
+        if (batch.epoch, batch.number) != (position.epoch, position.batch):
+            raise ConfigurationError(
+                f"batch {batch.number} of epoch {batch.epoch} comes out of turn: the next one is batch {position.batch} of "
+                f"epoch {position.epoch}. Step each batch once, in order"
+            )
+
+    def advance(self, batch: Batch, result: StepResult) -> None:
+        """*local*. A step has been taken.
+
+        Raises:
+            Desync: It ends an epoch in which not each sample was used once.
+        """
+        position = self.position
+        position.step += 1
+        position.samples += batch.samples
+        position.skipped += result.skipped
+        position.ledger = None if position.ledger is None or batch.ledger is None else total((position.ledger, batch.ledger))
+        last = batch.number + 1 == batch.of
+        if last:
+            self._check_epoch(batch)
+            position.ledger = NOTHING
+        position.epoch, position.batch = (batch.epoch + 1, 0) if last else (batch.epoch, batch.number + 1)
+
+    def _check_epoch(self, batch: Batch) -> None:
+        """Each sample of the epoch was used exactly once: the ledger proves it wherever the order is one of ours."""
+        ledger, data = self.position.ledger, self.data
+        if ledger is None or data is None or data["order"] == "given" or data["drop_last"]:
+            return
+        if ledger != whole(data["samples"]):
+            raise Desync(
+                f"epoch {batch.epoch + 1} used {samples_of(ledger)} samples of {data['samples']}, or not each of them once. "
+                "The steps stand; start again from a checkpoint before this epoch, and report this",
+                step=self.position.step,
+            )
+
+    def note(self, result: StepResult, *, bytes_sent: int, block: Block | None, moved: Sequence[Span] | None) -> None:
+        """*local*. Counts a step, and writes its line into the log.
+
+        Args:
+            bytes_sent: By this worker, in this step.
+            block: What stragglers are looked for in, if the step has completed it.
+            moved: Everybody's microbatches from now on, if they have changed.
+        """
+        lo, hi = self._team.reduction.ranges[self._team.collective.rank]
+        seconds = self.record.add(result, self._clock, bytes_sent, hi - lo)
+        # Where workers can be lost each has the lines that are not written yet.
+        if self._directory is not None and (self.is_main or self._team.can_change):
+            self._directory.note(log_line(result, self.position, self._clock, seconds, block, moved))
+
+    def note_generation(self, number: int, reason: str) -> None:
+        """*local*. Other workers take part from now on."""
+        if self._directory is not None and self.is_main:
+            self._directory.note(
+                {
+                    "step": self._team.committed,
+                    "event": "generation",
+                    "generation": number,
+                    "workers": self._team.collective.size,
+                    "reason": reason,
+                }
+            )
+
+    def flush_log(self) -> None:
+        """*local*. What has been noted is in the file."""
+        if self._directory is not None:
+            self._directory.log.flush()
+
+    def begin_log(self) -> None:
+        """*local*. Steps will follow."""
+        if self._directory is not None:
+            self._directory.begin(self.position.step)
+
+    def end_log(self) -> None:
+        """*local*. No steps follow; what cannot be written is left, since an error on its way is more important."""
+        with contextlib.suppress(CheckpointError):
+            self.flush_log()
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def signals(self, stop: int) -> Signals:
+        """*local*. What the others are told with the next step."""
+        return self._directory.signals(stop) if self._directory is not None else Signals(stop=stop)
+
+    def resume(self) -> None:
+        """*collective*. Takes everything from the newest checkpoint that is whole, if there is one."""
+        if self._directory is None:
+            return
+        self._directory.regroup(self._team.collective)
+        checkpoint = self._directory.open()
+        if self.is_main:
+            for note in self._directory.notes:
+                warnings.warn(note, stacklevel=4)
+        if checkpoint is None:
+            return
+        self._team.state.restore(checkpoint)
+        self.position = Position(**checkpoint.info["position"])
+        self.data = checkpoint.info["data"]
+        last = checkpoint.info["last"]
+        self.record.last = StepResult(**{**last, "learning_rates": tuple(last["learning_rates"])}) if last else None
+        logger.info("resumed from step %d of %s", self.position.step, self.url)
+
+    def complete_checkpoint(self, told: Sequence[Signals]) -> None:
+        """*collective*, after each step. Completes the checkpoint under way if all have written their parts of it."""
+        if self._directory is not None and self._directory.is_written(told):
+            self._team.act(self._directory.finish)
+
+    def begin_checkpoint(self, batch: Batch) -> None:
+        """*collective*, after each step. Begins a checkpoint if it is due."""
+        if self._directory is not None and self._is_due(batch):
+            self._unsaved_since = None
+            self._team.act(self._copy_state)
+
+    def _is_due(self, batch: Batch) -> bool:
+        if self._unsaved_since is not None and self.position.step > self._unsaved_since:
+            return True  # the one under way was given up when the team changed
+        if self._checkpoint_every is not None:
+            return self.position.step % self._checkpoint_every == 0
+        return batch.number + 1 == batch.of
+
+    def save(self) -> None:
+        """*collective*. Writes a checkpoint of now, and returns when it is complete."""
+        directory = self._directory
+        assert directory is not None
+
+        def act() -> None:
+            self._copy_state()
+            directory.finish()
+
+        self._team.act(act)
+
+    def _copy_state(self) -> None:
+        """The current state; it is written while training goes on, and complete a few steps later."""
+        assert self._directory is not None
+        self._team.guard.check_all(self.position.step)
+        main = self.is_main
+        self._directory.save(
+            self.position.step,
+            part={"state": self._team.state.own()},
+            model=self._model.state_dict() if main else None,
+            trainer=self._team.state.common() if main else None,
+            info={
+                "position": dataclasses.asdict(self.position),
+                "data": self.data,
+                "workers": self._team.collective.size,
+                "last": dataclasses.asdict(self.record.last) if self.record.last else None,
+            },
+        )
+
+    def _settle(self, directory: RunDirectory) -> None:
+        """The newest checkpoint is complete, and it is the one of now."""
+        directory.finish()
+        if directory.saved_step != self.position.step:
+            self._copy_state()
+            directory.finish()
+
+    # ------------------------------------------------------------------ the end
+
+    def finish(self) -> None:
+        """*collective*. All batches are done: the last checkpoint, the weights and the summary."""
+        self._close(finished=True)
+
+    def complete(self, epochs: int) -> None:
+        """*collective*. A run may have stopped after its last step, before its files were written. (One that went on further has
+        others.)"""
+        if (self.position.epoch, self.position.batch) == (epochs, 0):
+            self.finish()
+
+    def stop(self) -> None:
+        """*collective*. It ends here for now: a checkpoint and the summary, from which it goes on."""
+        self._close(finished=False)
+
+    def _close(self, *, finished: bool) -> None:
+        directory = self._directory
+        if directory is None:
+            return
+
+        def act() -> None:
+            self._settle(directory)
+            if finished:
+                directory.publish(self._model.state_dict() if self.is_main else None)
+            directory.log.flush()
+            directory.write_summary(self._summary(finished=finished))
+
+        self._team.act(act)
+
+    def summary(self) -> Summary:
+        """*collective*. Of the run that is finished."""
+        return self._team.act(lambda: self._summary(finished=True))
+
+    def _summary(self, *, finished: bool) -> Summary:
+        directory, collective = self._directory, self._team.collective
+        rates = self.record.rates(collective)
+        weights = self._model.state_dict() if self.is_main else None
+        sha256 = directory.weights_digest(weights) if directory is not None else ""
+        earlier = directory.read_summary() if directory is not None else None
+        if earlier is not None and (earlier.steps, earlier.weights_sha256) != (self.position.step, sha256):
+            earlier = None
+        if earlier is not None and self.record.steps == 0:
+            # This start has trained nothing: what the one before it measured stands.
+            return dataclasses.replace(earlier, finished=finished)
+        return Summary(
+            steps=self.position.step,
+            epochs=self.position.epoch,
+            samples=self.position.samples,
+            workers=collective.size,
+            weights_sha256=sha256,
+            loss=self.record.last.loss if self.record.last else float("nan"),
+            metrics=earlier.metrics if earlier is not None else {},
+            finished=finished,
+            parameters=sum(parameter.numel() for parameter in self._team.state.layout.parameters),
+            run_dir=self.url or "",
+            **rates,
+        )
+
+    def keep_metrics(self, results: dict[str, float]) -> None:
+        """*local*. Puts what was measured into the summary, if that is of the model as it is now."""
+        if self._directory is None or not self.is_main:
+            return
+        summary = self._directory.read_summary()
+        if summary is not None and summary.steps == self.position.step:
+            self._directory.write_summary(dataclasses.replace(summary, metrics={**summary.metrics, **results}))
+
+    # ------------------------------------------------------------------ others come and go
+
+    @property
+    def pending(self) -> bool:
+        """*local*. Whether a checkpoint is under way."""
+        return self._directory is not None and self._directory.pending
+
+    def regroup(self, *, unsaved: bool) -> None:
+        """*local*. Others write together from now on.
+
+        Args:
+            unsaved: Whether a checkpoint was under way, which is lost.
+        """
+        if unsaved:
+            self._unsaved_since = self._team.committed
+        if self._directory is not None:
+            self._directory.regroup(self._team.collective)
+
+    def describe(self) -> dict[str, Any]:
+        """*local*. What a worker that joins must know."""
+        return {
+            "position": dataclasses.asdict(self.position),
+            "data": self.data,
+            "last": self.record.last,
+            "unsaved_since": self._unsaved_since,
+        }
+
+    def adopt(self, description: dict[str, Any]) -> None:
+        """*local*. Takes over what another worker has described."""
+        self.position = Position(**description["position"])
+        self.data = description["data"]
+        self.record.last = description["last"]
+        self._unsaved_since = description["unsaved_since"]
+
+    def read_model(self) -> dict[str, Any] | None:
+        """*local*. The weights of a run that is finished, if they were written."""
+        return self._directory.read_model() if self._directory is not None else None

@@ -1,0 +1,59 @@
+"""What a person sees of a run while it trains. *Local.*"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from unisono.observe.progress import Progress, ProgressDisplay, SilentProgress
+from unisono.observe.timing import StepClock
+from unisono.training.record import show
+from unisono.training.run import Run
+from unisono.training.step import StepResult
+
+
+class Screen:
+    """Shows progress on the worker that speaks for all, whoever that is by now.
+
+    Args:
+        batch_size: Samples of a step.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._progress: ProgressDisplay = SilentProgress()
+        self._stack = contextlib.ExitStack()
+        self._plan: tuple[int, int] | None = None
+
+    @contextlib.contextmanager
+    def planned(self, total_steps: int, epochs: int) -> Iterator[None]:
+        """Around the steps of a run of so many steps; nothing is shown before ``begin``."""
+        with self._stack:
+            self._plan = (total_steps, epochs)
+            try:
+                yield
+            finally:
+                progress, self._progress, self._plan = self._progress, SilentProgress(), None
+            progress.finish()
+
+    def begin(self, run: Run, workers: int) -> None:
+        """This worker speaks for all from now on."""
+        if self._plan is None or not isinstance(self._progress, SilentProgress):
+            return
+        total_steps, epochs = self._plan
+        step = run.position.step
+        self._progress = self._stack.enter_context(
+            Progress(total_steps=total_steps, step=step, epochs=epochs, workers=workers, batch_size=self._batch_size)
+        )
+        if step and not run.record.steps:
+            self._progress.note(f"resumed after step {step}")
+
+    def step(self, result: StepResult, clock: StepClock) -> None:
+        """A step has been taken."""
+        show(self._progress, result, clock)
+
+    def tell(self, text: str) -> None:
+        """Says something, also where no progress is shown."""
+        self._progress.note(text)
+        if isinstance(self._progress, SilentProgress):
+            print(text, flush=True)
