@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,10 @@ import torch
 from tests.launch.warm import warm_parent
 from unisono.launch.nursery import Nursery, is_possible
 from unisono.testing import Workers
+
+# A shell ignores Ctrl-C for what it starts in the background, and so would everything that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What the tests compute is too small to be shared out: a second thread would wait for the first, and keep its core busy.
 torch.set_num_threads(1)

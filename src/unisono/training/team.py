@@ -24,107 +24,34 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from unisono.collective import Collective, LostWorker
 from unisono.elastic.link import Link
 from unisono.elastic.membership import Generation, Member, StateLost
 from unisono.errors import WorkerFailure
-from unisono.guard.replicas import OnDesync, ReplicaGuard
+from unisono.guard.replicas import ReplicaGuard
 from unisono.guard.silence import Board, Watch
 from unisono.guard.stragglers import Stragglers, warn_about
 from unisono.layout import Layout
 from unisono.observe.timing import StepClock
 from unisono.sync import Reduction, Sync
 from unisono.sync.exact import host_sizes
+from unisono.training.acts import NEW, Part, Report, Settings, Taken
 from unisono.training.balance import Balance
 from unisono.training.buffers import Buffers
 from unisono.training.header import Signals
 from unisono.training.holdings import Holdings, Point
 from unisono.training.optimizer import copied_hyperparameters, full_state, set_full_state, set_hyperparameters
+from unisono.training.repeats import Past, Repeats
 from unisono.training.replica import TorchReplica
 from unisono.training.state import State
-from unisono.training.step import Batch, OnNonfinite, Stepper, StepResult
+from unisono.training.step import Batch, Stepper, StepResult
 from unisono.training.weights import Weights
 
 T = TypeVar("T")
 logger = logging.getLogger("unisono")
-
-NEW = -1
-"""Acts of a worker that has not been there before."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What steps are computed by, the same on all workers and for the whole run."""
-
-    microbatches: int
-    seed: int
-    max_grad_norm: float | None
-    on_nonfinite: OnNonfinite
-    on_desync: OnDesync
-    compare_every: int | None
-    timeout_s: float
-    overlap: bool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Taken:
-    """A step that has been taken."""
-
-    result: StepResult
-    told: Sequence[Signals]
-    """What every worker signalled, by rank."""
-    leavers: Sequence[str] = ()
-    """uids of workers that leave after it."""
-    admits: bool = False
-    """Whether others wait to join."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
-    """What a worker says of itself when a generation begins."""
-
-    acts: int
-    reached: int
-    """The last step that it has completed."""
-    committed: int
-    """The last step of the run, as far as it knows."""
-    tracked: str
-    """Buffers that some forward has changed, as hexadecimal flags."""
-    dense: Sequence[int]
-    """Slots whose gradients were to have few rows, and had not."""
-    unsaved: bool
-    """Whether a checkpoint was under way."""
-    changing: bool
-    """Whether the act under way is to let others come or leave."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Past:
-    """What doing a step again takes."""
-
-    step: int
-    epoch: int
-    number: int
-    groups: list[dict[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
-    """What the rest of the trainer does when the team changes. All *local*."""
-
-    batch: Callable[[int, int], Batch]
-    """This worker's share of a batch, by epoch and number, with the ranges of now."""
-    regrouped: Callable[[str, bool], None]
-    """A generation has begun; why, for a person, and whether a checkpoint was under way."""
-    unsaved: Callable[[], bool]
-    """Whether a checkpoint is under way."""
-    describe: Callable[[], Any]
-    """What a worker that joins must know beside the model's state."""
-    adopt: Callable[[Any], None]
-    """Takes over what another worker has described."""
 
 
 class Team:
@@ -181,9 +108,7 @@ class Team:
         self.reached = 0
         self.committed = 0
         self._last: Any = None
-        self._past: list[_Past] = []
-        self._kept_buffers: list[Tensor] = []
-        self._repeatable = False
+        self._repeats = Repeats()
         self.silence: str | None = None
         self._stepping = False
         self._changing = False
@@ -282,8 +207,7 @@ class Team:
             replay: Whether nobody but the trainer changes weights between steps.
         """
         self._weights.bind(self.collective)
-        self._past.clear()
-        self._repeatable = replay
+        self._repeats.begin(allowed=replay)
         if self._holdings is not None:
             self._holdings.renew(self.committed, replay=replay)
 
@@ -332,7 +256,7 @@ class Team:
                 mine = self._part.batch(batch.epoch, batch.number)  # loaded for another team
             self._reassign(mine)
             groups = copied_hyperparameters(self._optimizer) if self._link is not None else []
-            past = _Past(step=step, epoch=batch.epoch, number=batch.number, groups=groups)
+            past = Past(step=step, epoch=batch.epoch, number=batch.number, groups=groups)
             result, told = self._run(mine, past, signals())
             uids = self._link.uids if self._link is not None else []
             return Taken(
@@ -346,18 +270,18 @@ class Team:
         self.committed = step
         return taken
 
-    def _run(self, batch: Batch, past: _Past, signals: Signals) -> tuple[StepResult, list[Signals]]:
+    def _run(self, batch: Batch, past: Past, signals: Signals) -> tuple[StepResult, list[Signals]]:
         holdings = self._holdings if self._holdings is not None and self._holdings.replay else None
         if holdings is None:
             done = self._stepped(batch, past.step, signals)
         else:
-            self._past = [*(one for one in self._past if one.step < past.step), past]
+            self._repeats.note(past)
             begun = self._buffers.start()
             try:
                 done = self._stepped(batch, past.step, signals)
             finally:  # the copy is there, whatever came afterwards
                 if holdings.copied == past.step - 1:
-                    self._past, self._kept_buffers = [past], begun
+                    self._repeats.copied(past, begun)
         self.reached = past.step
         return done
 
@@ -592,7 +516,7 @@ class Team:
             self._holdings = Holdings(self._layout, self._weights, self._optimizer)
         if not self._holdings.bind(self.collective, self.reduction, self._link.generation.number, step):
             raise StateLost("the state cannot be held in common")
-        self._holdings.replay = self._repeatable
+        self._holdings.replay = self._repeats.allowed
         self.stepper.holdings = self._holdings
 
     # ------------------------------------------------------------------ what others lack
@@ -616,10 +540,8 @@ class Team:
             "weights": list(self._weights.flats) if weights else None,
             "optimizer": full_state(self._optimizer, self._layout) if state else None,
             "common": self.state.common(),
-            "past": self._past,
-            "kept": self._kept_buffers,
+            "repeats": self._repeats.describe(),
             "part": self._part.describe(),
-            "repeatable": self._repeatable,
         }
         buffer = io.BytesIO()
         torch.save(content, buffer)
@@ -646,8 +568,7 @@ class Team:
                 self._scheduler.load_state_dict(content["common"]["scheduler"])
             self._part.adopt(content["part"])
         self._last = content["last"]
-        self._past, self._kept_buffers = content["past"], content["kept"]
-        self._repeatable = content["repeatable"]
+        self._repeats.adopt(content["repeats"])
         self._buffers.begin()
 
     # ------------------------------------------------------------------ steps that are done again
@@ -656,14 +577,10 @@ class Team:
         """*collective*. From where the state is to the last step of the run: the same bits as the first time."""
         if self.reached == committed:
             return
-        past = {one.step: one for one in self._past}
-        todo = range(self.reached + 1, committed + 1)
-        if any(step not in past for step in todo):
-            raise StateLost(f"steps {todo[0]} to {todo[-1]} cannot be done again")
+        todo = self._repeats.between(self.reached, committed)
         now = copied_hyperparameters(self._optimizer)
-        self._buffers.go_to(self._kept_buffers)
-        for step in todo:
-            one = past[step]
+        self._buffers.go_to(self._repeats.buffers)
+        for one in todo:
             set_hyperparameters(self._optimizer, one.groups)
             batch = self._part.batch(one.epoch, one.number)
             self._reassign(batch)
@@ -681,6 +598,3 @@ def _changes(link: Link, leavers: Sequence[str], joiners: Sequence[str]) -> str:
     if joiners:
         texts.append(f"{len(joiners)} worker{'s'[: len(joiners) != 1]} joined")
     return "; ".join(texts)
-
-
-__all__ = ["NEW", "Part", "Settings", "Taken", "Team"]

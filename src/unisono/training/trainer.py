@@ -30,6 +30,7 @@ from unisono.observe.timing import StepClock
 from unisono.order import Order, OrderLike, make_order
 from unisono.signals import StopRequest
 from unisono.sync import Exact, Sync
+from unisono.training.acts import Part, Settings, Taken
 from unisono.training.batches import BatchStream, Feed, following
 from unisono.training.buffers import Buffers
 from unisono.training.callbacks import Callback
@@ -62,7 +63,7 @@ from unisono.training.setup import (
     unify_replicas,
 )
 from unisono.training.step import Batch, OnNonfinite, StepResult
-from unisono.training.team import Part, Settings, Taken, Team
+from unisono.training.team import Team
 from unisono.training.weights import Weights
 from unisono.world import World
 

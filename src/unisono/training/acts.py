@@ -1,0 +1,76 @@
+"""What the workers of a team say to each other and to the rest of the trainer: settings, reports, results of steps. *Local.*"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from unisono.guard.replicas import OnDesync
+from unisono.training.header import Signals
+from unisono.training.step import Batch, OnNonfinite, StepResult
+
+NEW = -1
+"""Acts of a worker that has not been there before."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What steps are computed by, the same on all workers and for the whole run."""
+
+    microbatches: int
+    seed: int
+    max_grad_norm: float | None
+    on_nonfinite: OnNonfinite
+    on_desync: OnDesync
+    compare_every: int | None
+    timeout_s: float
+    overlap: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Taken:
+    """A step that has been taken."""
+
+    result: StepResult
+    told: Sequence[Signals]
+    """What every worker signalled, by rank."""
+    leavers: Sequence[str] = ()
+    """uids of workers that leave after it."""
+    admits: bool = False
+    """Whether others wait to join."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a worker says of itself when a generation begins."""
+
+    acts: int
+    reached: int
+    """The last step that it has completed."""
+    committed: int
+    """The last step of the run, as far as it knows."""
+    tracked: str
+    """Buffers that some forward has changed, as hexadecimal flags."""
+    dense: Sequence[int]
+    """Slots whose gradients were to have few rows, and had not."""
+    unsaved: bool
+    """Whether a checkpoint was under way."""
+    changing: bool
+    """Whether the act under way is to let others come or leave."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """What the rest of the trainer does when the team changes. All *local*."""
+
+    batch: Callable[[int, int], Batch]
+    """This worker's share of a batch, by epoch and number, with the ranges of now."""
+    regrouped: Callable[[str, bool], None]
+    """A generation has begun; why, for a person, and whether a checkpoint was under way."""
+    unsaved: Callable[[], bool]
+    """Whether a checkpoint is under way."""
+    describe: Callable[[], Any]
+    """What a worker that joins must know beside the model's state."""
+    adopt: Callable[[Any], None]
+    """Takes over what another worker has described."""
