@@ -24,6 +24,8 @@ BATCH_SIZE = 120
 EDGE_STEPS = 30
 """Before the first kill, and after the last."""
 LOOK_S = 0.005
+STEPS_A_SECOND = 100
+"""More than any system takes."""
 STUCK_S = 60.0
 """Without a committed step: the run is given up."""
 
@@ -212,7 +214,7 @@ def steady(system: System, workers: int, interval_s: float, number: int, calm_s:
     chance = random.Random(f"{system.name} {workers} {interval_s} {seed}")
     done: list[Kill] = []
     began: float | None = None
-    with _watched(system, workers, steps=10_000_000) as run:
+    with _watched(system, workers, steps=round(STEPS_A_SECOND * (calm_s + interval_s * number + STUCK_S))) as run:
         while run.look():
             now = time.time()
             if began is None:

@@ -32,7 +32,7 @@ def train(job: Job, journal: Journal) -> None:
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = make_optimizer(model)
     samples = Samples(job.samples)
-    order = torch.randperm(job.samples, generator=torch.Generator().manual_seed(0)).tolist()
+    order = torch.randperm(job.samples, generator=torch.Generator().manual_seed(0))
 
     done = 0
     checkpoint = Path(job.folder) / "checkpoint.pt"
@@ -45,7 +45,7 @@ def train(job: Job, journal: Journal) -> None:
             journal.write("commit", step=done, size=size, t=checkpoint.stat().st_mtime)
     for step in range(done + 1, job.steps + 1):
         first = (step - 1) * job.batch_size + rank * share
-        mine = order[first : first + share]
+        mine = order[first : first + share].tolist()
         journal.write("compute", step=step, size=size, generation=generation, samples=mine)
         optimizer.zero_grad()
         (summed_loss(parallel, *samples.batch(mine)) / share).backward()

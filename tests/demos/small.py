@@ -72,7 +72,7 @@ def flights(file: Path, *, with_result: bool = True) -> Path:
     for number in range(400):
         late = round(chance.exponential(20) - 5)
         arrival = round(late + chance.normal(-5, 10)) if with_result else "NA"
-        plan = f"2013,1,{1 + number // 40},{600 + number % 40 * 30 // 60 * 100}"
+        plan = f"2013,1,{1 + number // 40},{600 + number % 36 // 2 * 100}"
         rows.append(f"{plan},{late},{900 + number % 40},{arrival},{'AA' if number % 3 else 'UA'},JFK,LAX,{2000 + number % 7}")
     file.write_text("\n".join([names, *rows]) + "\n")
     return file

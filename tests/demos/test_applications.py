@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 from collections.abc import Callable
@@ -9,13 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.demos import small
 from unisono.checkpoint.store import Store
 from unisono.demos import forecast
 from unisono.demos._tables import Table
-from unisono.errors import ConfigurationError, DataError
+from unisono.errors import CheckpointError, ConfigurationError, DataError
 from unisono.observe.attachments import read_attachments
 
 DATA: dict[str, Callable[[Path], Path]] = {
@@ -58,6 +61,19 @@ def test_a_demo_has_one_digest_on_1_2_and_3_workers_and_reports_beside_baselines
     pictures = read_attachments(Store(tmp_path / "3"))
     assert [type(one.picture).__name__ for one in pictures].count("Comparison") >= 1
     assert len(pictures) >= 2
+
+
+def test_language_has_one_digest_in_bf16_too_and_another_than_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = small.text(tmp_path / "text.txt")
+    digests = []
+    for number, (workers, precision) in enumerate([(1, "bf16"), (2, "bf16"), (3, "bf16"), (1, "fp32")]):
+        run_dir = tmp_path / str(number)
+        options = ["--data", str(data), "--run-dir", str(run_dir), "--epochs", "1", "--precision", precision]
+        small.run_demo("language", options, workers, monkeypatch)
+        digests.append(digest(run_dir))
+    assert digests[0] == digests[1] == digests[2] != digests[3]
+    weights = load_file(tmp_path / "0" / "model.safetensors").values()
+    assert {weight.dtype for weight in weights} == {torch.float32}
 
 
 def trained(name: str, tmp_path: Path, patch: pytest.MonkeyPatch) -> list[str]:
@@ -158,8 +174,15 @@ def fraud_file(rows: str) -> str:
     return "amount,country,fraud\n" + rows
 
 
+FLIGHT = "year,month,day,sched_dep_time,dep_delay,sched_arr_time,arr_delay,carrier,origin,dest,distance\n"
 GOOD = "10,near,0\n900,far,1\n" * 20
 BAD_INPUT = {
+    "one fraud to learn from": (
+        "fraud",
+        fraud_file("10,near,0\n900,far,1\n" + "10,near,0\n" * 50 + GOOD[:100]),
+        r"with 1 of the rarer",
+    ),
+    "ten rows to train on": ("fraud", fraud_file("10,near,0\n900,far,1\n" * 6), r"9 rows to train on"),
     "label beyond 0 and 1": ("fraud", fraud_file(GOOD + "1,near,2\n"), r"row 42, column 'fraud': 2 is no label"),
     "labels of one class": ("fraud", fraud_file("10,near,0\n" * 50), r"train on \(the first in time\) all 40 have 0"),
     "one class in the test": ("fraud", fraud_file(GOOD + "10,near,0\n" * 20), r"test on \(the last in time\) all 12 have 0"),
@@ -172,6 +195,13 @@ BAD_INPUT = {
     "short text": ("language", "abc", r"holds 3 characters"),
     "rating in words": ("recommendation", "user,item,rating\n1,1,good\n", r"row 2, column 'rating': 'good' is no number"),
     "a pair twice": ("recommendation", "user,item,rating\n1,1,3\n2,1,4\n1,1,5\n", r"rating 3: user 1 has rated '1' before"),
+    "nothing liked": ("recommendation", "user,item,rating\n1,1,1\n1,2,1\n2,1,1\n2,2,5\n3,1,1\n", r"none is 4 or more"),
+    "one item": ("recommendation", "user,item,rating\n" + "".join(f"{u},1,3\n" for u in range(9)), r"ratings of one item only"),
+    "no date": (
+        "forecast",
+        FLIGHT + "2013,13,45,600,5,900,7,AA,JFK,LAX,9\n",
+        r"row 2, column 'month': 13 is no whole number from 1",
+    ),
     "no user": ("recommendation", "user,item,rating\n1,1,3\n,1,4\n", r"row 3, column 'user': the value is missing"),
 }
 
@@ -193,6 +223,56 @@ def test_a_path_that_is_not_there_is_named(name: str, tmp_path: Path, monkeypatc
         small.run_demo(name, ["--data", str(tmp_path / "missing")], 1, monkeypatch)
 
 
+def movielens(folder: Path, **changed: str) -> Path:
+    """A folder like MovieLens 100k's: three users, two films."""
+    folder.mkdir(exist_ok=True)
+    flags = "|".join("0" * 19)
+    whole = {
+        "data": "1\t1\t3\t0\n1\t2\t4\t0\n2\t1\t5\t0\n2\t2\t4\t0\n3\t1\t1\t0\n",
+        "user": "1|24|M|writer|1\n2|30|F|other|2\n3|40|F|other|3\n",
+        "item": f"1|A (1990)|x||y|{flags}\n2|B (1991)|x||y|{flags}\n",
+    }
+    for name, content in (whole | changed).items():
+        (folder / f"u.{name}").write_text(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"data": "1\t1\t3\t0\n1\t9\t3\t0\n"}, r"u\.data, row 2, column item: '9' is not among the 2 films"),
+        ({"data": "7\t1\t3\t0\n"}, r"u\.data, row 1, column user: '7' is not among the 3 users"),
+        ({"data": "1\t1\tinf\t0\n"}, r"u\.data, rating 1: inf is no rating"),
+        ({"data": "1\t1\n"}, r"u\.data, row 1, column rating: 'nothing' is no number"),
+        ({"data": ""}, r"u\.data holds no ratings"),
+        ({"user": "1|old|M|writer|1\n"}, r"u\.user, row 1, column age: 'old' is no number"),
+        ({"user": "1|24\n"}, r"u\.user, row 1 has 2 fields instead of 5"),
+        ({"item": "1|A\n"}, r"u\.item, row 1 has 2 fields instead of 24"),
+    ],
+)
+def test_a_damaged_movielens_is_an_error_that_says_where(
+    changed: dict[str, str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DataError, match=words):
+        small.run_demo("recommendation", ["--data", str(movielens(tmp_path / "ml", **changed))], 1, monkeypatch)
+
+
+def test_weights_of_other_data_and_damaged_files_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    options = ["--data", str(movielens(tmp_path / "ml")), "--run-dir", str(run), "--predict", "1"]
+    (run / "application.json").write_text('{"demo": "recommendation"}')
+    save_file({"weight": torch.zeros(3)}, run / "model.safetensors")
+    with pytest.raises(ConfigurationError, match=r"those of another model .* pass the --data that they were trained with"):
+        small.run_demo("recommendation", options, 1, monkeypatch)
+    (run / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="cannot read 7 bytes as safetensors"):
+        small.run_demo("recommendation", options, 1, monkeypatch)
+    (run / "application.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"application\.json .* is damaged .it holds a list"):
+        small.run_demo("recommendation", options, 1, monkeypatch)
+
+
 def test_images_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = small.clothes(tmp_path / "clothes")
     file = folder / "train-labels-idx1-ubyte.gz"
@@ -201,6 +281,9 @@ def test_images_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.
         file.write_bytes(damage)
         with pytest.raises(DataError, match=words):
             small.run_demo("vision", ["--data", str(folder)], 1, monkeypatch)
+    file.write_bytes(gzip.compress(gzip.decompress(whole)[:8] + bytes(120)))
+    with pytest.raises(DataError, match="all 120 labels of train are 0"):
+        small.run_demo("vision", ["--data", str(folder)], 1, monkeypatch)
     (folder / "t10k-labels-idx1-ubyte.gz").rename(file)
     with pytest.raises(DataError, match=r"train has images \[120, 28, 28\] and labels \[40\]"):
         small.run_demo("vision", ["--data", str(folder)], 1, monkeypatch)

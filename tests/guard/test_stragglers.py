@@ -27,6 +27,7 @@ from unisono.guard.stragglers import (
     Stragglers,
     warning,
 )
+from unisono.observe.report.run_data import RunReader
 from unisono.observe.summary import Summary
 from unisono.testing import run_threads
 from unisono.training.header import Signals
@@ -292,6 +293,11 @@ def test_in_training_a_slow_loader_is_named_and_its_time_is_logged(tmp_path: Pat
     assert "loading samples" in texts[0]
 
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (event,) = [line for line in lines if "event" in line]
+    assert (event["event"], event["worker"]) == ("straggler", 2)
+    assert event["text"].removeprefix("worker 2 is slow: ") in texts[0]
+    (told,) = RunReader(tmp_path / "run").read().events
+    assert (told.kind, told.step, told.text) == ("straggler", event["step"], event["text"])
     with_all = [line for line in lines if "data_s_2" in line]
     assert len(with_all) > 10
     for line in with_all:

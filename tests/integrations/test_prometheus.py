@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import unisono
-from tests.training.small_run import STEPS_PER_EPOCH, Augmented, make_trainer
+from tests.training.small_run import STEPS_PER_EPOCH, Augmented, loss, make_trainer
 from unisono.collective import Collective
 from unisono.errors import ConfigurationError
 from unisono.testing import run_threads
@@ -58,6 +58,19 @@ def test_a_run_can_be_scraped_while_it_trains() -> None:
     gc.collect()
     with pytest.raises(URLError):  # it ends with its callback
         read(max(ports))
+
+
+def test_evaluations_can_be_scraped() -> None:
+    served = unisono.Prometheus(0)
+    trainer = make_trainer(callbacks=[served])
+    before = trainer.evaluate(Augmented(), {"loss": loss, "half": lambda model, batch: (1, 2)})
+    assert read(served.port)["unisono_evaluation", "loss"] == before["loss"]
+    trainer.fit(Augmented(), 1)
+    after = trainer.evaluate(Augmented())
+    found = read(served.port)
+    assert before["loss"] != after["loss"] == found["unisono_evaluation", "loss"]
+    assert found["unisono_evaluation_step", "loss"] == STEPS_PER_EPOCH
+    assert (found["unisono_evaluation", "half"], found["unisono_evaluation_step", "half"]) == (0.5, 0)
 
 
 def test_a_port_that_is_taken_is_said() -> None:

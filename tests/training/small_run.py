@@ -7,7 +7,7 @@ import json
 import random
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,21 @@ class Dies(unisono.Callback):
     def on_step(self, trainer: unisono.Trainer, result: unisono.StepResult) -> None:
         if result.step == self.step and self.rank in (None, trainer.collective.rank):
             raise Killed
+
+
+class EachEpoch(unisono.Callback):
+    """Evaluates the loss after each epoch, and keeps what callbacks are told of evaluations."""
+
+    edits_weights = False
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, dict[str, float]]] = []
+
+    def on_epoch(self, trainer: unisono.Trainer, epoch: int) -> None:
+        trainer.evaluate(Augmented())
+
+    def on_evaluate(self, trainer: unisono.Trainer, results: Mapping[str, float]) -> None:
+        self.told.append((trainer.position.step, dict(results)))
 
 
 def memory_url() -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
+from tests.training import small_run
 from unisono import ConfigurationError, DataError, Loader, Trainer
 from unisono.collective import Collective
 from unisono.testing import run_threads
@@ -276,3 +280,42 @@ def test_bf16_evaluates_as_it_trains() -> None:
     make_trainer(precision="bf16").evaluate(dataset(), {"sum": metric})
 
     assert kinds == {torch.bfloat16}
+
+
+def logged(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    found = [line for line in lines if line.get("event") == "evaluation"]
+    return [(line["step"], {key.removeprefix("metric/"): line[key] for key in line.keys() - {"step", "event"}}) for line in found]
+
+
+def test_callbacks_and_the_log_are_told_of_each_evaluation(tmp_path: Path) -> None:
+    def work(collective: Collective) -> list[tuple[int, dict[str, float]]]:
+        callback = small_run.EachEpoch()
+        trainer = small_run.make_trainer(collective, run_dir=tmp_path, callbacks=[callback])
+        trainer.fit(small_run.Augmented(), 2)
+        trainer.evaluate(small_run.Augmented(), {"nothing": lambda model, batch: (math.nan, 1)})
+        return callback.told
+
+    told = run_threads(3, work)
+    assert repr(told) == repr([told[0]] * 3)
+    assert [step for step, _ in told[0]] == [3, 6, 6]
+    assert [list(results) for _, results in told[0]] == [["loss"], ["loss"], ["nothing"]]
+    assert logged(tmp_path) == [*told[0][:2], (6, {"nothing": "nan"})]
+
+
+def test_a_run_that_goes_on_logs_each_evaluation_once(tmp_path: Path) -> None:
+    def start(step: int | None, workers: int, run_dir: Path) -> None:
+        dies = [] if step is None else [lambda: small_run.Dies(step)]
+        with contextlib.nullcontext() if step is None else pytest.raises(small_run.Killed):
+            small_run.train(workers, run_dir, callbacks=[small_run.EachEpoch, *dies])
+
+    start(None, 1, tmp_path / "whole")
+    start(5, 2, tmp_path / "parts")
+    start(7, 3, tmp_path / "parts")
+    start(None, 1, tmp_path / "parts")
+    assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
+    assert [step for step, _ in logged(tmp_path / "whole")] == [3, 6, 9]
+    before = small_run.tree(tmp_path / "whole")
+    small_run.make_trainer(run_dir=tmp_path / "whole").evaluate(small_run.Augmented())
+    after = small_run.tree(tmp_path / "whole")
+    assert {name for name in after if after[name] != before[name]} == {"summary.json"}  # a finished run's log stays

@@ -151,6 +151,7 @@ def test_the_manifest_holds_settings_and_fingerprint(finished: Path) -> None:
     assert manifest["unisono"] == unisono.__version__
     assert manifest["workers"] == 3
     assert manifest["resumed_from_step"] is None
+    assert manifest["planned"] == {"epochs": EPOCHS, "steps": STEPS}
 
 
 def test_the_manifest_of_a_resumed_run_says_where_it_resumed(tmp_path: Path) -> None:

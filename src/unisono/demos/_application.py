@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from unisono.checkpoint.format import decode
 from unisono.checkpoint.store import Store
 from unisono.errors import CheckpointError, ConfigurationError
 from unisono.observe.attachments import Comparison, attach
@@ -64,20 +65,32 @@ def trained(run_dir: str, name: str) -> dict[str, Any]:
         raise ConfigurationError(f"{run_dir} holds no trained weights: run `unisono demo {name}` first, or pass its --run-dir")
     try:
         settings = json.loads(store.read(SETTINGS_FILE))
+        if not isinstance(settings, dict):
+            raise ValueError(f"it holds a {type(settings).__name__}")
     except ValueError as error:
         raise CheckpointError(f"{SETTINGS_FILE} of {run_dir} is damaged ({error}): train again", file=SETTINGS_FILE) from None
     if settings.get("demo") != name:
         raise ConfigurationError(
             f"{run_dir} was trained by `unisono demo {settings.get('demo')}`, not {name}: pass another --run-dir"
         )
-    return dict(settings)
+    return settings
 
 
 def load_weights(model: nn.Module, run_dir: str) -> None:
-    """*local*. Puts the weights of ``model.safetensors`` into the model, and the model into evaluation mode."""
-    from safetensors.torch import load
+    """*local*. Puts the weights of ``model.safetensors`` into the model, and the model into evaluation mode.
 
-    model.load_state_dict(load(Store(run_dir).read(_MODEL_FILE)))
+    Raises:
+        CheckpointError: The file is damaged.
+        ConfigurationError: It holds the weights of another model.
+    """
+    try:
+        model.load_state_dict(decode(Store(run_dir).read(_MODEL_FILE)))
+    except RuntimeError as error:
+        what = str(error).strip().splitlines()[-1].strip()
+        raise ConfigurationError(
+            f"the weights in {run_dir} are those of another model ({what}): pass the --data that they were trained with, or "
+            "another --run-dir"
+        ) from None
     model.eval()
 
 

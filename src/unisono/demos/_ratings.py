@@ -127,25 +127,42 @@ def _from_movielens(path: Path) -> Ratings:
             raise DataError(f"{path}: {name} of MovieLens 100k cannot be read ({error})") from None
         return text.splitlines()
 
-    people = [line.split("|") for line in lines("u.user")]
-    films = [line.split("|") for line in lines("u.item")]
+    people = _fields(f"{path}/u.user", lines("u.user"), "|", 5, 1)
+    films = _fields(f"{path}/u.item", lines("u.item"), "|", 5 + len(_GENRES), 1)
     genres = [[name for name, flag in zip(_GENRES, film[5:], strict=True) if flag == "1"] for film in films]
-    return _tables(
-        f"{path}/u.data", [line.split("\t") for line in lines("u.data")], 1, people, [(f[0], f[1]) for f in films], genres
-    )
+    data = [line.split("\t") for line in lines("u.data")]
+    return _tables(f"{path}/u.data", data, 1, _people(f"{path}/u.user", people, 1), [(f[0], f[1]) for f in films], genres)
 
 
 def _from_recbole(path: Path) -> Ratings:
-    def rows(ending: str) -> list[list[str]]:
+    def rows(ending: str) -> list[str]:
         try:
             text = (path / f"ml-100k.{ending}").read_text(encoding="utf-8")
         except OSError as error:
             raise DataError(f"{path}/ml-100k.{ending} cannot be read ({error})") from None
-        return [line.split("\t") for line in text.splitlines()[1:]]
+        return text.splitlines()[1:]
 
-    films = rows("item")
+    films = _fields(f"{path}/ml-100k.item", rows("item"), "\t", 4, 2)
+    people = _people(f"{path}/ml-100k.user", _fields(f"{path}/ml-100k.user", rows("user"), "\t", 5, 2), 2)
     titles = [(film[0], f"{film[1]} ({film[2]})") for film in films]
-    return _tables(f"{path}/ml-100k.inter", rows("inter"), 2, rows("user"), titles, [film[3].split() for film in films])
+    data = [line.split("\t") for line in rows("inter")]
+    return _tables(f"{path}/ml-100k.inter", data, 2, people, titles, [film[3].split() for film in films])
+
+
+def _fields(file: str, lines: Sequence[str], separator: str, count: int, first: int) -> list[list[str]]:
+    """``first`` is the number of the first row in its file."""
+    rows = [line.split(separator) for line in lines]
+    for number, row in enumerate(rows, start=first):
+        if len(row) != count:
+            raise DataError(f"{file}, row {number} has {len(row)} fields instead of {count}. Is it the file of MovieLens 100k?")
+    return rows
+
+
+def _people(file: str, rows: list[list[str]], first: int) -> list[list[str]]:
+    for number, row in enumerate(rows, start=first):
+        if not row[1].isdecimal():
+            raise DataError(f"{file}, row {number}, column age: {row[1]!r} is no number")
+    return rows
 
 
 def _tables(
@@ -213,10 +230,16 @@ def _from_csv(path: Path) -> Ratings:
 def _checked(ratings: Ratings, file: str) -> Ratings:
     if not len(ratings.values):
         raise DataError(f"{file} holds no ratings")
+    if not torch.isfinite(ratings.values).all():
+        row = int((~torch.isfinite(ratings.values)).nonzero()[0])
+        raise DataError(f"{file}, rating {row + 1}: {float(ratings.values[row])} is no rating. Correct it.")
     pairs = (ratings.users * len(ratings.titles) + ratings.items).numpy()
     _, first = np.unique(pairs, return_index=True)
     if len(first) < len(pairs):
         row = int(np.setdiff1d(np.arange(len(pairs)), first)[0])
         user, title = ratings.user_names[int(ratings.users[row])], ratings.titles[int(ratings.items[row])]
         raise DataError(f"{file}, rating {row + 1}: user {user} has rated {title!r} before. Keep one rating of each.")
+    for name, names in (("user", ratings.user_names), ("item", ratings.titles)):
+        if len(names) < 2:
+            raise DataError(f"{file} holds ratings of one {name} only: there is nothing to compare, give it two or more")
     return ratings

@@ -84,7 +84,7 @@ def split(table: Table, label: str, when: Floats, delay: float) -> tuple[Integer
     """Rows to train on and rows to test on: the last part in time.
 
     Raises:
-        DataError: A label is neither 0 nor 1, or one part has labels of one class only.
+        DataError: A label is neither 0 nor 1, one part has labels of one class only, or there is too little to train on.
     """
     labels = table.numbers(label)
     if not np.isin(labels, (0, 1)).all():
@@ -98,6 +98,12 @@ def split(table: Table, label: str, when: Floats, delay: float) -> tuple[Integer
             raise unisono.DataError(
                 f"{table.file}: of the rows to {part} {found} in column {label!r}. Both parts need rows with 0 and rows with 1."
             )
+    fewest = min(np.bincount(labels[train].astype(np.int64)))
+    if len(train) < 20 or fewest < 2:
+        raise unisono.DataError(
+            f"{table.file}: {len(train):,} rows to train on, with {fewest} of the rarer label, are too few: give it 20 or more, "
+            "with 2 or more of each label"
+        )
     return train, test
 
 

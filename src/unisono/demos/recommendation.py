@@ -132,19 +132,20 @@ def rating_baselines(ratings: Ratings, train: Tensor, test: Tensor) -> dict[str,
     from sklearn.linear_model import Ridge
     from sklearn.preprocessing import OneHotEncoder
 
+    learned, held_out = train.numpy(), test.numpy()  # a tensor of one index would give no array
     pairs = torch.stack([ratings.users, ratings.items], dim=1).numpy()
     values = ratings.values.numpy()
-    known = values[train].mean()
-    sums = np.bincount(pairs[train, 1], values[train] - known, len(ratings.titles))
-    counts = np.bincount(pairs[train, 1], minlength=len(ratings.titles))
-    encoder = OneHotEncoder(handle_unknown="ignore").fit(pairs[train])
-    ridge = Ridge(5.0).fit(encoder.transform(pairs[train]), values[train])
+    known = values[learned].mean()
+    sums = np.bincount(pairs[learned, 1], values[learned] - known, len(ratings.titles))
+    counts = np.bincount(pairs[learned, 1], minlength=len(ratings.titles))
+    encoder = OneHotEncoder(handle_unknown="ignore").fit(pairs[learned])
+    ridge = Ridge(5.0).fit(encoder.transform(pairs[learned]), values[learned])
     found = {
-        "user and item effects (Ridge)": ridge.predict(encoder.transform(pairs[test])),
-        "each item's mean": (known + sums / np.maximum(counts, 1))[pairs[test, 1]],
-        "the mean of all": np.full(len(test), known),
+        "user and item effects (Ridge)": ridge.predict(encoder.transform(pairs[held_out])),
+        "each item's mean": (known + sums / np.maximum(counts, 1))[pairs[held_out, 1]],
+        "the mean of all": np.full(len(held_out), known),
     }
-    return {name: float(np.sqrt(np.mean((rating - values[test]) ** 2))) for name, rating in found.items()}
+    return {name: float(np.sqrt(np.mean((rating - values[held_out]) ** 2))) for name, rating in found.items()}
 
 
 def ranking_baselines(known: Known, relevant: Tensor) -> dict[str, float]:
@@ -187,6 +188,10 @@ def main() -> None:
     ratings = read_ratings(obtain(MOVIELENS, arguments.data, world))
     train_rows, test_rows = split(ratings)
     known = Known(ratings, train_rows)
+    if not (ratings.values[test_rows] >= known.enough).any():
+        raise unisono.DataError(
+            f"of {len(test_rows)} ratings for the test none is {known.enough:g} or more: give it more ratings"
+        )
     torch.manual_seed(arguments.seed)
     model = Recommender(ratings, known)
     if arguments.predict is not None:

@@ -136,6 +136,8 @@ def load(folder: Path, part: str) -> TensorDataset:
         )
     if labels.max() >= len(CLASSES):
         raise unisono.DataError(f"{folder}: label {labels.max()} of {part} number {labels.argmax()} is beyond the ten classes")
+    if part == "train" and labels.min() == labels.max():
+        raise unisono.DataError(f"{folder}: all {len(labels):,} labels of {part} are {labels[0]}: there is nothing to tell apart")
     return TensorDataset(images, labels)
 
 

@@ -108,6 +108,8 @@ class Stragglers:
     def __init__(self, ranges: Sequence[Span], warn: Callable[[Straggler], None]) -> None:
         self._warn = warn
         self._named: set[int] = set()
+        self.found: list[Straggler] = []
+        """Whom the last ``add`` named."""
         self._before: int | None = None
         self._pending: list[tuple[Sequence[Told], int]] = []
         self._due = 1  # steps of the next block, by the speed of the one before
@@ -133,6 +135,7 @@ class Stragglers:
         Returns:
             The block that this completes, if it does.
         """
+        self.found = []
         filled, self._before = self._before or 0, filled
         if not filled or len(told) == 1:
             return None  # of the step before the first one there is nothing to tell
@@ -173,6 +176,7 @@ class Stragglers:
         for straggler in find_stragglers(self._blocks):
             if straggler.rank not in self._named:
                 self._named.add(straggler.rank)
+                self.found.append(straggler)
                 self._warn(straggler)
         self._forget()
 
@@ -241,12 +245,16 @@ def warning(straggler: Straggler, identity: str) -> str:
     Args:
         identity: Host and process of the worker.
     """
+    return f"worker {straggler.rank} ({identity}) is slow: {reason(straggler)}"
+
+
+def reason(straggler: Straggler) -> str:
+    """*local*. How slow it is, and why."""
     causes = ["most of that is loading samples: raise Loader(num_workers=...), or look at its disk"] if straggler.loading else []
     causes += [text for bit, text in TROUBLES.items() if straggler.troubles & bit]
     cause = f"Likely cause: {'; '.join(causes)}" if causes else "The system knows no cause: look what else runs on that host"
     return (
-        f"worker {straggler.rank} ({identity}) is slow: a microbatch takes it {straggler.slowness:.2f} times as long as the "
-        f"median worker, and the others wait for it. {cause}"
+        f"a microbatch takes it {straggler.slowness:.2f} times as long as the median worker, and the others wait for it. {cause}"
     )
 
 

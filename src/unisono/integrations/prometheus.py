@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from unisono.errors import ConfigurationError
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 
 class Prometheus(Callback):
-    """Serves metrics of the run at ``http://ADDRESS:PORT/metrics``. *Local*: worker 0 does, from its first step to its end.
+    """Serves metrics of the run at ``http://ADDRESS:PORT/metrics``. *Local*: worker 0 does, from its first step or
+    evaluation to its end.
 
     Args:
         port: Where to listen; 0: any free port (see the attribute).
@@ -24,8 +26,8 @@ class Prometheus(Callback):
             can read it.
 
     Raises:
-        ConfigurationError: The ``prometheus_client`` package is missing, or ``port`` is no port; at the first step, also: the
-            port is taken.
+        ConfigurationError: The ``prometheus_client`` package is missing, or ``port`` is no port; when it begins to serve, also:
+            the port is taken.
     """
 
     edits_weights = False
@@ -40,17 +42,24 @@ class Prometheus(Callback):
         if not 0 <= port <= 65535:
             raise ConfigurationError(f"Prometheus(port={port}): a port is a number from 0 to 65535.")
         self.port = port
-        """Where worker 0 listens; from the first step on never 0."""
+        """Where worker 0 listens; never 0 once it does."""
         self._address = address
         self._metrics: _Metrics | None = None
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         """Set what changed."""
-        if trainer.collective.rank:
-            return
+        if trainer.collective.rank == 0:
+            self._served().update(trainer, result)
+
+    def on_evaluate(self, trainer: Trainer, results: Mapping[str, float]) -> None:
+        """Set the results."""
+        if trainer.collective.rank == 0:
+            self._served().evaluated(trainer.position.step, results)
+
+    def _served(self) -> _Metrics:
         if self._metrics is None:
             self._metrics = self._serve()
-        self._metrics.update(trainer, result)
+        return self._metrics
 
     def _serve(self) -> _Metrics:
         from prometheus_client import CollectorRegistry, start_http_server
@@ -92,6 +101,8 @@ class _Metrics:
         self.rate = gauge("samples_per_second", "Samples per second over about five seconds")
         self.workers = gauge("workers", "Workers that train now")
         self.learning_rate = gauge("learning_rate", "Learning rate in the last step", ("group",))
+        self.evaluation = gauge("evaluation", "Result of the last evaluation that had this metric", ("metric",))
+        self.evaluated_step = gauge("evaluation_step", "Optimizer steps done when this metric was evaluated", ("metric",))
         self.samples = counter("samples", "Samples trained in this start of the run")
         self.skipped = counter("skipped_steps", "Steps left out in this start of the run: loss or gradient were not finite")
         self.seconds = counter("seconds", "Seconds of worker 0 in this start of the run", ("phase",))
@@ -111,3 +122,8 @@ class _Metrics:
         phases["other"] = max(0.0, phases.pop("step", 0.0) - sum(phases.values()))
         for name, value in phases.items():
             self.seconds.labels(name).inc(value)
+
+    def evaluated(self, step: int, results: Mapping[str, float]) -> None:
+        for name, value in results.items():
+            self.evaluation.labels(name).set(value)
+            self.evaluated_step.labels(name).set(step)

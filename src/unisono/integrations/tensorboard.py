@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from unisono.errors import ConfigurationError
@@ -19,17 +20,17 @@ _FOLDER = "tensorboard"
 
 
 class TensorBoard(Callback):
-    """Writes TensorBoard event files: loss, gradient norm, learning rate, samples a second, seconds a step by phase. *Local*:
-    worker 0 writes.
+    """Writes TensorBoard event files: loss, gradient norm, learning rate, samples a second, seconds a step by phase, and what
+    evaluations found. *Local*: worker 0 writes.
 
     A run that goes on from a checkpoint adds to its events, and TensorBoard drops those of the steps that are done again.
 
     Args:
         log_dir: Where to write; ``tensorboard`` in the run directory by default.
-        every: Steps between two points, from 1.
+        every: Steps between two points, from 1; evaluations are all written.
 
     Raises:
-        ConfigurationError: The ``tensorboard`` package is missing, or ``every`` is below 1; at the first step, also: there is
+        ConfigurationError: The ``tensorboard`` package is missing, or ``every`` is below 1; at the first point, also: there is
             neither ``log_dir`` nor a run directory that is a local folder.
     """
 
@@ -52,7 +53,7 @@ class TensorBoard(Callback):
         """Write a point."""
         if trainer.collective.rank or result.step % self._every:
             return
-        writer = self._writer or self._open(trainer, result.step)
+        writer = self._writer or self._open(trainer, purge_step=result.step)
         rates = result.learning_rates
         values = {
             "loss": result.loss,
@@ -70,10 +71,20 @@ class TensorBoard(Callback):
             self._writer.add_scalar("epoch", epoch + 1, trainer.position.step)
             self._writer.flush()
 
-    def _open(self, trainer: Trainer, step: int) -> SummaryWriter:
+    def on_evaluate(self, trainer: Trainer, results: Mapping[str, float]) -> None:
+        """Write the results, at the number of steps done."""
+        if trainer.collective.rank:
+            return
+        step = trainer.position.step
+        writer = self._writer or self._open(trainer, purge_step=step + 1)  # this step's points of an earlier start stay
+        for name, value in results.items():
+            writer.add_scalar(f"evaluation/{name}", value, step)
+        writer.flush()
+
+    def _open(self, trainer: Trainer, *, purge_step: int) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(self._log_dir or _default_folder(trainer), purge_step=step)
+        self._writer = SummaryWriter(self._log_dir or _default_folder(trainer), purge_step=purge_step)
         weakref.finalize(self, self._writer.close)  # it runs at the interpreter's end
         return self._writer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,3 +23,6 @@ class Callback:
 
     def on_epoch(self, trainer: Trainer, epoch: int) -> None:
         """After the last step of epoch number ``epoch`` (from 0)."""
+
+    def on_evaluate(self, trainer: Trainer, results: Mapping[str, float]) -> None:
+        """After each evaluation; ``results`` by name, the same on every worker. ``trainer.position.step`` steps are done."""

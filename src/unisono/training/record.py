@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from unisono.collective import Collective
 from unisono.guard.ledger import NOTHING, Entry
-from unisono.guard.stragglers import Block
+from unisono.guard.stragglers import Block, Straggler, reason
 from unisono.observe.progress import ProgressDisplay
 from unisono.observe.timing import PHASES, StepClock
 from unisono.training.memory import peak_memory_bytes
@@ -138,6 +138,17 @@ def log_line(
         **(_others(block) if block is not None else {}),
         **(_shares(moved) if moved is not None else {}),
     }
+
+
+def evaluation_line(step: int, results: Mapping[str, float]) -> dict[str, int | float | str]:
+    """The line in ``metrics.jsonl`` of an evaluation after ``step`` steps."""
+    return {"step": step, "event": "evaluation", **{f"metric/{name}": value for name, value in results.items()}}
+
+
+def straggler_line(step: int, straggler: Straggler) -> dict[str, int | float | str]:
+    """The line in ``metrics.jsonl`` that a worker was found slow after ``step`` steps."""
+    text = f"worker {straggler.rank} is slow: {reason(straggler)}"
+    return {"step": step, "event": "straggler", "worker": straggler.rank, "slowness": straggler.slowness, "text": text}
 
 
 def _others(block: Block) -> dict[str, float]:

@@ -17,7 +17,7 @@ from unisono.guard.stragglers import Block
 from unisono.observe.summary import Summary
 from unisono.observe.timing import StepClock
 from unisono.training.header import Signals
-from unisono.training.record import Position, Record, log_line
+from unisono.training.record import Position, Record, evaluation_line, log_line, straggler_line
 from unisono.training.run_directory import RunDirectory
 from unisono.training.step import Batch, StepResult
 from unisono.training.team import Team
@@ -124,9 +124,15 @@ class Run:
         """
         lo, hi = self._team.reduction.ranges[self._team.collective.rank]
         seconds = self.record.add(result, self._clock, bytes_sent, hi - lo)
-        # Where workers can be lost each has the lines that are not written yet.
-        if self._directory is not None and (self.is_main or self._team.can_change):
+        if self._directory is not None and self._keeps_log:
             self._directory.note(log_line(result, self.position, self._clock, seconds, block, moved))
+            for straggler in self._team.stragglers.found:
+                self._directory.note(straggler_line(result.step, straggler))
+
+    @property
+    def _keeps_log(self) -> bool:
+        """Where workers can be lost, each has the lines that are not written yet."""
+        return self.is_main or self._team.can_change
 
     def note_generation(self, number: int, reason: str) -> None:
         """*local*. Other workers take part from now on."""
@@ -146,10 +152,15 @@ class Run:
         if self._directory is not None:
             self._directory.log.flush()
 
-    def begin_log(self) -> None:
-        """*local*. Steps will follow."""
+    def begin_log(self, *, epochs: int, steps: int) -> None:
+        """*local*. Steps will follow.
+
+        Args:
+            epochs: Of the whole run.
+            steps: Of the whole run, as far as can be said.
+        """
         if self._directory is not None:
-            self._directory.begin(self.position.step)
+            self._directory.begin(self.position.step, epochs=epochs, steps=steps)
 
     def end_log(self) -> None:
         """*local*. No steps follow; what cannot be written is left, since an error on its way is more important."""
@@ -294,9 +305,15 @@ class Run:
         )
 
     def keep_metrics(self, results: dict[str, float]) -> None:
-        """*local*. Puts what was measured into the summary, if that is of the model as it is now."""
-        if self._directory is None or not self.is_main:
+        """*local*. Puts what was measured into the log, and into the summary if that is of the model as it is now."""
+        if self._directory is None:
             return
+        # Before this start's first step the log may still end in lines that are to go.
+        if self.record.steps and self._keeps_log:
+            self._directory.note(evaluation_line(self.position.step, results))
+        if not self.is_main:
+            return
+        self._directory.log.flush()
         summary = self._directory.read_summary()
         if summary is not None and summary.steps == self.position.step:
             self._directory.write_summary(dataclasses.replace(summary, metrics={**summary.metrics, **results}))

@@ -95,8 +95,13 @@ class RunDirectory:
         self.saved_step = checkpoint.step
         return checkpoint
 
-    def begin(self, step: int) -> None:
-        """*local*. Trains from step ``step`` on: earlier lines of the log stay, later ones go; the manifest is written."""
+    def begin(self, step: int, *, epochs: int, steps: int) -> None:
+        """*local*. Trains from step ``step`` on: earlier lines of the log stay, later ones go; the manifest is written.
+
+        Args:
+            epochs: Of the whole run.
+            steps: Of the whole run, as far as can be said: a batch sampler's epochs may differ.
+        """
         if self._collective.rank == 0:
             self.log.resume(step)
             manifest: dict[str, Any] = {
@@ -107,6 +112,7 @@ class RunDirectory:
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "workers": self._collective.size,
                 "resumed_from_step": step or None,
+                "planned": {"epochs": epochs, "steps": steps},
             }
             self._store.write(MANIFEST_FILE, to_json(manifest, indent=1))
 

@@ -402,7 +402,9 @@ class Trainer:
 
         with self._history.call(), self._clock.pause():
             results = self._team.act(act)
-        self._run.keep_metrics(results)
+            self._run.keep_metrics(results)
+            for callback in self.callbacks:
+                callback.on_evaluate(self, results)
         self._history.done(results, main=self.collective.rank == 0)
         return results
 
@@ -440,7 +442,7 @@ class Trainer:
             return
         check_unchanged(self.model, self._layout)
         self._clock.at(self.position.step + 1)
-        self._run.begin_log()
+        self._run.begin_log(epochs=epochs, steps=samples.epoch(self.position.epoch).batches * epochs)
         feed = self._feed = Feed(lambda: self._stream(dataset, samples, loader), epochs)
         share = self._may_share(own_loop)
         with StopRequest() as self._stop, self._weights.in_common(share):

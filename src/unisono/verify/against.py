@@ -94,7 +94,7 @@ def reproduce(
 class _Reproducer:
     def __init__(self, runs: Runs, store: Store, manifest: dict[str, Any], say: Callable[[str], None]) -> None:
         self._runs, self._store, self._manifest, self._say = runs, store, manifest, say
-        self._old = {line["step"]: line for line in read_metrics(store)}
+        self._old = {line["step"]: line for line in read_metrics(store) if "event" not in line}
         self._threads = int(manifest["fingerprint"]["threads"])
 
     def result(self) -> Reproduction:

@@ -202,6 +202,9 @@ class PlainTrainer:
             module.training = training
         self._record.evaluations.append(results)
         self.bench.happened()
+        for callback in self.callbacks:
+            with self.bench.phase(f"callback {type(callback).__name__}"):
+                callback.on_evaluate(self, results)  # type: ignore[arg-type]
         return results
 
     def save(self) -> None:

@@ -107,8 +107,11 @@ def test_a_live_page_follows_the_run_and_shows_its_end(tab: Tab, tmp_path: Path)
     with Dashboard(folder) as dashboard:
         tab.open(dashboard.address)
         tab.wait_for_text("main", "Nothing has been logged")
-        write_run(folder, steps=30, ended=False)
-        tab.wait_for_text(".state", "Training, step 30")
+        write_run(folder, steps=30, planned=50, ended=False)
+        tab.wait_for_text(".state", "Training, step 30 of 50")
+        bar, whole = (f"document.querySelector('{one}').getBoundingClientRect().width" for one in (".progress i", ".progress"))
+        tab.page.wait_for_function(f"Math.abs({bar} / {whole} - 0.6) < 0.01")
+        tab.wait_for_text(".left", "60%, about 0:0")
         assert tab.drawn() >= 6
         with (folder / "metrics.jsonl").open("a") as file:
             file.write("".join(json.dumps(line) + "\n" for line in list(lines(50))[30:]) + "damaged\n" + '{"step": 51, "lo')

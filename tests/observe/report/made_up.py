@@ -42,7 +42,15 @@ def lines(steps: int, *, workers: int = 2, lost_at: int | None = None, seed: int
             yield {"step": step, "event": "generation", "generation": 2, "workers": workers - 1, "reason": reason}
 
 
-def manifest(*, workers: int = 2, **settings: Any) -> dict[str, Any]:
+def evaluations(*steps: int, **metrics: float) -> list[dict[str, Any]]:
+    """Lines of evaluations; each metric's values are a tenth more from one to the next."""
+    return [
+        {"step": step, "event": "evaluation", **{f"metric/{name}": value * 1.1**number for name, value in metrics.items()}}
+        for number, step in enumerate(steps)
+    ]
+
+
+def manifest(*, workers: int = 2, planned: int = 60, **settings: Any) -> dict[str, Any]:
     return {
         "unisono": "0.1.0",
         "settings": {
@@ -61,6 +69,7 @@ def manifest(*, workers: int = 2, **settings: Any) -> dict[str, Any]:
         "started": "2026-11-23T17:45:37+0000",
         "workers": workers,
         "resumed_from_step": None,
+        "planned": {"epochs": 3, "steps": planned},
     }
 
 
@@ -101,13 +110,14 @@ def write_run(
     extra: Iterable[Mapping[str, Any]] = (),
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
+    planned: int | None = None,
 ) -> Path:
     """A run directory with a log, a manifest and, if it has ended, a summary."""
     folder.mkdir(parents=True, exist_ok=True)
     left = workers - (lost_at is not None)
     log = [*lines(steps, workers=workers, lost_at=lost_at, seed=seed), *extra]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    (folder / "manifest.json").write_text(json.dumps(manifest(workers=workers, **(settings or {}))))
+    (folder / "manifest.json").write_text(json.dumps(manifest(workers=workers, planned=planned or steps, **(settings or {}))))
     if ended:
         (folder / "summary.json").write_text(json.dumps(summary(steps, workers=left)))
     return folder

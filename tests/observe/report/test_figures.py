@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.observe.report.made_up import manifest, write_run
+from tests.observe.report.made_up import evaluations, manifest, write_run
 from tests.observe.test_attachments import PICTURES
 from unisono.observe.attachments import Attachment
 from unisono.observe.report.figures import Axis, Figure, gradient_figure, loss_figure, schedule_figure, throughput_figure
@@ -55,7 +56,8 @@ def accepted_by_plotly(figure: Figure) -> None:
 @pytest.mark.parametrize("workers", [1, 3, 9])
 def test_every_figure_of_a_run_is_one_that_plotly_accepts(tmp_path: Path, steps: int, workers: int) -> None:
     lost_at = 400 if steps > 400 and workers > 1 else None
-    page = run_page(RunReader(write_run(tmp_path / "run", steps=steps, workers=workers, lost_at=lost_at)).read())
+    extra = evaluations(1, steps, accuracy=math.nan) + evaluations(1, 1, steps, steps + 1, error=2.0)
+    page = run_page(RunReader(write_run(tmp_path / "run", steps=steps, workers=workers, lost_at=lost_at, extra=extra)).read())
     figures = [section.figure for section in page.sections if section.figure]
     assert len(figures) >= 6
     for figure in figures:

@@ -7,7 +7,7 @@ looks over seconds; the page switches between the two.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -100,7 +100,15 @@ def line(y: Column, colour: str, name: str, **more: Any) -> Trace:
     """A plain line over an axis."""
     style = {"color": colour, "width": 2, **more.pop("line", {})}
     mode = "lines" if np.isfinite(y).sum() > 1 else "markers"
-    return {"type": "scatter", "mode": mode, "y": plain(y), "name": name, "line": style, "marker": {"color": colour}, **more}
+    return {
+        "type": "scatter",
+        "mode": more.pop("mode", mode),
+        "y": plain(y),
+        "name": name,
+        "line": style,
+        "marker": {"color": colour},
+        **more,
+    }
 
 
 def band(low: Column, high: Column, colour: str) -> list[Trace]:
@@ -121,6 +129,18 @@ def loss_figure(run: RunData, axis: Axis) -> Figure:
         traces.append(line(course_of(each), "--blue", "smoothed", hovertemplate="%{y:.5g}", line={"width": 2.5}))
         legend.append(("--blue", "smoothed"))
     return axis.figure(traces, {"yaxis": {"title": {"text": "loss"}, **scale_for(each)}}, legend=legend, height=320)
+
+
+def metric_figure(run: RunData, axis: Axis, name: str) -> Figure:
+    """What evaluations made of one metric; of two at the same step the later one."""
+    points = {step: results[name] for step, results in run.evaluations if np.isfinite(results.get(name, np.nan))}
+    y = np.array([points[step] for step in sorted(points)])
+    trace = line(y, "--teal", name, mode="lines+markers", hovertemplate="%{y:.5g}")
+    figure = axis.figure([trace], {"yaxis": {"title": {"text": name}, **scale_for(y)}})
+    seconds = None
+    if figure.seconds is not None:
+        seconds = {**figure.seconds, "x": [[_seconds_at(run.steps, run.elapsed_s, step) for step in sorted(points)]]}
+    return replace(figure, data=[{**trace, "x": sorted(points)}], seconds=seconds)
 
 
 def scale_for(values: Column) -> dict[str, Any]:

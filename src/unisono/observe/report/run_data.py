@@ -27,6 +27,9 @@ Column = NDArray[np.float64]
 
 _OVERLAP = 256
 """So many bytes before the place where we stopped must be as they were; else the file is another one."""
+_RECENT_STEPS = 50
+"""The time left is reckoned from the pace of so many steps."""
+_METRIC = "metric/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,8 @@ class RunData:
     columns: Mapping[str, Column] = field(default_factory=dict)
     """Numbers of the log's lines by name, float64 ``[lines]``; NaN where a line does not have that number."""
     events: tuple[Event, ...] = ()
+    evaluations: tuple[tuple[int, Mapping[str, float]], ...] = ()
+    """Steps done and results by name of each evaluation, as logged."""
     summary: Mapping[str, Any] = field(default_factory=dict)
     """``summary.json``; empty if there is none."""
     manifest: Mapping[str, Any] = field(default_factory=dict)
@@ -92,6 +97,22 @@ class RunData:
             if isinstance(source.get("workers"), int):
                 return int(source["workers"])
         return 0
+
+    @property
+    def planned_steps(self) -> int | None:
+        """Steps of the whole run, as its last start reckoned; None if nothing says so."""
+        planned = self.manifest.get("planned")
+        steps = planned.get("steps") if isinstance(planned, dict) else None
+        return steps if isinstance(steps, int) and not isinstance(steps, bool) and steps > 0 else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds of training until the planned end at the speed of the last steps; None if that cannot be said."""
+        seconds = self.column("step_s")[-_RECENT_STEPS:]
+        seconds = seconds[np.isfinite(seconds)]
+        if self.planned_steps is None or not len(seconds):
+            return None
+        return max(0.0, (self.planned_steps - float(self.steps[-1])) * float(np.mean(seconds)))
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -149,6 +170,7 @@ class RunReader:
             url=self.url,
             columns=self._log.columns(),
             events=tuple(sorted((*self._log.events, *_resumed(manifest)), key=lambda event: event.step)),
+            evaluations=tuple(self._log.evaluations),
             summary=summary,
             manifest=manifest,
             attachments=attachments,
@@ -181,6 +203,7 @@ class _Log:
         self._columns: dict[str, array[float]] = {}
         self._lines = 0
         self.events: list[Event] = []
+        self.evaluations: list[tuple[int, dict[str, float]]] = []
         self.damaged = 0
 
     def read(self, store: Store) -> None:
@@ -209,6 +232,10 @@ class _Log:
                 raise TypeError
         except (ValueError, TypeError, KeyError, RecursionError):
             self.damaged += bool(line.strip())
+            return
+        if record.get("event") == "evaluation":
+            named = {name.removeprefix(_METRIC): value for name, value in record.items() if name.startswith(_METRIC)}
+            self.evaluations.append((step, {name: float(value) for name, value in named.items() if _is_number(value)}))
             return
         if "event" in record:
             self.events.append(_event(record))

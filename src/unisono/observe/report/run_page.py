@@ -15,6 +15,7 @@ from unisono.observe.report.run_data import RunData
 from unisono.observe.report.run_sections import (
     learning_section,
     memory_sections,
+    metrics_sections,
     pictures_sections,
     schedule_sections,
     speed_sections,
@@ -54,6 +55,7 @@ def run_page(run: RunData, *, live: bool = False) -> Page:
     found = [
         *troubles_sections(run),
         learning_section(run, axis),
+        *metrics_sections(run, axis),
         *pictures_sections(run),
         workers_section(run, axis),
         *speed_sections(run, axis),
@@ -73,11 +75,30 @@ def _headline(run: RunData, *, live: bool) -> str:
     if run.has_ended:
         if run.summary.get("finished", True):
             return f"trained in unison on {formats.count(run.workers, 'worker')}"
-        return f"stopped after step {run.summary['steps']:,}"
+        return f"stopped after step {run.summary['steps']:,}{_of_planned(run)}"
     if not len(run.steps):
         return "nothing to see yet" if not run.manifest else "no step yet"
-    step = f"step {int(run.steps[-1]):,}"
+    step = f"step {int(run.steps[-1]):,}{_of_planned(run)}"
     return f"training, {step}" if live else f"no end recorded, last at {step}"
+
+
+def _of_planned(run: RunData) -> str:
+    return f" of {run.planned_steps:,}" if run.planned_steps is not None else ""
+
+
+def _progress(run: RunData, *, live: bool) -> str:
+    """How far the run is, as a bar; nothing once it is finished, or where nobody knows how far it goes."""
+    planned = run.planned_steps
+    if planned is None or not len(run.steps) or (run.has_ended and run.summary.get("finished", True)):
+        return ""
+    share = min(1.0, float(run.steps[-1]) / planned)
+    words = formats.percent(share)
+    if live and not run.has_ended and run.seconds_left is not None:
+        words += f", about {formats.duration(run.seconds_left)} left"
+    return (
+        f'<div class="progress" role="progressbar" aria-label="steps" aria-valuemin="0" aria-valuemax="100" '
+        f'aria-valuenow="{100 * share:.0f}"><i style="width:{100 * share:.1f}%"></i></div><p class="left">{escape(words)}</p>'
+    )
 
 
 def _head(run: RunData, *, live: bool) -> str:
@@ -92,6 +113,7 @@ def _head(run: RunData, *, live: bool) -> str:
     return (
         f'<p class="state {state}"><span></span>{escape(headline[:1].upper() + headline[1:])}</p>'
         f'<h1>{escape(run.name)}</h1><p class="where">{escape(_where(run))}</p>'
+        + _progress(run, live=live)
         + (f'<dl class="facts">{facts}</dl>' if facts else "")
     )
 
@@ -113,7 +135,7 @@ def _facts(run: RunData) -> Iterator[tuple[str, str, str]]:
     loss = _last(run, "loss", "loss")
     if loss is not None:
         yield "loss", formats.number(loss), ""
-    metrics = run.summary.get("metrics") if run.has_ended else None
+    metrics = run.summary.get("metrics") if run.has_ended else _latest(run)
     for name, value in (metrics if isinstance(metrics, dict) else {}).items():
         if isinstance(value, (int, float)):
             yield str(name), formats.number(float(value)), ""
@@ -139,6 +161,11 @@ def _facts(run: RunData) -> Iterator[tuple[str, str, str]]:
         )
     if isinstance(run.summary.get("parameters"), int):
         yield "parameters", f"{run.summary['parameters']:,}", ""
+
+
+def _latest(run: RunData) -> dict[str, float]:
+    """The last result of each metric."""
+    return {name: value for _, results in run.evaluations for name, value in results.items()}
 
 
 def _last(run: RunData, column: str, summary: str) -> float | None:

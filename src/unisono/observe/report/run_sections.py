@@ -9,7 +9,7 @@ from html import escape
 import numpy as np
 
 from unisono.observe import formats
-from unisono.observe.report.figures import Axis, gradient_figure, loss_figure, schedule_figure, throughput_figure
+from unisono.observe.report.figures import Axis, gradient_figure, loss_figure, metric_figure, schedule_figure, throughput_figure
 from unisono.observe.report.pictures import picture_section
 from unisono.observe.report.run_data import RunData
 from unisono.observe.report.section import Section
@@ -25,6 +25,7 @@ from unisono.observe.report.worker_figures import (
 )
 
 _SHOWN_EVENTS = 50
+_SHOWN_METRICS = 8
 _KINDS = {"generation": "other workers", "resumed": "new start"}
 
 
@@ -58,6 +59,22 @@ def learning_section(run: RunData, axis: Axis) -> Section:
     if few > 1:
         text = f"Means of the first and the last {few} steps. {text}".strip()
     return Section(key="loss", kicker="learning", title=title, text=text, figure=loss_figure(run, axis))
+
+
+def metrics_sections(run: RunData, axis: Axis) -> Iterator[Section]:
+    """Results of evaluations, a figure for each metric that was measured more than once."""
+    steps: dict[str, dict[int, float]] = {}
+    for step, results in run.evaluations:
+        for name, value in results.items():
+            if np.isfinite(value):
+                steps.setdefault(name, {})[step] = value
+    several = [(name, found) for name, found in steps.items() if len(found) > 1]
+    for number, (name, found) in enumerate(several[:_SHOWN_METRICS]):
+        first, last = found[min(found)], found[max(found)]
+        title = f"{name}: from {formats.number(first)} to {formats.number(last)}"
+        text = f"Measured {_times(len(found))}, after step {min(found):,} to {max(found):,}."
+        figure = metric_figure(run, axis, name)
+        yield Section(key=f"metric-{number}", kicker="evaluation", title=title, text=text, figure=figure, half=len(several) > 1)
 
 
 def workers_section(run: RunData, axis: Axis) -> Section:
