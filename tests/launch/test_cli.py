@@ -140,3 +140,13 @@ def test_a_demo_is_copied_to_be_changed_and_no_file_is_overwritten(
     assert again.exit_code == 2
     assert "digits.py is there already" in again.stderr
     assert (tmp_path / "digits.py").read_text() == "mine"
+
+
+def test_ctrl_c_before_the_run_listens_for_it_ends_the_command_as_a_shell_expects(
+    script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(settings: runner.Run) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run", interrupted)
+    assert unisono("run", script).exit_code == 130
