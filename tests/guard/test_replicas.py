@@ -173,6 +173,22 @@ def test_equal_replicas_raise_no_alarm() -> None:
 # ---- every bit is looked at ----
 
 
+@pytest.mark.parametrize("numel", [512, 4096, 40_000])
+def test_what_lies_in_the_wrong_tensor_is_seen(numel: int) -> None:
+    class Two(Collective):
+        size, rank = 2, 0
+        start_exchange = publish = broadcast = None  # type: ignore[assignment]
+
+    def digests(*held: Tensor) -> list[int]:
+        guard = ReplicaGuard(lambda: iter([(str(place), one) for place, one in enumerate(held)]), lambda: held, Two(), "error")
+        return [guard.digest(step_s=0.0) for _ in range(PERIOD)]
+
+    first, second = torch.randn(2, numel, generator=torch.Generator().manual_seed(0))
+    others = torch.zeros(2048)
+    assert digests(first, second, others) == digests(first, second, others)
+    assert digests(first, second, others) != digests(second, first, others)
+
+
 @pytest.mark.parametrize("numel", [3, 1000, 40_000, 900_001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool])
 def test_any_bit_of_anything_is_seen_once_a_period(numel: int, dtype: torch.dtype) -> None:
