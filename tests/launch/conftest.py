@@ -21,7 +21,7 @@ import pytest
 from tests.launch.warm import COMMAND, WarmCommand
 from unisono.launch.nursery import Nursery
 
-LIMIT_S = 60.0
+LIMIT_S = 120.0
 
 PRELUDE = """
 import os, signal, sys

@@ -23,10 +23,9 @@ def watch(run_dir: str | os.PathLike[str], *, port: int, open_page: bool, say: C
     Raises:
         ConfigurationError: The port is taken, or Plotly is not installed.
     """
-    with Dashboard(run_dir, port=port) as dashboard:
+    with StopRequest() as stop, Dashboard(run_dir, port=port) as dashboard:
         say(f"{dashboard.address}  shows {os.fspath(run_dir)}; Ctrl-C ends it")
         if open_page:
             webbrowser.open(dashboard.address)
-        with StopRequest() as stop:
-            while not stop.requested:
-                time.sleep(0.2)
+        while not stop.requested:
+            time.sleep(0.2)
