@@ -88,16 +88,22 @@ def reduced(
     bucket_mib: float = 25.0,
     overlap: bool = False,
     replicated: bool = False,
+    per_host: int = 0,
 ) -> list[dict[str, Tensor]]:
-    """What those who update get in each of several steps ``(gradients, filled)``: each parameter one worker, or all of them."""
+    """What those who update get in each of several steps ``(gradients, filled)``: each parameter one worker, or all of them.
+
+    Args:
+        per_host: The number of hosts, each of which updates everything; 0: all workers do so among them.
+    """
     settings = Exact(bucket_mib=bucket_mib, replicate_kib=256 if replicated else 0)
 
     def work(collective: Collective) -> list[tuple[dict[str, Tensor], set[str]]]:
         model = Parameters()
         layout = Layout(model.named_parameters())
         layout.adopt(collective.allocate)
-        reduction = settings.bind(layout, collective, len(steps[0][0]))
-        assert reduction.replicated == (replicated and workers > 1)
+        reduction = settings.bind(layout, collective, len(steps[0][0]), per_host=per_host > 0)
+        assert reduction.replicated == (1 < workers in (per_host, workers * replicated))
+        assert reduction.relays == (per_host > 2 and not replicated)
         lo, hi = reduction.ranges[collective.rank]
         results = []
         for gradients, filled in steps:
@@ -109,7 +115,8 @@ def reduced(
                 assert all(parameter.grad is None for parameter in model.parameters())
             reduction.launch()
             assert reduction.notes() == [[]] * workers
-            found = reduction.finish(1.0, bytes([1] * len(layout.names)))
+            everything = bytes([1] * len(layout.names))
+            found = reduction.deliver(reduction.finish(1.0, everything), everything)
             sums = {slot.name: value.clone() for slot, value in zip(found.slots, found.gradients, strict=True)}
             assert not reduction.torn
             collective.barrier()
@@ -123,9 +130,10 @@ def reduced(
         present = set().union(*(results[number][1] for results in everybodys))
         owned = [name for results in everybodys for name in results[number][0]]
         assert set(owned) >= set(SHAPES) - {"empty"}, "every parameter that holds anything has an owner"
-        assert len(owned) == len(set(owned)) * (workers if replicated else 1), "one alone, or every worker"
-        if replicated:
-            assert len({tuple(map(bits, results[number][0].values())) for results in everybodys}) == 1
+        holders = workers if replicated else per_host or 1
+        assert len(owned) == len(set(owned)) * holders, "one alone, or one on each host, or every worker"
+        for name in set(owned) & present:
+            assert len({bits(results[number][0][name]) for results in everybodys if name in results[number][0]}) == 1
         merged.append({name: value for results in everybodys for name, value in results[number][0].items() if name in present})
     return merged
 

@@ -182,6 +182,21 @@ def test_one_of_several_hosts_may_lose_a_worker(victim: int, told: bool) -> None
             assert found == undisturbed(), call
 
 
+@pytest.mark.parametrize("machines", [("a", "b", "c"), ("a", "b", "c", "d"), ("a", "a", "b", "c")], ids="".join)
+@pytest.mark.parametrize("told", [False, True], ids=["unheard", "heard"])
+def test_one_of_many_hosts_may_lose_a_worker_or_be_lost(machines: tuple[str, ...], told: bool) -> None:
+    """Between three hosts and more, sums are made once and sent on."""
+    where = dict(enumerate(machines))
+    for victim in (0, len(machines) - 1):
+        calls = live({}, workers=len(machines), machines=where, replicate_kib=0.0).calls[victim]
+        for call in range(1 + 3 * told, calls + 1, 13):
+            lives = live({victim: Death(call, told)}, workers=len(machines), machines=where, replicate_kib=0.0)
+            died = {victim} if lives.calls[victim] >= call else set()
+            assert sorted(lives.results) == sorted(set(where) - died), call
+            for found in lives.results.values():
+                assert found == undisturbed(), call
+
+
 @pytest.mark.parametrize("host", [(0, 1), (2, 3)])
 def test_a_whole_host_may_be_lost(host: tuple[int, int]) -> None:
     for call in range(25, 100, 11):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -54,22 +54,24 @@ class Reduced:
     slots: Sequence[Slot]
     gradients: Sequence[Tensor]
     """Of each of these slots: summed over the global batch and divided by the count."""
-    norms: Sequence[float]
-    """L2 norm of each."""
+    norms: Mapping[int, float]
+    """L2 norm of those gradients that this worker has summed up, by slot index."""
 
 
 class Reduction(abc.ABC):
     """From the gradients of this worker's microbatches to the global sum of the parameters that this worker updates.
 
-    A step calls ``begin``, then ``add`` for each own microbatch in order, then ``launch``, ``notes``, and either ``finish`` or,
-    if the step must be done again, ``drop``.
+    A step calls ``begin``, then ``add`` for each own microbatch in order, then ``launch``, ``notes``, and either ``finish`` and
+    ``deliver`` or, if the step must be done again, ``drop``.
 
     Attributes:
         ranges: Each worker's microbatches.
         segments: For each block of the layout, each worker's segment: what it saves, and what it publishes.
         replicates: Whether, where there are several workers, every one updates every parameter.
         replicated: Whether that is so now, and nothing has to be published.
+        relays: Whether those who sum up a gradient are not those who update with it.
         updaters: Workers that update all parameters among them, each one once: all workers, or those of this host.
+        measurers: Workers that sum up all gradients among them, each one once.
         savers: Workers that save what they update; the others update the same.
         densified: Slots that were said to get few rows, but got a dense gradient at some step.
         present: For each slot, 1 if any own microbatch of this step had a gradient for it.
@@ -79,8 +81,10 @@ class Reduction(abc.ABC):
     segments: Sequence[Sequence[Segment]]
     replicates: bool
     replicated: bool
+    relays: bool
     densified: Set[int]
     updaters: Sequence[int]
+    measurers: Sequence[int]
     savers: Sequence[int]
 
     @property
@@ -150,10 +154,22 @@ class Reduction(abc.ABC):
 
     @abc.abstractmethod
     def finish(self, count: float, present: bytes) -> Reduced:
-        """*collective*. Waits for the other workers' pieces, sums them up and divides by ``count``.
+        """*collective*. Waits for the other workers' pieces, sums up this worker's part of them and divides by ``count``.
 
         Args:
             present: Which slots have a gradient from any microbatch of any worker.
+        """
+
+    @abc.abstractmethod
+    def deliver(self, reduced: Reduced, present: bytes) -> Reduced:
+        """*collective*. Where the reduction ``relays``: brings sums to those who update with them.
+
+        Args:
+            reduced: What this worker has summed up, from ``finish``.
+            present: As for ``finish``.
+
+        Returns:
+            What this worker updates with.
         """
 
     def close(self) -> None:  # noqa: B027 - most leave nothing behind

@@ -3,7 +3,7 @@
 Each worker folds the gradients of its microbatches into its pieces. The owner of a segment receives every piece's part of
 that segment and finishes the tree. For aligned ranges these are the bytes of a ring all-reduce, but the order of summation
 is ours: it depends on the number of microbatches alone. Between hosts of several workers, pieces travel in two levels
-(``two_levels.py``).
+(``two_levels.py``). Where more than two hosts update everything each, sums travel once more (``relay.py``).
 
 Where gradients are sent during backward, they go in buckets, last layers first, in the same order on every worker.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 
@@ -25,7 +26,8 @@ from unisono.errors import ConfigurationError
 from unisono.layout import Layout, Segment, Slot, allocate
 from unisono.sync.base import Reduced, Reduction, Sync
 from unisono.sync.finish import Finisher, Norms, Run, is_large, runs
-from unisono.sync.fold import LeafPlan, LocalFold, real
+from unisono.sync.fold import LeafPlan, LocalFold, Sums, real
+from unisono.sync.relay import Relay
 from unisono.sync.row_exchange import RowExchange
 from unisono.sync.two_levels import TwoLevels
 from unisono.tree import Span, pieces
@@ -84,9 +86,9 @@ class _Bucket:
     lo: int
     hi: int
 
-    def part(self, segment: Segment) -> tuple[int, int]:
+    def part(self, bounds: tuple[int, int]) -> tuple[int, int]:
         """The elements of the block that lie in both."""
-        return max(self.lo, segment.lo), min(self.hi, segment.hi)
+        return max(self.lo, bounds[0]), min(self.hi, bounds[1])
 
 
 @dataclasses.dataclass
@@ -108,6 +110,8 @@ class _StepState:
     """What the exchanges that have been waited for brought, by number."""
     notes: tuple[Sequence[Tensor], Sequence[Sequence[Expected]]] = ((), ())
     """What goes to all workers after the pieces, where these go in two levels; and what comes from them."""
+    holder: Sums | None = None
+    """Where this worker's finished sums lie; None: there is nothing that it sums up."""
 
 
 class ExactReduction(Reduction):
@@ -141,15 +145,23 @@ class ExactReduction(Reduction):
         small = layout.nbytes <= settings.replicate_kib * 1024
         self.replicates = small or (apart and max(map(len, groups)) == 1)
         self.replicated = collective.size > 1 and self.replicates
-        # What another host updates as well, its workers read.
-        own_changes = not (self.replicated or apart)
+        self.relays = apart and len(groups) > 2 and not small
+        self.measurers = tuple(range(collective.size)) if self.relays else self.updaters
+        self._relayed = layout.segments(collective.size) if self.relays else self.segments
+        everything = [[(0, block.numel)] * collective.size for block in layout.blocks]
+        self._summed = everything if self.replicated and not self.relays else _bounds(self._relayed)
+        updated = everything if self.replicated else _bounds(self.segments)
+        self._relay = Relay(layout, collective, self._summed, updated) if self.relays else None
+        # What several workers sum up each for itself, they read of each other.
+        own_changes = self.relays or not (self.replicated or apart)
         self._pieces = [pieces(lo, hi, leaves) for lo, hi in self.ranges]
         self._slots = [slot for block in layout.blocks for slot in block.slots]
         self._rows = RowExchange(
             [slot for slot in self._slots if slot.index in sparse], layout, collective, self._pieces, leaves, self.updated_by
         )
-        # Where every worker reads every piece, nobody may write to its own, or keep it elsewhere.
-        large = [i for i in self.updated_by(collective.rank) if is_large(self._slots[i])] if own_changes else []
+        # Where every worker reads every piece, nobody may write to its own, or keep it elsewhere; sums are sent on from one place.
+        kept = own_changes and not self.relays
+        large = [i for i in self.updated_by(collective.rank) if is_large(self._slots[i])] if kept else []
         self._fold = LocalFold(
             layout,
             self.ranges[collective.rank],
@@ -157,7 +169,7 @@ class ExactReduction(Reduction):
             collective.allocate,
             kept=large,
             sparse=sparse,
-            resting=self.replicated,
+            resting=self.replicated and not self.relays,
         )
         self._levels: TwoLevels | None = None
         self._arriving: Sequence[Sequence[Span]] = self._pieces  # what each worker sends here
@@ -177,7 +189,7 @@ class ExactReduction(Reduction):
         self._small = _buckets(layout, self._settings.bucket_mib * 2**20, skip)
         self._bucket_of = {slot.index: bucket for bucket in self._small for slot in bucket.slots}
         ends = {slot.index: end for block in layout.blocks for slot, end in zip(block.slots, block.ends, strict=True)}
-        mine = set(self.updated_by(self._collective.rank))
+        mine = set(self._summed_by(self._collective.rank))
 
         def finished(buckets: Sequence[_Bucket]) -> list[list[Run]]:
             return [
@@ -188,6 +200,12 @@ class ExactReduction(Reduction):
             ]
 
         self._runs = {True: finished(self._small), False: finished(self._whole)}
+
+    def _summed_by(self, rank: int) -> list[int]:
+        """The slots (by index) whose gradients worker ``rank`` sums up."""
+        if not self.relays:
+            return self.updated_by(rank)
+        return [slot.index for segments in self._relayed for slot in segments[rank].slots]
 
     def _checked(self, ranges: Sequence[Span]) -> tuple[Span, ...]:
         edges = [0, *(hi for _, hi in ranges)]
@@ -305,19 +323,32 @@ class ExactReduction(Reduction):
         norms = Norms()
         found: dict[int, Tensor] = {}
         own = self._fold.pieces()
+        self._state.holder = None
         for number, bucket in enumerate(self._buckets):
             received = [tensors[: self._pieces_in(worker, bucket)] for worker, tensors in enumerate(self._received(number))]
             origin, _ = self._wanted(bucket, self._collective.rank)
             for run in self._runs[self._state.overlap][number]:
                 holder = self._finisher.finish(run, own, received, origin, self._state.filled, count)
+                self._state.holder = holder
                 norms.add(run, holder)
                 found.update((slot.index, holder.views[slot.index]) for slot in run.slots)
         for slot, rows, gradient in self._rows.finish(own, count):
-            norms.add_tensors([slot.index], [real(rows.values)])
+            if not self.relays or self._collective.rank in self.savers:  # other hosts have the same sum
+                norms.add_tensors([slot.index], [real(rows.values)])
             found[slot.index] = gradient
-        measured = norms.values()
+        measured = {index: _finite(norm, found[index]) for index, norm in norms.values().items() if present[index]}
         slots = [slot for slot in self._slots if slot.index in found and present[slot.index]]
-        return Reduced(slots, [found[slot.index] for slot in slots], [measured[slot.index] for slot in slots])
+        return Reduced(slots, [found[slot.index] for slot in slots], measured)
+
+    def deliver(self, reduced: Reduced, present: bytes) -> Reduced:
+        if self._relay is None:
+            return reduced
+        sums = self._relay.deliver([(bucket.block, bucket.lo, bucket.hi) for bucket in self._whole], self._state.holder)
+        sparse = {slot.index for slot in self._rows.slots}
+        found = {s.index: g for s, g in zip(reduced.slots, reduced.gradients, strict=True) if s.index in sparse}
+        found |= {i: sums.views[i] for i in self.updated_by(self._collective.rank) if i not in sparse and present[i]}
+        slots = [slot for slot in self._slots if slot.index in found]
+        return Reduced(slots, [found[slot.index] for slot in slots], reduced.norms)
 
     # ------------------------------------------------------------------ pieces to those who update
 
@@ -351,10 +382,8 @@ class ExactReduction(Reduction):
         return self._state.received[number]
 
     def _wanted(self, bucket: _Bucket, worker: int) -> tuple[int, int]:
-        """The elements of the bucket that this worker updates."""
-        if self.replicated:
-            return bucket.lo, bucket.hi
-        return bucket.part(self.segments[bucket.block][worker])
+        """The elements of the bucket that this worker sums up."""
+        return bucket.part(self._summed[bucket.block][worker])
 
     def _pieces_in(self, worker: int, bucket: _Bucket) -> int:
         """How many pieces that worker sends here with the bucket."""
@@ -392,6 +421,15 @@ class ExactReduction(Reduction):
         if self._state.plan is not None:
             self._fold.fold(self._state.plan, bucket.slots)
         self._state.folded = bucket.number + 1
+
+
+def _bounds(segments: Sequence[Sequence[Segment]]) -> list[list[tuple[int, int]]]:
+    return [[(segment.lo, segment.hi) for segment in of_block] for of_block in segments]
+
+
+def _finite(norm: float, gradient: Tensor) -> float:
+    """The L2 norm of a gradient: squares overflow long before the values do."""
+    return norm if math.isfinite(norm) else float(torch.linalg.vector_norm(gradient.double()))
 
 
 def host_sizes(collective: Collective) -> tuple[int, ...]:

@@ -189,6 +189,9 @@ class Stepper:
         present = union([header.present for header in headers])
         with self._clock.phase("compute"):
             reduced = self._reduction.finish(count, present)
+        if self._reduction.relays:
+            with self._clock.phase("communication"):
+                reduced = self._reduction.deliver(reduced, present)
         norms = self._agree(reduced)
         norm = math.sqrt(math.fsum(value * value for value in norms)) if all(map(math.isfinite, norms)) else math.nan
         if not math.isfinite(norm):
@@ -321,17 +324,16 @@ class Stepper:
     # ------------------------------------------------------------------ agree, update, publish
 
     def _agree(self, reduced: Reduced) -> list[float]:
-        """The L2 norm of each slot's gradient, from whoever updates it; 0 where there is none."""
+        """The L2 norm of each slot's gradient, from whoever has summed it up; 0 where there is none."""
         norms = [0.0] * len(self._layout.parameters)
-        for slot, gradient, norm in zip(reduced.slots, reduced.gradients, reduced.norms, strict=True):
-            # Squares overflow long before the values do.
-            norms[slot.index] = norm if math.isfinite(norm) else float(torch.linalg.vector_norm(gradient.double()))
-        if self._reduction.replicated or self._collective.size == 1:
+        for slot, norm in reduced.norms.items():
+            norms[slot] = norm
+        if self._collective.size == 1 or (self._reduction.replicated and not self._reduction.relays):
             return norms
         with self._clock.phase("communication"):
             everybodys = self._collective.all_gather(torch.tensor(norms, dtype=torch.float64))
         # Each norm comes from one of these workers; the others' zeros change no bit of it.
-        found: list[float] = torch.stack([everybodys[rank] for rank in self._reduction.updaters]).sum(dim=0).tolist()
+        found: list[float] = torch.stack([everybodys[rank] for rank in self._reduction.measurers]).sum(dim=0).tolist()
         return found
 
     def _update(self, reduced: Reduced, norm: float) -> None:

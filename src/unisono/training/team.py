@@ -570,6 +570,7 @@ class Team:
         self._last = content["last"]
         self._repeats.adopt(content["repeats"])
         self._buffers.begin()
+        vars(self._optimizer)["_opt_called"] = True  # by another worker; PyTorch's schedulers warn if nobody has
 
     # ------------------------------------------------------------------ steps that are done again
 
