@@ -197,6 +197,14 @@ def test_one_of_many_hosts_may_lose_a_worker_or_be_lost(machines: tuple[str, ...
                 assert found == undisturbed(), call
 
 
+def test_some_may_have_begun_when_the_others_have_not_and_everyone_holds_everything_from_now_on() -> None:
+    for call in range(12, 25):
+        lives = live({0: Death(call, told=True)}, machines={0: "a", 1: "a", 2: "b"}, replicate_kib=0.0)
+        assert sorted(lives.results) == [1, 2], call
+        for found in lives.results.values():
+            assert found == undisturbed(), call
+
+
 @pytest.mark.parametrize("host", [(0, 1), (2, 3)])
 def test_a_whole_host_may_be_lost(host: tuple[int, int]) -> None:
     for call in range(25, 100, 11):
@@ -206,13 +214,19 @@ def test_a_whole_host_may_be_lost(host: tuple[int, int]) -> None:
             assert found == undisturbed(), call
 
 
-def test_a_host_may_come_later() -> None:
-    workers = 2
-    machines = {rank: "one" if rank < workers else "other" for rank in range(2 * workers)}
-    lives = live({}, workers=workers, joiners=workers, machines=machines, replicate_kib=0.0, epochs=8)
+@pytest.mark.parametrize(("machines", "workers"), [("aabb", 2), ("abc", 2), ("aba", 2), ("abcd", 3)])
+def test_workers_of_any_host_may_come_later(machines: str, workers: int) -> None:
+    lives = live(
+        {},
+        workers=workers,
+        joiners=len(machines) - workers,
+        machines=dict(enumerate(machines)),
+        replicate_kib=0.0,
+        epochs=8,
+    )
 
     expected = undisturbed(epochs=8)
     for rank, found in lives.results.items():
         same = expected if rank < workers else {**expected, "seen": found["seen"], "position": found["position"]}
         assert found == same
-    assert max(lives.calls[rank] for rank in range(workers, 2 * workers)) > 10, "nobody came in time"
+    assert max(lives.calls[rank] for rank in range(workers, len(machines))) > 10, "nobody came in time"

@@ -58,12 +58,24 @@ class _Store:
 
 
 class _Mortal(InProcess):
-    """A collective whose worker dies at a certain call, over all generations."""
+    """A collective whose worker dies at a certain call, over all generations.
 
-    def __init__(self, meeting: Meeting, rank: int, life: _Life, groups: Sequence[Sequence[int]]) -> None:
+    Args:
+        meeting: Of all workers.
+        rank: This one's.
+        life: Its end.
+        groups: The ranks of each host.
+        near: The meeting of those of this worker's host; None: there is one host only.
+    """
+
+    def __init__(
+        self, meeting: Meeting, rank: int, life: _Life, groups: Sequence[Sequence[int]], near: Meeting | None = None
+    ) -> None:
         super().__init__(meeting, rank)
         self._life = life
         self._groups = groups
+        group = next(group for group in groups if rank in group)
+        self._near = None if near is None else InProcess(near, group.index(rank))
         life.collective = self
 
     @property
@@ -77,15 +89,36 @@ class _Mortal(InProcess):
         found: Tensor = next(one for one in [*(have[peer] for peer in near), made[near[0]]] if one is not None)
         return found
 
+    def publish(self, flat: Tensor, bounds: Sequence[tuple[int, int]]) -> None:
+        """Inside each host where each has everything among its workers, as ``Hierarchical`` does."""
+        if self._near is None or not all(_is_all([bounds[rank] for rank in group], flat.numel()) for group in self._groups):
+            super().publish(flat, bounds)
+            return
+        self._live(lambda: None)
+        group = next(group for group in self._groups if self.rank in group)
+        self._near.publish(flat, [bounds[rank] for rank in group])
+
+    def close(self) -> None:
+        super().close()
+        if self._near is not None:
+            self._near.close()
+
     def _meet(self, brought: Any) -> list[Any]:
+        def bring() -> None:
+            self._call += 1
+            self._meeting.bring(self.rank, self._call, brought)
+
+        self._live(bring)
+        return super()._meet(brought)
+
+    def _live(self, last_word: Callable[[], None]) -> None:
+        """Counts a call to the others, and dies if it is the last."""
         life = self._life
         life.calls += 1
         if life.death is not None and life.calls == life.death.call:
             if life.death.told:
-                self._call += 1
-                self._meeting.bring(self.rank, self._call, brought)
+                last_word()
             raise Died
-        return super()._meet(brought)
 
 
 @dataclasses.dataclass
@@ -129,7 +162,7 @@ def run_lives(
     """
     machines = machines or {}
     store, baton = _Store(), threading.Condition()
-    meetings: dict[int, Meeting] = {}
+    meetings: dict[tuple[int, int], Meeting] = {}
     lives = {rank: _Life(deaths.get(rank)) for rank in range(size + joiners)}
     results: dict[int, Any] = {}
     errors: list[BaseException] = []
@@ -141,8 +174,13 @@ def run_lives(
         founders = [f"thread {founder}" for founder in range(size)] if rank < size else []
 
         def connect(generation: Generation, memory: Memory) -> Collective:
-            meeting = meetings.setdefault(generation.number, Meeting(generation.size, timeout_s=timeout_s, baton=baton))
-            return _Mortal(meeting, generation.rank, lives[rank], _groups(generation))
+            meeting = meetings.setdefault((generation.number, -1), Meeting(generation.size, timeout_s=timeout_s, baton=baton))
+            groups = _groups(generation)
+            mine = next(group for group in groups if generation.rank in group)
+            if len(groups) > 1:
+                near = meetings.setdefault((generation.number, mine[0]), Meeting(len(mine), timeout_s=timeout_s, baton=baton))
+                return _Mortal(meeting, generation.rank, lives[rank], groups, near)
+            return _Mortal(meeting, generation.rank, lives[rank], groups)
 
         membership = Membership(
             store, me, founders, timeout_s=timeout_s, pause=lambda seconds: _hand_over(baton, seconds), look_every_s=0.0
@@ -178,6 +216,10 @@ def _groups(generation: Generation) -> list[tuple[int, ...]]:
     for rank, member in enumerate(generation.members):
         found.setdefault(member.machine, []).append(rank)
     return [tuple(ranks) for ranks in found.values()]
+
+
+def _is_all(parts: Sequence[tuple[int, int]], numel: int) -> bool:
+    return sum(hi - lo for lo, hi in parts) == numel
 
 
 def _hand_over(baton: threading.Condition, seconds: float) -> None:

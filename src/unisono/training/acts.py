@@ -58,6 +58,8 @@ class Report:
     """Whether a checkpoint was under way."""
     changing: bool
     """Whether the act under way is to let others come or leave."""
+    everywhere: bool
+    """Whether, in the generation that it comes from, every worker had all of the state."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -449,7 +449,7 @@ class Team:
             ahead += 1  # to meet those who come was the act under way
             self._last = None
         committed = max(report.committed for report in reports)
-        everywhere = self.reduction.replicates
+        everywhere = reports[source].everywhere  # those who are new come from no generation, or from another one
         if everywhere:
             reached, needy = committed, [rank for rank, report in enumerate(reports) if report.acts < ahead]
         else:
@@ -474,6 +474,7 @@ class Team:
             dense=sorted(self.reduction.densified),
             unsaved=self._part.unsaved(),
             changing=self._changing,
+            everywhere=self.reduction.replicates,
         )
         return [Report(**json.loads(text)) for text in collective.all_gather_bytes(json.dumps(dataclasses.asdict(mine)).encode())]
 
