@@ -317,6 +317,18 @@ def usable_cores(root: Path = Path("/")) -> int:
     return max(1, math.floor(min(allowed, cgroup_quota(root))))
 
 
+def room_for_workers(threads: int) -> int:
+    """How many workers a run has on this machine unless told otherwise: one for each GPU, without GPUs as many as its cores
+    carry. *local*
+
+    Args:
+        threads: Threads per worker.
+    """
+    import torch
+
+    return torch.cuda.device_count() or max(1, usable_cores() // threads)
+
+
 def cgroup_quota(root: Path = Path("/")) -> float:
     """The least CPU quota, in cores, among the cgroups (v1 and v2) around this process; infinite without one. *local*
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from unisono.launch import cli, runner
@@ -42,6 +43,14 @@ def test_by_default_there_are_as_many_workers_as_usable_cores(script: str, runs:
     assert (result.exit_code, result.output) == (5, "")
     (settings,) = runs
     assert (settings.workers, settings.workers_defaulted, settings.threads) == (usable_cores(), True, 1)
+
+
+def test_where_there_are_gpus_each_has_a_worker(script: str, runs: list[runner.Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    unisono("run", script)
+    unisono("run", "--workers", "1:2", script)
+    unisono("run", "--workers", "5", script)
+    assert [(settings.workers, settings.workers_defaulted) for settings in runs] == [(3, True), (2, True), (5, False)]
 
 
 def test_threads_share_the_cores(script: str, runs: list[runner.Run], monkeypatch: pytest.MonkeyPatch) -> None:

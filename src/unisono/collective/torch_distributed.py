@@ -9,19 +9,36 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import ErrorType
+from torch.distributed.distributed_c10d import _abort_process_group
 
 from unisono.collective.base import PATIENCE_S, Collective, Expected, LostWorker
 from unisono.errors import ConfigurationError, WorkerFailure
 
+_CPU = torch.device("cpu")
 _SMALL_BYTES = 64 * 1024
 _MEETING_S = 300.0
 """Workers may start this long after each other, however short the time limit of what they do then."""
+
+_LOOK_S = 0.01
+"""How often a worker that waits for its GPU looks whether the others still are there, in seconds."""
+_SPIN_S = 0.001
+"""How long it does nothing else, before it sleeps in between."""
+_NCCL_LEAVES_ERRORS_TO_US = {
+    # Else NCCL's watchdog ends the process when another worker has died.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    # Else a worker whose partner dies while they connect waits for it for ever.
+    "TORCH_NCCL_USE_COMM_NONBLOCKING": "1",
+    "TORCH_NCCL_NONBLOCKING_TIMEOUT": "30",
+}
 
 _Started = tuple[Any, int | None]
 """What torch.distributed has begun, and the worker that it is to be begun with; None: several, on a device of its own."""
@@ -48,11 +65,13 @@ class TorchDistributed(Collective):
 
     Args:
         timeout_s: How long this worker waits for another one. On Gloo each message has this limit, whatever that of the process
-            group is. On NCCL waiting is the device's, and the limit that of the process group.
+            group is. On NCCL waiting is the device's, and the limit that of the process group, unless there is ``check``.
+        check: Raises LostWorker if one of the workers is lost. With it this worker waits for its GPU itself, and looks meanwhile.
     """
 
-    def __init__(self, *, timeout_s: float = PATIENCE_S) -> None:
+    def __init__(self, *, timeout_s: float = PATIENCE_S, check: Callable[[], None] | None = None) -> None:
         self.timeout_s = timeout_s
+        self._check = check
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self._buffers: dict[tuple[str, int, int, Expected], Tensor] = {}
@@ -76,7 +95,7 @@ class TorchDistributed(Collective):
         if not dist.is_initialized():
             # Control messages are CPU tensors; gradients travel by the device's own backend.
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                _backend(device),
                 init_method=init_method,
                 rank=rank,
                 world_size=size,
@@ -104,25 +123,45 @@ class TorchDistributed(Collective):
         return cls(timeout_s=timeout_s)
 
     @classmethod
-    def meet(cls, rank: int, size: int, store: Any, *, limit_s: float = 30.0) -> TorchDistributed:
+    def meet(
+        cls,
+        rank: int,
+        size: int,
+        store: Any,
+        *,
+        device: torch.device = _CPU,
+        limit_s: float = 30.0,
+        check: Callable[[], None] | None = None,
+    ) -> TorchDistributed:
         """*collective*. Makes the default process group of these workers, in place of one that there may be.
 
         Args:
             store: A store of torch.distributed in which nobody else writes.
+            device: Where this worker computes.
             limit_s: How long to wait for the others.
+            check: As for the class.
 
         Raises:
             LostWorker: One did not come.
         """
-        _close()
+        _close(abort=True)
+        if device.type == "cuda":
+            for name, value in _NCCL_LEAVES_ERRORS_TO_US.items():
+                os.environ.setdefault(name, value)
         try:
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=limit_s))
+            dist.init_process_group(
+                _backend(device), store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=limit_s)
+            )
         except RuntimeError as error:
-            _close()
+            _close(abort=True)
             raise LostWorker(f"worker {rank} could not meet the others ({str(error).splitlines()[0]})") from error
         atexit.unregister(_close)
         atexit.register(_close)
-        return cls(timeout_s=limit_s)
+        met = cls(timeout_s=limit_s, check=check)
+        if device.type == "cuda":
+            met.barrier()  # all are alive: NCCL takes long to notice who is not while it connects
+            met.broadcast(torch.zeros(1, device=device))
+        return met
 
     def finish(self, works: Sequence[_Started]) -> None:
         """*local*. Waits until these are done."""
@@ -130,7 +169,7 @@ class TorchDistributed(Collective):
         for work, peer in works:
             try:
                 if peer is None:
-                    work.wait()  # with a limit the host would stand still, too
+                    self._finish_on_device(work)
                     continue
                 self.lookout.wait_for(peer)
                 work.wait(limit)
@@ -139,6 +178,27 @@ class TorchDistributed(Collective):
                     raise self.lookout.silence(self.rank, peer, self.timeout_s) from None
                 raise self._lost(error) from error
         self.lookout.wait_for(-1)
+
+    def _finish_on_device(self, work: Any) -> None:
+        """Makes what the device computes from now on wait; where workers may be lost, the host does so first.
+
+        A kernel of NCCL whose partner is dead never ends, and nothing behind it in its stream ever begins: to see that, the host
+        must not be waiting for the stream.
+        """
+        if self._check is not None:
+            began_s = looked_s = time.monotonic()
+            while not work.is_completed():
+                now_s = time.monotonic()
+                if now_s - looked_s > _LOOK_S:
+                    self._check()
+                    looked_s = now_s
+                if now_s - began_s > self.timeout_s:
+                    raise LostWorker(f"worker {self.rank} waited {self.timeout_s:g} s for another worker's GPU in vain")
+                if now_s - began_s > _SPIN_S:
+                    time.sleep(_SPIN_S / 10)
+            if _has_failed():
+                raise LostWorker(f"worker {self.rank} lost contact with another worker's GPU; look for that worker's own error")
+        work.wait()  # with a limit the host would stand still, too
 
     def _lost(self, error: RuntimeError) -> LostWorker:
         """Another worker is gone, and its own error is the one that matters."""
@@ -187,7 +247,7 @@ class TorchDistributed(Collective):
         self.finish([(work, None if tensor.is_cuda else peer)])
 
     def close(self) -> None:
-        _close()
+        _close(abort=self._check is not None)
 
     def _start(self, operations: list[dist.P2POp]) -> list[_Started]:
         if not operations:
@@ -214,7 +274,30 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _close() -> None:
-    if dist.is_initialized():
-        with contextlib.suppress(RuntimeError):  # the other workers may be gone
+def _backend(device: torch.device) -> str:
+    """Control messages are CPU tensors; gradients travel by the device's own backend."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def _has_failed() -> bool:
+    """Whether NCCL has seen an error, after which what it received is not valid."""
+    group = dist.group.WORLD
+    if group is None:
+        return True
+    look = getattr(group._get_backend(torch.device("cuda")), "get_error", None)
+    return look is not None and look() != ErrorType.SUCCESS
+
+
+def _close(*, abort: bool = False) -> None:
+    """Ends the default process group; with ``abort`` without waiting for what is under way on a GPU, which may never end."""
+    if not dist.is_initialized():
+        return
+    with contextlib.suppress(RuntimeError):  # the other workers may be gone
+        if abort and _serves_cuda():
+            _abort_process_group()
+        else:
             dist.destroy_process_group()
+
+
+def _serves_cuda() -> bool:
+    return "nccl" in str(dist.get_backend_config()).lower()

@@ -9,7 +9,7 @@ from unisono.doctor.facts import read_counters, read_machine
 from unisono.doctor.findings import Level
 from unisono.doctor.records import Examination, Worker
 from unisono.doctor.report import as_json, findings, show, worst
-from unisono.world import World, usable_cores
+from unisono.world import World, room_for_workers
 
 
 def doctor(world: World, *, workers: int | None, threads: int | None, run_dir: str, json: bool) -> int:
@@ -27,7 +27,7 @@ def doctor(world: World, *, workers: int | None, threads: int | None, run_dir: s
     if world.size > 1:
         return _take_part(world, run_dir, json=json)
     threads = threads or world.threads
-    workers = workers or max(1, usable_cores() // threads)
+    workers = workers or room_for_workers(threads)
     found = local.examine(run_dir=run_dir, workers=workers, threads=threads)
     if isinstance(found, str):
         found = _alone(world, workers, threads, found)

@@ -11,9 +11,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from unisono.collective import Collective, LostWorker
+from unisono.collective import Collective, InProcess, LostWorker
 from unisono.collective.regions import Memory
 from unisono.collective.shared_memory import SharedMemory, host_identity
 from unisono.elastic.membership import Generation, Member, Membership, Store, store_is_gone
@@ -31,8 +32,8 @@ _PASSING = ("refused", "reset", "gone", "timed out", "broken pipe")
 _STORE_LIMIT = datetime.timedelta(seconds=30)
 """How long the store may take to answer."""
 
-Connect = Callable[[Generation, Memory], Collective]
-"""*collective*. Makes the transport of a generation."""
+Connect = Callable[[Generation, Memory, torch.device], Collective]
+"""*collective*. Makes the transport of a generation whose workers compute on such a device."""
 
 
 class Link:
@@ -48,6 +49,7 @@ class Link:
         store: As given.
         minimum: Fewest workers that go on.
         wait_s: How long fewer than that wait for more, in seconds.
+        device: Where this worker computes.
         trainers: How many trainers of this process have used it.
         leaves: Whether this worker leaves before the script's end.
     """
@@ -61,13 +63,14 @@ class Link:
         self.wait_s = wait_s
         self.membership = membership
         self._connect = connect
+        self.device = torch.device("cpu")
         self.trainers = 0
         self.leaves = False
         self._memory = Memory()
         self._terminal: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, world: World, *, timeout_s: float) -> Link:
+    def of(cls, world: World, *, device: torch.device, timeout_s: float) -> Link:
         """*local*. The link of a process that ``unisono run`` has started: one, for all trainers that follow each other in it.
 
         Raises:
@@ -76,8 +79,9 @@ class Link:
         mine = (world.store, world.attempt, world.uid, os.getpid())
         if mine not in _links:
             _links[mine] = cls._open(world, timeout_s=timeout_s)
-        _links[mine].membership.timeout_s = timeout_s
-        return _links[mine]
+        link = _links[mine]
+        link.device, link.membership.timeout_s = device, timeout_s
+        return link
 
     @classmethod
     def _open(cls, world: World, *, timeout_s: float) -> Link:
@@ -120,7 +124,7 @@ class Link:
             if self.trainers > 1:
                 print("unisono: the run has come to another trainer before this worker could join it", flush=True)
                 raise SystemExit(0)
-            return SharedMemory(0, [None], memory=self._memory)
+            return SharedMemory(0, [None], memory=self._memory) if self.device.type == "cpu" else InProcess()
         while True:
             try:
                 return self.meet(keep=keep)
@@ -164,7 +168,7 @@ class Link:
     def _connected(self, keep: Sequence[Tensor]) -> Collective:
         assert self.generation is not None
         self._memory.recycle(keep)
-        return self._connect(self.generation, self._memory)
+        return self._connect(self.generation, self._memory, self.device)
 
     @property
     def uids(self) -> list[str]:
@@ -211,10 +215,16 @@ def say_over() -> None:
 
 
 def _transports(store: Any) -> Connect:
-    """Shared memory where all workers are on one machine; else Gloo between machines, and shared memory on each."""
+    """Shared memory where all workers are on one machine; else Gloo between machines, and shared memory on each. NCCL between
+    GPUs."""
 
-    def connect(generation: Generation, memory: Memory) -> Collective:
+    def connect(generation: Generation, memory: Memory, device: torch.device) -> Collective:
         number, rank, size = generation.number, generation.rank, generation.size
+        if device.type != "cpu":
+            from unisono.collective.torch_distributed import TorchDistributed
+
+            own = PrefixStore(f"{number}/nccl", store)
+            return TorchDistributed.meet(rank, size, own, device=device, check=generation.check)
         found: Collective | str
         if len({member.machine for member in generation.members}) == 1:
             found = SharedMemory.meet(rank, size, generation.introduce, memory=memory, check=generation.check)

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from unisono.errors import ConfigurationError, UnisonoError
-from unisono.world import World, threads_from_environment, usable_cores
+from unisono.world import World, room_for_workers, threads_from_environment, usable_cores
 
 _DEMOS = Path(__file__).parent.parent / "demos"
 _GRACE_S = 120.0
@@ -73,8 +73,8 @@ def _launch_options(command: Callable[..., None]) -> Callable[..., None]:
             "--workers",
             callback=_workers,
             metavar="N|MIN:MAX",
-            help="How many workers; default: usable cores / threads, and no more than microbatches. MIN:MAX: the same between "
-            "these bounds, and a run with fewer than MIN left waits for more.",
+            help="How many workers; default: one for each GPU, without GPUs usable cores / threads, and no more than "
+            "microbatches. MIN:MAX: the same between these bounds, and a run with fewer than MIN left waits for more.",
         ),
         click.option(
             "--max-restarts",
@@ -214,7 +214,7 @@ def watch(run_dir: str, port: int, open_page: bool) -> None:
     "--workers",
     type=click.IntRange(min=1),
     metavar="N",
-    help="How many workers a run will have; default: usable cores / threads. Not under a launcher, which says it.",
+    help="How many workers a run will have; default: as unisono run would choose. Not under a launcher, which says it.",
 )
 @click.option(
     "--threads", type=click.IntRange(min=1), metavar="T", help="Threads per worker; default: OMP_NUM_THREADS, or 1. As --workers."
@@ -308,12 +308,12 @@ def _run(
         raise click.UsageError(str(error)) from None
     if hosts > 1 and meet is None:
         raise click.UsageError(f"--hosts {hosts} needs --meet HOST:PORT, which tells them where")
-    cores = usable_cores()
-    minimum, most = workers or (1, max(1, cores // threads))
+    cores, room = usable_cores(), room_for_workers(threads)
+    minimum, most = workers or (1, room)
     settings = runner.Run(
         script=script,
         args=args,
-        workers=most if minimum is None else max(minimum, min(most, cores // threads)),
+        workers=most if minimum is None else max(minimum, min(most, room)),
         workers_defaulted=minimum is not None,
         minimum=minimum or 1,
         threads=threads,

@@ -143,7 +143,9 @@ class ExactReduction(Reduction):
         self.updaters = next(group for group in groups if collective.rank in group)
         self.savers = groups[0]
         small = layout.nbytes <= settings.replicate_kib * 1024
-        self.replicates = small or (apart and max(map(len, groups)) == 1)
+        # What a GPU holds is gone with its process: there everyone has to have everything.
+        lone = max(map(len, groups)) == 1 if apart else per_host and layout.blocks[0].device.type != "cpu"
+        self.replicates = small or lone
         self.replicated = collective.size > 1 and self.replicates
         self.relays = apart and len(groups) > 2 and not small
         self.measurers = tuple(range(collective.size)) if self.relays else self.updaters
@@ -159,7 +161,7 @@ class ExactReduction(Reduction):
         self._rows = RowExchange(
             [slot for slot in self._slots if slot.index in sparse], layout, collective, self._pieces, leaves, self.updated_by
         )
-        # Where every worker reads every piece, nobody may write to its own, or keep it elsewhere; sums are sent on from one place.
+        # Where every worker reads every piece, nobody may write to its own or keep it elsewhere. Sums are sent from one place.
         kept = own_changes and not self.relays
         large = [i for i in self.updated_by(collective.rank) if is_large(self._slots[i])] if kept else []
         self._fold = LocalFold(

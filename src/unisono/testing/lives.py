@@ -173,7 +173,7 @@ def run_lives(
         )
         founders = [f"thread {founder}" for founder in range(size)] if rank < size else []
 
-        def connect(generation: Generation, memory: Memory) -> Collective:
+        def connect(generation: Generation, memory: Memory, device: torch.device) -> Collective:
             meeting = meetings.setdefault((generation.number, -1), Meeting(generation.size, timeout_s=timeout_s, baton=baton))
             groups = _groups(generation)
             mine = next(group for group in groups if generation.rank in group)

@@ -184,11 +184,7 @@ def link_of(world: World, device: torch.device, others: Collective | Link | None
         return others
     if others is not None or world.store is None:
         return None
-    link = Link.of(world, timeout_s=timeout_s)
-    if device.type != "cpu":
-        link.tell("whole", "0")  # what a GPU holds is gone with its process
-        return None
-    return link
+    return Link.of(world, device=device, timeout_s=timeout_s)
 
 
 def check_identity(link: Link, settings: Mapping[str, Any], fingerprint: Mapping[str, Any], *, joins: bool) -> None:
