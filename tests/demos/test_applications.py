@@ -29,13 +29,18 @@ DATA: dict[str, Callable[[Path], Path]] = {
     "forecast": small.flights,
 }
 SHORT = {
-    "vision": ["--epochs", "2", "--batch-size", "50"],
-    "language": ["--epochs", "1", "--batch-size", "16", "--preset", "nanogpt"],
-    "recommendation": ["--epochs", "2", "--batch-size", "100"],
-    "fraud": ["--epochs", "2", "--batch-size", "100"],
-    "forecast": ["--epochs", "2", "--batch-size", "100"],
+    "vision": ["--epochs", "3", "--batch-size", "50"],
+    "language": ["--epochs", "3", "--batch-size", "32", "--preset", "nanogpt"],
+    "recommendation": ["--epochs", "3", "--batch-size", "100"],
+    "fraud": ["--epochs", "3", "--batch-size", "100"],
+    "forecast": ["--epochs", "3", "--batch-size", "100"],
 }
 FILES = {"vision": "clothes", "language": "text.txt", "recommendation": "ratings.csv", "fraud": "pay.csv", "forecast": "fly.csv"}
+
+
+def evaluations(run_dir: Path) -> list[dict[str, float]]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line.get("event") == "evaluation"]
 
 
 def digest(run_dir: Path) -> str:
@@ -49,13 +54,17 @@ def test_a_demo_has_one_digest_on_1_2_and_3_workers_and_reports_beside_baselines
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = DATA[name](tmp_path / FILES[name])
-    digests = set()
+    digests, measured = set(), []
     for workers in (1, 2, 3):
         run_dir = tmp_path / str(workers)
         small.run_demo(name, ["--data", str(data), "--run-dir", str(run_dir), *SHORT[name]], workers, monkeypatch)
         assert json.loads((run_dir / "summary.json").read_text())["workers"] == workers
         digests.add(digest(run_dir))
+        measured.append(evaluations(run_dir))
     assert len(digests) == 1
+    assert measured[0] == measured[1] == measured[2]
+    steps = json.loads((tmp_path / "1" / "summary.json").read_text())["steps"]
+    assert {steps * 2 // 3, steps} <= {line["step"] for line in measured[0]}
     shown = capsys.readouterr().out
     assert shown.count("this run") >= 3
     pictures = read_attachments(Store(tmp_path / "3"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,6 +13,11 @@ from unisono.checkpoint.format import decode
 from unisono.checkpoint.store import Store
 from unisono.errors import CheckpointError, ConfigurationError
 from unisono.observe.attachments import Comparison, attach
+from unisono.training.callbacks import Callback
+
+if TYPE_CHECKING:
+    from unisono.training.evaluation import MetricFunction
+    from unisono.training.trainer import Trainer
 
 SETTINGS_FILE = "application.json"
 """What a prediction needs beside the weights, in the run directory."""
@@ -46,6 +51,34 @@ def _at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
     return int(text)
+
+
+class Evaluation(Callback):
+    """*collective*. Metrics over one dataset, at the end of every few epochs and, by ``measure``, after the last one.
+
+    They are only shown, over steps: nothing is chosen by them, so that the dataset may be the test's.
+
+    Args:
+        dataset: Map-style.
+        metrics: As for ``Trainer.evaluate``; the same for ``batch_size``.
+        every: Epochs from one evaluation to the next: a few, where it takes long.
+        epochs: Of the whole run. What the last one leads to is left to ``measure``.
+    """
+
+    edits_weights = False
+
+    def __init__(self, dataset: Any, metrics: Mapping[str, MetricFunction], *, batch_size: int, every: int, epochs: int) -> None:
+        self._dataset, self._metrics, self._batch_size = dataset, metrics, batch_size
+        self._every, self._epochs = every, epochs
+
+    def on_epoch(self, trainer: Trainer, epoch: int) -> None:
+        """Evaluates if it is the turn."""
+        if (epoch + 1) % self._every == 0 and epoch + 1 < self._epochs:
+            self.measure(trainer)
+
+    def measure(self, trainer: Trainer) -> dict[str, float]:
+        """*collective*. The metrics of the weights of now."""
+        return trainer.evaluate(self._dataset, self._metrics, batch_size=self._batch_size)
 
 
 def keep_settings(run_dir: str, settings: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 import unisono
+from unisono.demos import _application as application
 
 BATCH_SIZE = 64
 MICROBATCHES = 8
@@ -101,6 +102,7 @@ def main() -> None:
     train, test = load()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.02)
     steps = arguments.epochs * -(-len(train) // BATCH_SIZE)
+    shown = application.Evaluation(test, {"accuracy": accuracy}, batch_size=len(test), every=1, epochs=arguments.epochs)
     trainer = unisono.Trainer(
         model,
         optimizer,
@@ -111,9 +113,10 @@ def main() -> None:
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
         max_grad_norm=1.0,
         run_dir=arguments.run_dir or f"runs/digits-on-{world.size}",
+        callbacks=[shown],
     )
     trainer.fit(train, epochs=arguments.epochs)
-    result = trainer.evaluate(test, {"accuracy": accuracy}, batch_size=len(test))
+    result = shown.measure(trainer)
     if trainer.world.is_main:
         print(f"test accuracy {result['accuracy']:.2%} on {len(test)} images that were not trained on")
 

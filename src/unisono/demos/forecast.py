@@ -11,7 +11,9 @@ has not seen, every fifth one; on a CSV of yours on the last fifth of the rows.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,9 +77,9 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor
     return torch.maximum(q * error, (q - 1) * error).sum(), len(target)
 
 
-def absolute_error(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, int]:
+def absolute_error(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor], *, scale: float) -> tuple[Tensor, int]:
     numbers, codes, target = batch
-    return (model(numbers, codes)[:, 1] - target).abs().sum(), len(target)
+    return (model(numbers, codes)[:, 1] - target).abs().sum() * scale, len(target)
 
 
 def coverage(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, int]:
@@ -180,6 +182,9 @@ def main() -> None:
     model.start_linear(train.tensors[0], train.tensors[2])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     steps = arguments.epochs * -(-len(train) // arguments.batch_size)
+    error = functools.partial(absolute_error, scale=scale)
+    metrics: dict[str, Any] = {"mean absolute error": error, "share in the interval": coverage}
+    shown = application.Evaluation(test, metrics, batch_size=4096, every=2, epochs=arguments.epochs)
     trainer = unisono.Trainer(
         model,
         optimizer,
@@ -190,24 +195,25 @@ def main() -> None:
         scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1),
         max_grad_norm=1.0,
         run_dir=arguments.run_dir,
+        callbacks=[shown],
     )
     trainer.fit(train, epochs=arguments.epochs)
-    result = trainer.evaluate(test, {"mae": absolute_error, "coverage": coverage}, batch_size=4096)
+    mean_error, covered = shown.measure(trainer).values()
     if not trainer.world.is_main:
         return
     kept = {"demo": "forecast", "features": features.to_json(), "scale": scale, "middle": middle, "flights": flights}
     application.keep_settings(arguments.run_dir, kept)
-    values = {"this run": result["mae"] * scale, **baselines(train, test, scale)}
+    values = {"this run": mean_error, **baselines(train, test, scale)}
     title = f"Mean absolute error of {arguments.target}, {len(test):,} rows that were not trained on"
     application.compare(arguments.run_dir, title, "mean absolute error", values, ours="this run", higher_is_better=False)
-    print(f"the 80 % interval holds {result['coverage']:.1%}")
+    print(f"the 80 % interval holds {covered:.1%}")
 
     some = slice(0, 60)
     with torch.no_grad():
         low, median, high = (model(*test[some][:2]) * scale + middle).T.tolist()
     observed = target[test_rows][some].tolist()
     picture = Forecast(x=list(range(len(low))), predicted=median, low=low, high=high, observed=observed, coverage=0.8)
-    finding = f"the interval holds {result['coverage']:.1%} of all {len(test):,}"
+    finding = f"the interval holds {covered:.1%} of all {len(test):,}"
     attach(arguments.run_dir, "The first rows of the test", picture, finding=finding)
 
 

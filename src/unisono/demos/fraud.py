@@ -205,6 +205,7 @@ def main() -> None:
     model = Net(features.width, features.sizes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     steps = arguments.epochs * -(-len(train) // arguments.batch_size)
+    shown = application.Evaluation(test, {"test loss": loss}, batch_size=4096, every=1, epochs=arguments.epochs)
     trainer = unisono.Trainer(
         model,
         optimizer,
@@ -215,9 +216,10 @@ def main() -> None:
         scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps + 1),
         max_grad_norm=1.0,
         run_dir=arguments.run_dir,
+        callbacks=[shown],
     )
     trainer.fit(train, epochs=arguments.epochs)
-    trainer.evaluate(test, {"test loss": loss}, batch_size=4096)
+    shown.measure(trainer)
     if trainer.world.is_main:
         application.keep_settings(arguments.run_dir, {"demo": "fraud", "features": features.to_json(), "label": label})
         report(arguments.run_dir, labels[test_rows], {"this run": scores(model, *test.tensors[:2])} | baselines(train, test))

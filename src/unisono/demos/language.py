@@ -30,6 +30,7 @@ from unisono.observe.attachments import TextSample, attach
 MICROBATCHES = 4
 HELD_OUT = 0.1
 NOT_COUNTED = -100
+MEASURE = "bits per character"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +197,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(groups, lr=preset.learning_rate, betas=(0.9, 0.99), weight_decay=0.1)
     steps = epochs * -(-len(train) // batch_size)
     schedule = functools.partial(cosine, steps=steps, warm=min(100, steps // 10))
+    held_out = HeldOut(codes, begin, preset.block)
+    shown = application.Evaluation(held_out, {MEASURE: bits_per_character}, batch_size=16, every=2, epochs=epochs)
     trainer = unisono.Trainer(
         model,
         optimizer,
@@ -207,22 +210,23 @@ def main() -> None:
         max_grad_norm=1.0,
         precision=arguments.precision,
         run_dir=arguments.run_dir,
+        callbacks=[shown],
     )
     trainer.fit(train, epochs=epochs)
-    result = trainer.evaluate(HeldOut(codes, begin, preset.block), {"bits per character": bits_per_character}, batch_size=16)
+    result = shown.measure(trainer)
     if not trainer.world.is_main:
         return
     kept = {"demo": "language", "vocabulary": vocabulary, "preset": dataclasses.asdict(preset)}
     application.keep_settings(arguments.run_dir, kept)
     rest = len(text) - begin
     values = {
-        "this run": result["bits per character"],
+        "this run": result[MEASURE],
         "5-gram model": n_gram(text, begin),
         "xz -9": compressed(text[begin:]) / rest,
         "xz -9 that has seen the training text": (compressed(text) - compressed(text[:begin])) / rest,
     }
     title = f"Bits per character, the last {rest:,} of {len(text):,} characters"
-    application.compare(arguments.run_dir, title, "bits per character", values, ours="this run", higher_is_better=False)
+    application.compare(arguments.run_dir, title, MEASURE, values, ours="this run", higher_is_better=False)
     prompt = text[begin : begin + 40]
     sample = write(model, vocabulary, prompt, 300, arguments.seed)
     print(f"\n{prompt}|{sample}")

@@ -205,6 +205,7 @@ def main() -> None:
     train, test = (TensorDataset(ratings.users[r], ratings.items[r], ratings.values[r]) for r in (train_rows, test_rows))
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=1.0)
     steps = arguments.epochs * -(-len(train) // arguments.batch_size)
+    shown = application.Evaluation(test, {"mean squared error": squared_error}, batch_size=5000, every=1, epochs=arguments.epochs)
     trainer = unisono.Trainer(
         model,
         optimizer,
@@ -214,14 +215,15 @@ def main() -> None:
         seed=arguments.seed,
         scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps + 1),
         run_dir=arguments.run_dir,
+        callbacks=[shown],
     )
     trainer.fit(train, epochs=arguments.epochs)
-    result = trainer.evaluate(test, {"mse": squared_error}, batch_size=5000)
+    result = shown.measure(trainer)
     if not trainer.world.is_main:
         return
     run_dir = arguments.run_dir
     application.keep_settings(run_dir, {"demo": "recommendation"})
-    values = {"this run": math.sqrt(result["mse"])} | rating_baselines(ratings, train_rows, test_rows)
+    values = {"this run": math.sqrt(result["mean squared error"])} | rating_baselines(ratings, train_rows, test_rows)
     title = f"Ratings, {len(test):,} of {len(ratings.values):,} held out"
     application.compare(run_dir, title, "root mean squared error in stars", values, ours="this run", higher_is_better=False)
 

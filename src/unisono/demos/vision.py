@@ -203,6 +203,7 @@ def main() -> None:
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.02)
     steps = arguments.epochs * -(-len(train) // arguments.batch_size)
+    shown = application.Evaluation(test, {"accuracy": accuracy}, batch_size=500, every=2, epochs=arguments.epochs)
     trainer = unisono.Trainer(
         model,
         optimizer,
@@ -212,9 +213,10 @@ def main() -> None:
         seed=arguments.seed,
         scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps + 1),
         run_dir=arguments.run_dir,
+        callbacks=[shown],
     )
     trainer.fit(train, epochs=arguments.epochs)
-    result = trainer.evaluate(test, {"accuracy": accuracy}, batch_size=500)
+    result = shown.measure(trainer)
     if not trainer.world.is_main:
         return
     application.keep_settings(arguments.run_dir, {"demo": "vision"})

@@ -75,7 +75,14 @@ def _confusion(matrix: ConfusionMatrix) -> Figure:
         heat["textfont"] = {"size": 11}
     layout = {
         "hovermode": "closest",
-        "xaxis": {"title": {"text": "predicted"}, "type": "category", "showgrid": False, "fixedrange": True},
+        "xaxis": {
+            "title": {"text": "predicted", "standoff": 6},
+            "type": "category",
+            "tickangle": -90 if max(map(len, labels), default=0) > 2 else 0,  # slanting ones would be cut off at the edge
+            "showgrid": False,
+            "fixedrange": True,
+            "automargin": True,
+        },
         "yaxis": {
             "title": {"text": "truth", "standoff": 6},
             "type": "category",
@@ -143,7 +150,7 @@ def _comparison(comparison: Comparison) -> Figure:
     bars: Trace = {
         "type": "bar",
         "orientation": "h",
-        "y": [f"{name} " for name, _ in ordered],
+        "y": [name for name, _ in ordered],
         "x": _values([value for _, value in ordered]),
         "text": [formats.number(value) for _, value in ordered],
         "textposition": "auto",
@@ -152,14 +159,30 @@ def _comparison(comparison: Comparison) -> Figure:
         "hovertemplate": "%{y}: %{text}<extra></extra>",
     }
     better = "more is better" if comparison.higher_is_better else "less is better"
+    # Names stand above their bars: beside them, long ones would leave no room for the bars on a telephone.
+    place = {
+        "xref": "paper",
+        "x": 0,
+        "xanchor": "left",
+        "yshift": 21,
+        "showarrow": False,
+        "font": {"color": "--muted", "size": 12},
+    }
     layout = {
-        "bargap": 0.35,
+        "annotations": [{"text": escape(name), "y": number, **place} for number, (name, _) in enumerate(ordered)],
+        "bargap": 0.54,
         "hovermode": "closest",
         "xaxis": {"title": {"text": f"{comparison.measure}, {better}"}, "rangemode": "tozero", "fixedrange": True},
-        "yaxis": {"autorange": "reversed", "showgrid": False, "fixedrange": True, "automargin": True},
-        "margin": {"t": 4, "l": 4},
+        "yaxis": {
+            "type": "category",
+            "autorange": "reversed",
+            "showgrid": False,
+            "fixedrange": True,
+            "showticklabels": False,
+        },
+        "margin": {"t": 8, "l": 4},
     }
-    return Figure(data=[bars], layout=layout, height=34 * len(ordered) + 66)
+    return Figure(data=[bars], layout=layout, height=48 * len(ordered) + 66)
 
 
 def _values(numbers: Numbers) -> list[float | None]:

@@ -1,0 +1,45 @@
+"""The folder that a newcomer opens: each application is there, as a file that runs."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from unisono import demos
+
+ROOT = Path(__file__).parent.parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def test_the_examples_are_the_demos() -> None:
+    assert demos.__file__ is not None
+    there = Path(demos.__file__).parent
+    assert [example.name for example in EXAMPLES] == sorted(file.name for file in there.glob("[!_]*.py"))
+    for example in EXAMPLES:
+        assert example.is_symlink()
+        assert not example.readlink().is_absolute()
+        assert example.read_text() == (there / example.name).read_text()
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.stem)
+def test_an_example_says_which_options_it_takes(
+    example: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(example), "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(example), run_name="__main__")
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(option in shown for option in ("--epochs", "--seed", "--run-dir"))
+
+
+def test_an_example_trains_as_a_plain_script(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "digits.py"), "--epochs", "1", "--run-dir", "run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "test accuracy" in done.stdout
+    assert (tmp_path / "run" / "model.safetensors").exists()
