@@ -39,17 +39,6 @@ class Process:
             return True
         return started != self.started or state in "ZX"
 
-    @property
-    def is_stopped(self) -> bool:
-        """Whether it stands still until somebody lets it go on (SIGSTOP), as far as can be told from here."""
-        if not self.place or self.place != _here().place:
-            return False
-        try:
-            state, started = state_of(self.pid)
-        except OSError:
-            return False
-        return started == self.started and state == "T"
-
     def kill(self, *, patience_s: float = 5.0) -> bool:
         """Ends it for good, whatever state it is in; whether it is gone. A stopped process, too, dies of this."""
         if not self.place or self.place != _here().place:

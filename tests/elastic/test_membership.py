@@ -71,3 +71,44 @@ def test_one_that_was_let_in_and_did_not_come_is_let_in_again_only_if_it_asks_ag
     assert mine.applicants(at_once=True) == ["another"]
     store.set("applicant/2", "stands still")
     assert mine.applicants(at_once=True) == ["another", "stands still"]
+
+
+def waiting(store: HashStore) -> Membership:
+    """That of a worker that waits to join two others, of which one stands still."""
+    store.set("members", '["first", "second"]')
+    store.set("standing/first", "1")
+    return Membership(store, member("waits"), [], timeout_s=0.0)
+
+
+def test_when_all_members_stand_still_those_who_wait_have_them_ended_by_their_launchers() -> None:
+    store = HashStore()
+    mine = waiting(store)
+    mine.check_members()
+    assert not store.check(["outside/first"])  # the other one would notice
+    store.set("standing/second", "1")
+    mine.check_members()
+    mine.check_members()
+    assert store.check(["outside/first", "outside/second"])
+
+
+def test_members_that_stand_still_for_less_than_the_limit_are_left_alone() -> None:
+    store = HashStore()
+    mine = waiting(store)
+    store.set("standing/second", "1")
+    mine.check_members()
+    assert not store.check(["outside/first"])  # seen for the first time, however long this worker has waited
+    store.set("standing/first", "0")
+    mine.check_members()
+    store.set("standing/first", "1")
+    mine.check_members()
+    assert not store.check(["outside/first"])
+
+
+def test_a_member_that_has_died_does_not_keep_the_others_from_being_given_up() -> None:
+    store = HashStore()
+    mine = waiting(store)
+    store.set("dead/second", "was killed by SIGKILL")
+    mine.check_members()
+    mine.check_members()
+    assert store.check(["outside/first"])
+    assert not store.check(["outside/second"])

@@ -9,7 +9,7 @@ import pytest
 from torch.distributed import HashStore, PrefixStore
 
 from unisono.errors import WorkerFailure
-from unisono.launch.board import Board, News, Reachable
+from unisono.launch.board import FINE, Board, News, Reachable
 
 
 def test_what_workers_write_is_read_and_what_launchers_write_is_theirs_to_read() -> None:
@@ -36,6 +36,30 @@ def test_members_on_a_host_that_is_gone_are_dead() -> None:
     board.tell_lost([0, 2])
     told = {uid: workers.get(f"dead/{uid}") for uid in ("0.0", "1.0", "1.12", "2.1") if workers.check([f"dead/{uid}"])}
     assert told == {"1.0": b"was lost with its host", "1.12": b"was killed by SIGKILL"}
+
+
+def test_a_run_that_nobody_goes_on_with_is_finished_if_the_last_members_ended_well_or_said_so() -> None:
+    store = HashStore()
+    workers, board = PrefixStore("unisono/0", store), Board(store, 0)
+    assert board.loose_end is None  # no Trainer, no members
+    workers.set("members", '["1.0", "1.1", "2.0"]')
+    board.tell_dead("1.0", FINE)
+    board.tell_dead("2.0", "was killed by SIGKILL")
+    assert board.loose_end == "worker 1.1 was lost with its host, worker 2.0 was killed by SIGKILL"
+    workers.set("members", '["1.0"]')
+    assert board.loose_end is None
+    workers.set("members", '["1.1"]')
+    workers.set("over", "1")
+    assert board.loose_end is None
+
+
+def test_those_who_stand_still_are_named_until_they_go_on() -> None:
+    store = HashStore()
+    workers, board = PrefixStore("unisono/0", store), Board(store, 0)
+    board.tell_standing(["0.1", "0.2"])
+    board.tell_standing(["0.2", "0.3"])
+    assert workers.multi_get(["standing/0.1", "standing/0.2", "standing/0.3"]) == [b"0", b"1", b"1"]
+    assert not workers.check(["standing/0.0"])
 
 
 def test_attempts_share_nothing_but_the_count_of_restarts() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -69,17 +71,21 @@ def test_a_killed_worker_is_named_and_not_those_that_lost_contact_with_it(launch
     assert (folder / "worker-1.log").read_text() == "last words\n"
 
 
-def test_a_cause_that_is_recorded_after_its_consequence_is_still_found(launcher: Launcher) -> None:
+def test_a_cause_that_is_recorded_after_its_consequence_is_still_found(launcher: Launcher, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "farewell")
     launch = launcher.run(
         """
         from unisono.errors import WorkerFailure
         if rank == 0:
+            open(sys.argv[1]).read()
             raise WorkerFailure("worker 0 lost contact with another worker")
         try:
             raise ValueError("the cause")
         finally:  # a slow farewell, while the others notice first
+            open(sys.argv[1], "w").close()
             signal.sigtimedwait([signal.SIGUSR1], 0.5)
-        """
+        """,
+        str(tmp_path / "farewell"),
     )
     status, _, err = launch.finish()
     assert status == 1

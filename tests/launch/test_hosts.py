@@ -143,6 +143,34 @@ def test_a_worker_is_replaced_on_its_own_host_and_a_restart_of_all_takes_every_h
     assert [launch.finish()[0] for launch in launches] == [0, 0]
 
 
+def test_a_host_that_joined_and_began_again_with_the_others_may_leave(launcher: Launcher, place: str) -> None:
+    site = Site(
+        launcher,
+        """
+        if world.attempt == 0:
+            if world.joins:
+                os._exit(79)
+            signal.pause()
+        if rank == 0:
+            until("dead/" + world.founders[1])
+            store.set("over", "1")
+        else:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+            tell("there")
+            signal.pause()
+        """,
+        place,
+    )
+    first = site.start()
+    assert hear(first)[0] == "founder 0 0.0"
+    second = site.start()
+    assert [hear(second)[0], hear(second)[0]] == ["joiner 0 1.0", "founder 1 1.1"]  # with another rank than before
+    assert hear(first)[0] == "founder 1 0.1"
+    assert second.hear() == ["there"]
+    second.process.terminate()
+    assert [launch.finish()[0] for launch in (second, first)] == [0, 0]
+
+
 def test_a_worker_that_those_of_other_hosts_have_given_up_is_killed_and_replaced(launcher: Launcher, place: str) -> None:
     site = Site(
         launcher,
@@ -163,6 +191,82 @@ def test_a_worker_that_those_of_other_hosts_have_given_up_is_killed_and_replaced
     heard = [hear(launch)[0] for launch in launches]
     assert hear(launches[heard.index("founder 0 1.0")])[0] == "joiner 0 1.1"
     assert [launch.finish()[0] for launch in launches] == [0, 0]
+
+
+def test_members_that_stand_still_on_another_host_than_those_who_wait_for_them_are_ended(launcher: Launcher, place: str) -> None:
+    site = Site(
+        launcher,
+        """
+        from unisono.elastic.membership import Member, Membership
+        from unisono.process import Process
+
+        if world.uid == "1.0":
+            store.set("members", '["1.0"]')
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if world.attempt == 0:
+            mine = Membership(store, Member(uid=world.uid, host="", process=Process.this()), [], timeout_s=0.5)
+            while True:
+                mine.check_members()
+                signal.sigtimedwait([signal.SIGUSR1], 0.01)
+        store.set("over", "1")
+        """,
+        place,
+        "--hosts",
+        "2",
+    )
+    launches = [site.start(), site.start()]
+    heard = [hear(launch)[0] for launch in launches]
+    assert hear(launches[heard.index("founder 0 0.0")])[0].startswith("founder 1 ")
+    told = [launch.finish() for launch in launches]
+    assert [status for status, _, _ in told] == [0, 0]
+    assert sum("was killed by SIGKILL" in err for _, _, err in told) == 1
+
+
+LEAVES = """
+if world.uid == "0.0":
+    store.set("members", '["1.0"]')
+    sys.exit()
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit())
+until("dead/0.0")
+tell("alone")
+while True:
+    signal.pause()
+"""
+"""The worker of the host that serves the store leaves. The other one stops or, at SIGUSR1, comes to the end."""
+
+
+def part(launcher: Launcher, place: str) -> tuple[Launch, Launch, int]:
+    """The two launches, where the worker of the first one has left; and the process of the other worker."""
+    site = Site(launcher, LEAVES, place, "--hosts", "2")
+    launches = [site.start(), site.start()]
+    heard = [hear(launch) for launch in launches]
+    first = next(number for number, (name, _) in enumerate(heard) if name == "founder 0 0.0")
+    assert launches[1 - first].hear() == ["alone"]
+    return launches[first], launches[1 - first], heard[1 - first][1]
+
+
+def test_a_host_whose_workers_have_left_says_so_if_the_others_do_not_finish_the_run(launcher: Launcher, place: str) -> None:
+    first, second, _ = part(launcher, place)
+    second.process.terminate()
+    assert second.finish()[0] == 128 + signal.SIGTERM
+    status, out, err = first.finish()
+    assert (status, out) == (1, "")
+    assert "the run is not finished" in err
+    assert "this host's workers have left, and worker 1.0 ended with status 143. Start the same command again" in err
+
+
+def test_a_host_whose_workers_have_left_succeeds_if_the_others_finish_the_run(launcher: Launcher, place: str) -> None:
+    first, second, worker = part(launcher, place)
+    os.kill(worker, signal.SIGUSR1)
+    assert second.finish()[0] == 0
+    assert first.finish() == (0, "", "")
+
+
+def test_a_host_whose_workers_have_left_passes_a_stop_on_to_the_others(launcher: Launcher, place: str) -> None:
+    first, second, _ = part(launcher, place)
+    first.process.terminate()
+    assert [launch.finish(limit_s=30.0)[0] for launch in (first, second)] == [128 + signal.SIGTERM] * 2
 
 
 def test_an_error_that_ends_the_run_ends_it_on_every_host(launcher: Launcher, place: str) -> None:

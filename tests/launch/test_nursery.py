@@ -241,8 +241,9 @@ def test_a_killed_nursery_is_a_failure_and_the_ends_of_its_children_are_still_se
         nursery.listen(wait=True)
     assert child.poll() is None
     assert "was killed by SIGKILL" in str(nursery.failure)
+    process = psutil.Process(child.pid)
     child.send_signal(signal.SIGKILL)
-    assert_gone([psutil.Process(child.pid)] if psutil.pid_exists(child.pid) else [])
+    assert_gone([process])
     assert child.poll() == -signal.SIGKILL
     with pytest.raises(WorkerFailure, match="was killed by SIGKILL"):
         start(nursery, place, "waits")

@@ -31,19 +31,20 @@ class Numbered:
 class Run:
     """A run of some workers, and what was said about it."""
 
-    def __init__(self, workers: int, *, max_restarts: int = 3) -> None:
+    def __init__(self, workers: int, *, max_restarts: int = 3, is_alone: bool = True) -> None:
         self.said: list[str] = []
         self.survival = Survival(max_restarts=max_restarts, say=self.said.append)
         self._store: Store = HashStore()
         self.attempt = -1
         self._workers = workers
+        self._is_alone = is_alone
         self._pid = 100
         self.begin()
         self.set("elastic")
 
     def begin(self) -> None:
         self.attempt += 1
-        self.survival.begin(Board(self._store, self.attempt))
+        self.survival.begin(Board(self._store, self.attempt), is_alone=self._is_alone)
         self.latest = [self.process(rank) for rank in range(self._workers)]
 
     def set(self, key: str, value: str = "1") -> None:
@@ -188,6 +189,15 @@ def test_when_nobody_goes_on_after_lost_contact_the_run_ends_with_the_first_caus
     run = Run(2)
     assert run.end((0, "?lost contact"), (1, "?lost contact, too")) is Course.FAILED
     assert run.cause == "lost contact"
+
+
+def test_one_without_whom_others_have_gone_on_is_replaced_also_if_none_of_them_is_on_its_host() -> None:
+    run = Run(2, is_alone=False)
+    run.end((0, 0))
+    run.latest[1].record = FailureRecord(kind="Outside", message="", traceback="", secondary=True, time_s=0.0)
+    assert run.end((1, 1)) is Course.GO_ON
+    assert run.end(now_s=LATE_S) is Course.GO_ON
+    assert run.replace(LATE_S) == [1]
 
 
 def test_while_the_run_stops_nobody_is_replaced_and_deaths_do_not_count_if_others_save() -> None:

@@ -29,7 +29,7 @@ from unisono.signals import RESTART
 _POLL_S = 0.0005
 _SLOW_POLL_S = 0.01
 _JOINER_S = 2.0
-"""How long members wait for one that they have let in: it can ask again."""
+"""How long members wait at most for one that they have let in: it can ask again."""
 _LAST_CHANCE_S = 0.5
 """How long those who meet wait for one that has not answered in time before."""
 
@@ -159,7 +159,7 @@ class Membership:
         self._looked_s = 0.0
         self._seen = 0  # how many have asked whose wish is settled
         self._asked: list[str] = []  # those after them; "" where someone was let in
-        self._stopped_s = time.monotonic()
+        self._still_since_s: float | None = None
 
     @property
     def is_founder(self) -> bool:
@@ -185,7 +185,6 @@ class Membership:
                 self.store.set(f"{self._number}/over", "1")
             if suspect is not None:
                 self.store.set(f"{number}/silent/{suspect}", "1")
-            self.store.set(f"member/{self.me.uid}", self.me.to_json())
             self.store.set(f"{number}/here/{self.me.uid}", self.me.to_json())
             expected = [uid for uid in self._expected if uid not in leavers]
             plan = self._plan(number, expected, joiners)
@@ -211,6 +210,7 @@ class Membership:
 
     def _plan(self, number: int, expected: Sequence[str], joiners: Sequence[str]) -> list[str]:
         began = time.monotonic()
+        joiner_s = min(_JOINER_S, self.timeout_s)
         here: set[str] = {self.me.uid}
         while not self.store.check([f"{number}/plan"]):
             waited_s = time.monotonic() - began
@@ -218,7 +218,7 @@ class Membership:
             alive = [uid for uid in (*expected, *joiners) if not self._is_dead(uid)]
             present = [uid for uid in alive if uid in here]
             if present and present[0] == self.me.uid:
-                missing = [uid for uid in alive if uid not in here and (uid in expected or waited_s < _JOINER_S)]
+                missing = [uid for uid in alive if uid not in here and (uid in expected or waited_s < joiner_s)]
                 silent = [
                     uid
                     for uid in missing
@@ -308,16 +308,20 @@ class Membership:
         living = [uid for uid in json.loads(told) if not self.store.check([f"dead/{uid}"])]
         if not living and self.store.get("members") == told:
             raise StateLost("all workers that held the run's state were lost before others could join them")
-        stopped = [member.process for uid in living if (member := self._told_by(uid)) is not None and member.process.is_stopped]
-        if len(stopped) < len(living) or not living:
-            self._stopped_s = time.monotonic()
-        elif time.monotonic() - self._stopped_s > self.timeout_s:
-            for process in stopped:  # nobody but those who wait for them can see that they do not answer
-                process.kill()
+        if not living or not all(self._stands_still(uid) for uid in living):
+            self._still_since_s = None
+            return
+        now_s = time.monotonic()
+        self._still_since_s = self._still_since_s or now_s
+        if now_s - self._still_since_s > self.timeout_s:
+            # Nobody but those who wait for them notices that they do not answer. They may be on other hosts.
+            self._give_up(living)
+            self._still_since_s = None
 
-    def _told_by(self, uid: str) -> Member | None:
-        key = f"member/{uid}"
-        return Member.from_json(self.store.get(key)) if self.store.check([key]) else None
+    def _stands_still(self, uid: str) -> bool:
+        """Whether a member is stopped (SIGSTOP), by its launcher's account."""
+        key = f"standing/{uid}"
+        return self.store.check([key]) and self.store.get(key) == b"1"
 
     def apply(self, over: Callable[[], bool]) -> Generation | None:
         """*local* until others meet this worker. Waits to be let in; None once there is nothing to wait for, as ``over`` says.
@@ -336,7 +340,6 @@ class Membership:
                     self.check_members()
                     self.pause(_SLOW_POLL_S)
                 last = told["number"]
-                self.store.set(f"member/{self.me.uid}", self.me.to_json())
                 self.store.set(f"{last}/here/{self.me.uid}", self.me.to_json())
                 plan = self._plan(last, told["expected"], told["joiners"])
                 if self.me.uid in plan:

@@ -25,7 +25,7 @@ from torch.distributed.elastic.agent.server.api import (
 )
 
 from unisono.errors import WorkerFailure
-from unisono.launch.board import Board, uid_of
+from unisono.launch.board import FINE, Board, uid_of
 from unisono.launch.meeting import Meeting
 from unisono.launch.processes import WorkerProcess, WorkerProcesses
 from unisono.launch.report import brief, root_cause
@@ -36,7 +36,7 @@ from unisono.signals import StopRequest
 _WAIT_S = 0.05
 """How long to wait for news of a worker before looking whether a person asked to stop."""
 _LOOK_S = 0.25
-"""How often to hear what other hosts' launchers say, in seconds."""
+"""How often to hear what the workers and other hosts' launchers say, in seconds."""
 _FAILURE_GRACE_S = 1.0
 """How long the others may take to end after a failure: all must be gone within 5 seconds."""
 _CAUSE_S = 1.0
@@ -95,8 +95,9 @@ class Agent(SimpleElasticAgent):
         self._board: Board
         self._is_shared = is_shared
         self._looked_s = 0.0
+        self._heard_s = 0.0
         self.failed_elsewhere: str | None = None
-        """What another host's launcher says of what the run has failed."""
+        """Why the run has failed, where that is not a failure of this host's workers."""
         self._started = 0
         self._stopped_elsewhere: signal.Signals | None = None
         self._stop_deadline_s: float | None = None
@@ -105,6 +106,7 @@ class Agent(SimpleElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._board = Board(self._meeting.store, self._meeting.attempt)
         self._survival.begin(self._board, is_alone=not self._is_shared)
+        self._processes.forget_ended()
         self._first_failure_s = None
         if self._meeting.joins:
             workers = worker_group.workers if self._can_join() else []
@@ -134,7 +136,6 @@ class Agent(SimpleElasticAgent):
                     f"the run at {self._meeting.address} has made no Trainer within {self._meeting.wait_s:g} s (--wait): only "
                     "one with a Trainer takes in hosts that come later. Start all hosts of another script together (--hosts)"
                 )
-            self._meeting.beat()
             self._meeting.pause()
         return not self._board.is_over
 
@@ -210,6 +211,7 @@ class Agent(SimpleElasticAgent):
         if course is not Course.GO_ON:
             return course
         self._processes.hurry(_FAILURE_GRACE_S)
+        self._end_outsiders(now_s)
         if 0 in self._processes.statuses and self._board.is_over:
             self._processes.end_stopped()
         due = [] if stops else self._survival.due(self._processes.running, now_s)
@@ -218,6 +220,15 @@ class Agent(SimpleElasticAgent):
                 worker.id = self._start_joining(worker)
         return Course.FAILED if overdue else Course.GO_ON
 
+    def _end_outsiders(self, now_s: float) -> None:
+        """Kill those of our workers that the others have given up, and tell the others which stand still: where all who take part
+        do, they are given up by those who wait to join."""
+        if now_s - self._looked_s > _LOOK_S:
+            self._looked_s = now_s
+            running = [process for process in self._processes.latest if process.status is None]
+            self._board.tell_standing(process.uid for process in running if process.is_stopped)
+            self._processes.kill([process for process in running if self._board.is_outside(process.uid)])
+
     def _shared_course(self, course: Course) -> Course:
         """The same, as far as other hosts agree."""
         if not self._is_shared:
@@ -225,24 +236,36 @@ class Agent(SimpleElasticAgent):
         cause = self._survival.cause if self._survival.has_applied else root_cause(self._processes.failures())
         if course is Course.FAILED and cause is not None:
             self._board.tell_failed(f"worker {cause.rank} (pid {cause.pid}) on {socket.gethostname()} {brief(cause)}")
-        if time.monotonic() - self._looked_s > _LOOK_S:
-            self._looked_s = time.monotonic()
-            self._meeting.beat()
+        if time.monotonic() - self._heard_s > _LOOK_S:
+            self._heard_s = time.monotonic()
             if self._meeting.serves:
                 self._board.tell_lost([self._meeting.host, *self._meeting.others()])
-            self._processes.kill([p for p in self._processes.latest if p.status is None and self._board.is_outside(p.uid)])
             news = self._board.news()
             if news.failed and course is not Course.FAILED:
-                self.failed_elsewhere = news.failed
+                self.failed_elsewhere = f"the run has failed: {news.failed}"
                 return Course.FAILED
             if news.again:
                 return Course.AGAIN
             self._stopped_elsewhere = news.stop
-        if course in (Course.DONE, Course.OUT) and self._meeting.serves and self._meeting.others():
-            return Course.GO_ON  # without the store the others could not
+        if course in (Course.DONE, Course.OUT) and self._meeting.serves:
+            if self._meeting.others():
+                return Course.GO_ON  # without the store the others could not
+            course = self._last_course(course)
         if course is Course.OUT:
             self._survival.give_up(self._processes.latest)
         return course
+
+    def _last_course(self, course: Course) -> Course:
+        """The same, now that no other host is there: what they have said before they left counts."""
+        if course is Course.OUT:
+            return Course.DONE if self._board.is_over else Course.OUT
+        if (loose_end := self._board.loose_end) is None:
+            return Course.DONE
+        self.failed_elsewhere = (
+            f"the run is not finished, and nobody goes on with it: this host's workers have left, and {loose_end}. Start the "
+            "same command again: it continues from the last checkpoint"
+        )
+        return Course.FAILED
 
     def _plain_course(self, *, overdue: bool) -> Course:
         """Of a script without a Trainer, whose workers cannot go on without each other."""
@@ -274,7 +297,7 @@ class Agent(SimpleElasticAgent):
         """Pass a stop on, once, and see whether its grace is over."""
         if self._stop_deadline_s is None:
             signum = self._stop.requested or self._stopped_elsewhere or self._stopped_by_worker()
-            if signum is None or self._processes.all_ended:
+            if signum is None or (self._processes.all_ended and not self._outlasts):
                 return False
             if self._stop.requested:
                 self._say(f"unisono: {signum.name}: the workers finish their step and stop; Ctrl-C again ends them now")
@@ -289,10 +312,15 @@ class Agent(SimpleElasticAgent):
             # Plain scripts die of the signal where it finds them. The others may then wait for them for ever.
             self._grace_s = min(self._grace_s, _ABANDONED_GRACE_S)
             self._stop_deadline_s = min(self._stop_deadline_s, time.monotonic() + self._grace_s)
-        if time.monotonic() < self._stop_deadline_s:
+        if time.monotonic() < self._stop_deadline_s or self._processes.all_ended:
             return False
         self._say(f"unisono: workers still ran {self._grace_s:g} s after the stop and were ended (--grace)")
         return True
+
+    @property
+    def _outlasts(self) -> bool:
+        """Whether this launcher stays without workers, for those of other hosts: then it passes a person's stop on to them."""
+        return self._is_shared and self._meeting.serves and self._survival.applies and self._stop.requested is not None
 
     def _stopped_by_worker(self) -> signal.Signals | None:
         """The signal that someone sent to a worker and not to us: all workers agree on a stop, so all get its grace."""
@@ -302,5 +330,7 @@ class Agent(SimpleElasticAgent):
 
 def _end_of(process: WorkerProcess) -> str:
     """How a process ended, for the other workers to tell."""
+    if process.status == 0:
+        return FINE
     failure = process.failure
     return brief(failure) if failure else f"ended with status {process.status}"

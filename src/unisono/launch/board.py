@@ -3,6 +3,7 @@
 Each attempt has a part of the store to itself, "unisono/ATTEMPT". There a launcher writes
 
 - ``dead/UID``: this process has ended, and how;
+- ``standing/UID``: "1" while SIGSTOP holds this process, "0" once it goes on: on other hosts nobody can see it;
 - ``stop``: the number of the signal that it is about to pass on to all workers. A worker that gets SIGTERM without finding
   this was told to leave alone;
 
@@ -12,7 +13,7 @@ the workers
 - ``whole`` = "0": they cannot go on without one of them after all (on GPUs): all have to start again from a checkpoint;
 - ``over``: the run is finished, nobody needs to be replaced any more;
 - ``members``: the uids of those who take part, as a JSON list;
-- ``outside/UID``: the others have gone on without this worker, which did not answer;
+- ``outside/UID``: the others go on without this worker, which did not answer: its launcher is to kill it;
 
 and launchers for each other
 
@@ -26,11 +27,15 @@ import json
 import queue
 import signal
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from unisono.errors import WorkerFailure
+
+FINE = "ended with status 0"
+"""How a process has ended that is not to be missed: it came to the script's end, or left as it was told to."""
+_LOST = "was lost with its host"
 
 
 class Notes(Protocol):
@@ -141,6 +146,7 @@ class Board:
     def __init__(self, store: Notes, attempt: int) -> None:
         self._store = store
         self._attempt = f"unisono/{attempt}"
+        self._standing: frozenset[str] = frozenset()
 
     def tell_dead(self, uid: str, how: str) -> None:
         """Tell the workers that one of them has ended."""
@@ -148,9 +154,15 @@ class Board:
 
     def tell_lost(self, hosts: Collection[int]) -> None:
         """Tell the workers that those members have ended which are on none of these hosts: nobody else can say so."""
-        for uid in json.loads(self._read("members") or "[]"):
+        for uid in self._members():
             if host_of(uid) not in hosts and not self._has(f"dead/{uid}"):
-                self.tell_dead(uid, "was lost with its host")
+                self.tell_dead(uid, _LOST)
+
+    def tell_standing(self, uids: Iterable[str]) -> None:
+        """Tell the workers which of this host's stand still; the others go on."""
+        before, self._standing = self._standing, frozenset(uids)
+        for uid in before ^ self._standing:
+            self._store.set(f"{self._attempt}/standing/{uid}", "1" if uid in self._standing else "0")
 
     def is_outside(self, uid: str) -> bool:
         """Whether the others have gone on without this worker."""
@@ -180,6 +192,15 @@ class Board:
         return self._has("elastic")
 
     @property
+    def loose_end(self) -> str | None:
+        """What has become of a run that nobody goes on with: who took part to the last and did not come to its end; None if it is
+        finished."""
+        if self.is_over:
+            return None
+        ends = {uid: self._read(f"dead/{uid}") or _LOST for uid in self._members()}
+        return ", ".join(f"worker {uid} {how}" for uid, how in ends.items() if how != FINE) or None
+
+    @property
     def is_over(self) -> bool:
         """Whether a worker has said that the run is finished."""
         return self._has("over")
@@ -192,6 +213,10 @@ class Board:
     def take_restart(self) -> int:
         """Count a restart, of one worker or of all; how many that makes in the whole run."""
         return self._store.add("unisono/restarts", 1)
+
+    def _members(self) -> list[str]:
+        uids: list[str] = json.loads(self._read("members") or "[]")
+        return uids
 
     def _has(self, key: str) -> bool:
         return self._store.check([f"{self._attempt}/{key}"])

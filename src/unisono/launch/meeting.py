@@ -16,6 +16,7 @@ import errno
 import fcntl
 import socket
 import struct
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -31,6 +32,8 @@ _LOOPBACK = "127.0.0.1"
 _STORE_TIMEOUT = timedelta(seconds=60)
 _ANSWER_S = 10.0
 """How long the store may take to answer a launcher on another host, in seconds."""
+_BEAT_S = 0.5
+"""How often a host tells that it is there, in seconds."""
 _SILENCE_S = 10.0
 """How long a host may be silent before it counts as gone, in seconds."""
 _REUNION_S = 10.0
@@ -88,6 +91,11 @@ class Meeting(RendezvousHandler):
         """Number of the attempt that `next_rendezvous` began or joined last; -1 before the first."""
         self.joins = False
         """Whether this host joins an attempt that had begun before it came."""
+        self._leaves = threading.Event()
+        self._heart: threading.Thread | None = None
+        if not self.serves:
+            self._heart = threading.Thread(target=self._beat, args=(self.client(),), daemon=True, name="unisono-beat")
+            self._heart.start()
 
     @property
     def serves(self) -> bool:
@@ -164,13 +172,18 @@ class Meeting(RendezvousHandler):
         while not self.store.check([members]):
             if time.monotonic() > deadline_s:
                 raise WorkerFailure(f"the run at {self.address} did not begin within {self.wait_s:g} s (--wait)")
-            self.beat()
             self.pause()
         return [int(host) for host in self.store.get(members).decode().split(",")]
 
-    def beat(self) -> None:
-        """Tell host 0 that this one is there."""
-        self.store.set(f"hosts/beat/{self.host}", str(time.monotonic()))
+    def _beat(self, store: TCPStore) -> None:
+        """Tell host 0 that this one is there, until it leaves: in a thread of its own, for the launcher may be busy for long. Its
+        first worker waits until PyTorch is imported, which takes half a minute from a slow disk."""
+        key = f"hosts/beat/{self.host}"
+        with contextlib.suppress(RuntimeError):  # the store is gone: whoever asks it something finds out, too
+            store.set(key, str(time.monotonic()))
+            while not self._leaves.wait(_BEAT_S):
+                store.set(key, str(time.monotonic()))
+            store.set(key, "gone")  # by the same way as the beats, so that none comes after it
 
     def others(self) -> list[int]:
         """Host 0: the other hosts that are there, by number."""
@@ -234,9 +247,9 @@ class Meeting(RendezvousHandler):
         """Leave; host 0 lets the others hear the end of the run first."""
         if not self._closed:
             self._closed = True
-            if not self.serves:
-                with contextlib.suppress(WorkerFailure):  # there is nobody to leave any more
-                    self.store.set(f"hosts/beat/{self.host}", "gone")
+            self._leaves.set()
+            if self._heart is not None:
+                self._heart.join(_ANSWER_S)
             deadline_s = time.monotonic() + _SILENCE_S
             while self.serves and self.others() and time.monotonic() < deadline_s:
                 time.sleep(_POLL_S)

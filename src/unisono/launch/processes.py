@@ -137,6 +137,10 @@ class WorkerProcesses:
             process = self._by_rank[rank] = WorkerProcess(rank, uid, popen, error_file, log, joins=joins)
         return process
 
+    def forget_ended(self) -> None:
+        """Before another attempt: in it the workers of this host may have other numbers."""
+        self._by_rank = {rank: process for rank, process in self._by_rank.items() if process.status is None}
+
     def _fork(self, rank: int, command: Sequence[str], env: Mapping[str, str], output: int | None) -> Child | None:
         """None where a worker from the nursery would not be as it is from a fresh interpreter."""
         if self._nursery is None:

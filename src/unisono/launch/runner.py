@@ -83,18 +83,18 @@ def run(settings: Run) -> int:
     try:
         with StopRequest() as stop, Guard() as guard, _nursery(settings, guard) as nursery, _terminal() as terminal:
             processes = WorkerProcesses(folder, guard, nursery, terminal=terminal)
-            elsewhere = None
+            elsewhere = contact = None
             try:
                 elsewhere = _run_agent(settings, processes, survival, stop)
             except KeyboardInterrupt:
                 pass  # a person insisted: the agent has ended the workers on its way out
             except WorkerFailure as failure:
-                elsewhere = None if processes.lost else str(failure)
+                contact = None if processes.lost else str(failure)
             finally:
                 processes.end(grace_s=0.0)
-        if elsewhere and not stop.requested:
+        if (elsewhere or contact) and not stop.requested:
             _restore_terminal()
-            _say(f"unisono: {elsewhere}")
+            _say(f"unisono: {elsewhere or contact}")
             return 1
         cause = survival.cause if survival.has_applied else root_cause(processes.failures())
         if processes.lost and (cause is None or cause.record is None or cause.record.secondary):
@@ -105,7 +105,7 @@ def run(settings: Run) -> int:
         if stopped:
             _restore_terminal()
         if stopped and (cause is None or _is_consequence_of_stop(cause)):
-            return 128 + stopped if any(processes.statuses) or not processes.statuses else 0
+            return 128 + stopped if elsewhere or any(processes.statuses) or not processes.statuses else 0
         if cause is None:
             return 0
         _restore_terminal()
@@ -142,7 +142,7 @@ def _terminal() -> Iterator[tuple[int, ...]]:
 
 
 def _run_agent(settings: Run, processes: WorkerProcesses, survival: Survival, stop: StopRequest) -> str | None:
-    """Of what the run has failed on another host, if it has.
+    """Why the run has failed, if not of this host's workers.
 
     Raises:
         ConfigurationError: The hosts cannot meet where they are told to.
@@ -161,7 +161,7 @@ def _run_agent(settings: Run, processes: WorkerProcesses, survival: Survival, st
             meeting.shutdown()
     except Stopped:
         return None
-    return f"the run has failed: {agent.failed_elsewhere}" if agent.failed_elsewhere else None
+    return agent.failed_elsewhere
 
 
 def _make_agent(settings: Run, meeting: Meeting, processes: WorkerProcesses, survival: Survival, stop: StopRequest) -> Agent:

@@ -166,7 +166,10 @@ class Survival:
     def _are_helpless(self, everyone: Sequence[WorkerProcess], now_s: float) -> bool:
         """Whether a worker has ended because it lost contact, and nobody who was there with it goes on: only newcomers run."""
         return any(
-            vacancy.failure.is_secondary and vacancy.due_s <= now_s and not any(_was_there(vacancy.failure, p) for p in everyone)
+            vacancy.failure.is_secondary
+            and not _is_outside(vacancy.failure)
+            and vacancy.due_s <= now_s
+            and not any(_was_there(vacancy.failure, p) for p in everyone)
             for vacancy in self._vacancies.values()
         )
 
@@ -215,6 +218,11 @@ def _failures(everyone: Iterable[WorkerProcess]) -> list[Failure]:
 
 def _who(failure: Failure) -> str:
     return f"unisono: worker {failure.rank} (pid {failure.pid})"
+
+
+def _is_outside(failure: Failure) -> bool:
+    """Whether it says that others, perhaps on other hosts, go on without it. If they do not, newcomers find that out."""
+    return failure.record is not None and failure.record.kind == "Outside"
 
 
 def _was_there(failure: Failure, process: WorkerProcess) -> bool:
