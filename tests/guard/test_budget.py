@@ -14,6 +14,14 @@ def test_what_was_earned_can_be_spent_once() -> None:
     assert credit.affords(0.004)
 
 
+def test_what_is_missing_is_what_must_pass() -> None:
+    credit = Credit(0.01)
+    credit.earn(2.0)
+    assert credit.missing(0.02) == 0.0
+    credit.earn(credit.missing(0.05))
+    assert credit.affords(0.05)
+
+
 def test_what_had_to_be_done_leaves_no_debt() -> None:
     credit = Credit(0.01)
     credit.spend(5.0)

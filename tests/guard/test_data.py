@@ -105,6 +105,44 @@ def test_microbatches_that_do_not_make_up_the_batch_are_refused(workers: int) ->
     run_threads(workers, work)
 
 
+class Notes(Callback):
+    """Writes down the ledger after each step."""
+
+    def __init__(self) -> None:
+        self.ledgers: dict[int, Any] = {}
+
+    def on_step(self, trainer: Trainer, result: StepResult) -> None:
+        self.ledgers[result.step] = trainer.position.ledger
+
+
+def noted(workers: int, run_dir: str, *, until: int) -> list[dict[int, Any]]:
+    """The ledgers that a start of this run has on each worker; it is left after step ``until``, with a checkpoint."""
+
+    def work(collective: Collective) -> dict[int, Any]:
+        notes = Notes()
+        trainer = make(collective, notes, run_dir=run_dir)
+        for batch in trainer.batches(TensorDataset(torch.ones(45, 4)), 2):
+            if trainer.step(batch).step == until:
+                trainer.save()
+                break
+        return notes.ledgers
+
+    return run_threads(workers, work)
+
+
+def test_the_ledger_goes_on_in_the_middle_of_an_epoch_on_any_number_of_workers() -> None:
+    (whole,) = noted(1, "memory://ledger-whole", until=17)
+    assert len({*whole.values()}) == 15, "only those of the two epochs' ends are alike"
+
+    starts = [noted(workers, "memory://ledger-parts", until=until) for workers, until in ((2, 3), (3, 5), (1, 12), (3, 17))]
+
+    for start in starts:
+        for ledgers in start:
+            assert ledgers == {step: whole[step] for step in ledgers}
+    assert [*starts[1][0]] == [4, 5]
+    assert [*starts[3][0]] == [13, 14, 15, 16]
+
+
 class Tampers(Callback):
     """Makes the trainer believe that a sample of this epoch was another one."""
 

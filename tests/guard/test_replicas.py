@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -214,6 +217,34 @@ def test_any_bit_of_anything_is_seen_once_a_period(numel: int, dtype: torch.dtyp
         assert digests(guard(turned)) != plain
         flip_bit(turned, place, 0)
     assert digests(guard(turned)) == plain
+
+
+def looks(steps_s: Sequence[float], held: Sequence[Tensor], every: int | None = None) -> list[int]:
+    """The numbers of the steps in which something is looked at, if the ones before took so long."""
+
+    class Two(Collective):
+        size, rank = 2, 0
+        start_exchange = publish = broadcast = None  # type: ignore[assignment]
+
+    guard = ReplicaGuard(lambda: iter(()), lambda: held, Two(), "error", every)
+    return [step for step, step_s in enumerate(steps_s, start=1) if guard.digest(step_s)]
+
+
+@given(st.lists(st.sampled_from([0.0, 1e-5, 1e-3, 0.02, 1.0]), min_size=3 * PERIOD, max_size=3 * PERIOD))
+def test_no_more_than_a_period_passes_between_two_looks_however_steps_vary(steps_s: list[float]) -> None:
+    found = looks(steps_s, [torch.zeros(8)])
+    assert max(later - earlier for earlier, later in pairwise([0, *found, 3 * PERIOD + 1])) <= PERIOD
+
+
+def test_as_much_is_looked_at_as_fits_into_a_small_share_of_the_time() -> None:
+    assert looks([1.0] * 20, [torch.zeros(8)]) == [*range(1, 21)]
+    often = looks([0.001] * 50 + [0.002] * 600, [torch.zeros(8)])
+    assert len(often) == pytest.approx(600 * 0.002 * 0.0015 / 30e-6, abs=4)
+    assert looks([0.001] * (2 * PERIOD), [torch.zeros(2**18) for _ in range(8)]) == [8 * turn for turn in range(1, 17)]
+
+
+def test_what_is_to_be_compared_in_every_step_is() -> None:
+    assert looks([0.0] * 20, [torch.zeros(2**18) for _ in range(8)], every=1) == [*range(1, 21)]
 
 
 def test_a_worker_that_fails_meanwhile_is_a_failure_and_not_a_difference() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import operator
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from unisono.guard.stragglers import (
     STEPS,
     STOLEN,
     THROTTLED,
+    Block,
     Machine,
     Straggler,
     Stragglers,
@@ -46,16 +49,39 @@ def said(*workers: tuple[float, float], troubles: tuple[int, ...] = ()) -> list[
     ]
 
 
+class Clocks:
+    """What workers' clocks show: they tell readings, and what a step took is the difference of two."""
+
+    def __init__(self, workers: int) -> None:
+        self.readings = [Signals(seconds=(0.0,) * 4)] * workers
+
+    def after(self, took: Sequence[Signals]) -> list[Signals]:
+        """The readings after a step that took so long."""
+        self.readings = [
+            own._replace(
+                seconds=tuple(map(operator.add, before.seconds, own.seconds)),
+                work_s=before.work_s + own.work_s,
+            )
+            for before, own in zip(self.readings, took, strict=True)
+        ]
+        return self.readings
+
+
 class Case:
     """Stragglers, and what they found."""
 
     def __init__(self, ranges: list[tuple[int, int]]) -> None:
         self.found: list[Straggler] = []
         self.stragglers = Stragglers(ranges, self.found.append)
+        self.clocks = Clocks(len(ranges))
 
-    def steps(self, count: int, told: list[Signals], filled: int = 8) -> None:
+    def add(self, took: list[Signals], filled: int = 8) -> Block | None:
+        """A step, after one that took so long."""
+        return self.stragglers.add(self.clocks.after(took), filled)
+
+    def steps(self, count: int, took: list[Signals], filled: int = 8) -> None:
         for _ in range(count):
-            self.stragglers.add(told, filled)
+            self.add(took, filled)
 
 
 def test_a_worker_slower_than_the_median_by_a_fifth_is_named_once() -> None:
@@ -116,7 +142,7 @@ def test_a_short_batch_has_fewer_microbatches() -> None:
     case = Case([(0, 4), (4, 8)])
     # Seconds are told one step later than the batch that they belong to.
     for number in range(2 * STEPS):
-        case.stragglers.add(said((0.0, 0.4), (0.0, 0.1 if number % 2 else 0.4)), filled=8 if number % 2 else 5)
+        case.add(said((0.0, 0.4), (0.0, 0.1 if number % 2 else 0.4)), filled=8 if number % 2 else 5)
     assert case.found == []
 
 
@@ -153,7 +179,7 @@ def test_with_other_ranges_everything_is_measured_anew() -> None:
 
 def test_a_block_holds_steps_of_the_same_ranges_and_knows_the_full_ones() -> None:
     case = Case([(0, 4), (4, 8)])
-    add = case.stragglers.add
+    add = case.add
     told = [
         Signals(seconds=(0.0, 0.2, 0.0, 0.0), work_s=0.15),
         Signals(seconds=(0.0, 0.1, 0.0, 0.1), work_s=0.05),
@@ -171,6 +197,24 @@ def test_a_block_holds_steps_of_the_same_ranges_and_knows_the_full_ones() -> Non
     block = add(told, 8)
     assert block is not None
     assert (block.full, block.shares, block.leaves.tolist()) == (1, (6, 2), [6, 2])
+
+
+def test_short_batches_in_the_middle_of_a_block_are_kept_apart() -> None:
+    case = Case([(0, 4), (4, 8)])
+    full, short = said((0.0, 0.01), (0.0, 0.008)), said((0.0, 0.01), (0.0, 0.002))
+    case.add(full)
+    assert case.add(full) is not None  # the first block is a single step, which tells how long the next one is
+
+    taken = [8, 8, 8, 8, 5, 5, 5, 8, 8, 8]
+    blocks = [case.add(full if told == 8 else short, comes) for told, comes in zip(taken, [*taken[1:], 8], strict=True)]
+
+    *none, block = blocks
+    assert none == [None] * 9
+    assert block is not None
+    assert (block.steps, block.full, block.leaves.tolist()) == (10, 7, [40, 31])
+    assert block.seconds.sum(axis=1).tolist() == pytest.approx([0.1, 0.1])
+    assert block.seconds[:, 1].tolist() == pytest.approx([0.1, 7 * 0.008 + 3 * 0.002])
+    assert block.full_seconds[:, 1].tolist() == pytest.approx([0.07, 7 * 0.008])
 
 
 # ---------------------------------------------------------------------- the machine

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from tests.guard.test_stragglers import Clocks
 from unisono import Trainer
 from unisono.collective import Collective
 from unisono.guard import stragglers
@@ -54,7 +55,8 @@ def changes(
     policy = Balance(ranges)
     collector = Stragglers(ranges, lambda straggler: None)
     rest = rest or [0.0] * workers
-    told = [Signals()] * workers
+    clocks = Clocks(workers)
+    told = clocks.readings
     found: list[Change] = []
     now, step = 0.0, 0
     while now < seconds:
@@ -63,10 +65,12 @@ def changes(
         wanted = None if block is None else policy.add(block)
         work = times(now, [max(0, min(hi, held) - lo) for lo, hi in ranges], chance)
         longest = max(map(sum, zip(work, rest, strict=True)))
-        told = [
-            Signals(seconds=(0.1 * own, 0.9 * own + fixed, 0.0, longest - own - fixed), work_s=0.9 * own)
-            for own, fixed in zip(work, rest, strict=True)
-        ]
+        told = clocks.after(
+            [
+                Signals(seconds=(0.1 * own, 0.9 * own + fixed, 0.0, longest - own - fixed), work_s=0.9 * own)
+                for own, fixed in zip(work, rest, strict=True)
+            ]
+        )
         now += longest
         step += 1
         if wanted is not None:

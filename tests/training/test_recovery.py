@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import uuid
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -83,15 +82,18 @@ def train(
         callbacks=[watcher],
         collective=link,
     )
-    results: Sequence[unisono.StepResult] = []
+    results: list[unisono.StepResult] = []
+    ledgers: Found = {}
     if own_loop:
-        results = [trainer.step(batch) for batch in trainer.batches(data, epochs)]
+        for batch in trainer.batches(data, epochs):
+            results.append(trainer.step(batch))
+            ledgers[f"ledger {trainer.position.step}"] = repr(trainer.position.ledger)
     else:
         trainer.fit(data, epochs)
     last = trainer.evaluate(data, {"accuracy": accuracy})
     found = {name: digest(value) for name, value in model.state_dict().items()}
     found |= {f"result {result.step}": repr(result) for result in results}
-    return {**found, "seen": repr(watcher.seen), "last": repr(last), "position": repr(trainer.position)}
+    return {**found, **ledgers, "seen": repr(watcher.seen), "last": repr(last), "position": repr(trainer.position)}
 
 
 @functools.cache

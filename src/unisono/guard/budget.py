@@ -25,6 +25,10 @@ class Credit:
         """Whether there is as much."""
         return self._left_s >= cost_s
 
+    def missing(self, cost_s: float) -> float:
+        """How many seconds must pass until there is as much."""
+        return max(0.0, cost_s - self._left_s) / self._share
+
     def spend(self, cost_s: float) -> None:
         """Takes it, or all there is if that is less: what must be done is done, and nobody is in debt for it."""
         self._left_s = max(0.0, self._left_s - cost_s)

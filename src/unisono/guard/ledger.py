@@ -22,7 +22,8 @@ LANES = 4
 _LANE_BITS = 128
 ENTRY_BYTES = LANES * _LANE_BITS // 8
 _LOWER_HALF = 2**64 - 1
-_LOWER_HALVES = sum(_LOWER_HALF << _LANE_BITS * lane for lane in range(LANES))
+LOWER_HALVES = sum(_LOWER_HALF << _LANE_BITS * lane for lane in range(LANES))
+"""What a sum of entries is reduced to: ``one + other & LOWER_HALVES`` is the entry of the samples of both."""
 NOTHING: Entry = 0
 
 
@@ -38,15 +39,15 @@ def entries(indices: npt.NDArray[np.int64], spans: npt.NDArray[np.int64]) -> lis
         indices: int64 ``[n]``.
         spans: Where each stretch begins and ends, int64 ``[stretches, 2]``.
     """
-    numbers = indices.astype(np.uint64, copy=False)
+    numbers = np.zeros(len(indices) + 1, dtype=np.uint64)  # a stretch may begin and end behind the last sample
+    numbers[:-1] = indices
     squares = numbers * numbers  # unsigned arithmetic is modulo 2**64 by itself
-    begins, ends = spans.T
+    borders = spans.ravel()
     lanes = np.zeros((len(spans), LANES, 2), dtype="<u8")
-    lanes[:, 0, 0] = ends - begins
-    sums = np.zeros(len(numbers) + 1, dtype=np.uint64)
+    lanes[:, 0, 0] = sizes = borders[1::2] - borders[::2]
     for lane, powers in enumerate((numbers, squares, squares * numbers), start=1):
-        np.cumsum(powers, out=sums[1:])
-        lanes[:, lane, 0] = sums[ends] - sums[begins]
+        lanes[:, lane, 0] = np.add.reduceat(powers, borders)[::2]  # from each border to the next
+    lanes[sizes == 0] = 0  # of nothing it takes one
     raw = lanes.tobytes()
     return [int.from_bytes(raw[at : at + ENTRY_BYTES], "little") for at in range(0, len(raw), ENTRY_BYTES)]
 
@@ -59,16 +60,18 @@ def order_sums(indices: npt.NDArray[np.int64], starts: Sequence[int], weights: n
         starts: Where each part begins, ascending from 0; none is empty.
         weights: Random numbers for the first, second, ... sample of a part, uint64 [the largest part].
     """
-    sizes = np.diff(starts, append=len(indices))
-    places = np.arange(len(indices)) - np.repeat(starts, sizes)
-    numbers = indices.astype(np.uint64, copy=False)
-    found: list[int] = np.add.reduceat((numbers + np.uint64(1)) * weights[places], starts).tolist()
+    borders = np.array([*starts, len(indices)])
+    places = np.arange(len(indices)) - np.repeat(borders[:-1], borders[1:] - borders[:-1])
+    numbers = indices.astype(np.uint64)
+    numbers += np.uint64(1)
+    numbers *= weights[places]
+    found: list[int] = np.add.reduceat(numbers, borders[:-1]).tolist()
     return found
 
 
 def total(entries: Iterable[Entry]) -> Entry:
     """The entry of all samples of several entries together."""
-    return sum(entries) & _LOWER_HALVES
+    return sum(entries) & LOWER_HALVES
 
 
 def samples_of(entry: Entry) -> int:

@@ -13,6 +13,7 @@ everything in every step.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -76,9 +77,10 @@ class ReplicaGuard:
         self._every = every
         self._pieces: list[tuple[list[Tensor], float]] = []
         self._next = 0
-        self._idle = 0
         self._looked = 0.0
         self._credit = Credit(_SHARE)
+        self._rest = 0  # steps until something may be due
+        self._steps, self._passed_s = 0, 0.0  # since something might have been due
 
     def digest(self, step_s: float) -> int:
         """*local*. 64 bits of the pieces whose turn it is; 0 if it is no piece's turn.
@@ -86,31 +88,46 @@ class ReplicaGuard:
         Args:
             step_s: How long the step before took, in seconds; the same on all workers.
         """
-        if self._collective.size == 1:
+        self._steps += 1
+        self._passed_s += step_s
+        if self._rest:
+            self._rest -= 1
             return 0
-        if self._idle:
-            self._idle -= 1
-            return 0
+        looked_at = self._due() if self._collective.size > 1 else []
+        self._rest = self._pause()
+        self._steps, self._passed_s = 0, 0.0
+        return int.from_bytes(_digest(looked_at), "little") | 1 if looked_at else 0  # never 0 if there is something
+
+    def _due(self) -> list[Tensor]:
+        """The pieces whose turn it is."""
         if self._next >= len(self._pieces):
             self._pieces = _pieces(self._tensors())
             self._next, self._looked = 0, 0.0
-            if not self._pieces:  # as with one copy of the weights for all, and every state with its owner
-                self._idle = (self._every or PERIOD) - 1
-                return 0
         begin = self._next
         # Within the period, whatever it costs; and more while there is time.
-        self._looked += len(self._pieces) / (self._every or PERIOD)
-        self._credit.earn(step_s)
+        self._looked += self._steps * len(self._pieces) / (self._every or PERIOD)
+        self._credit.earn(self._passed_s)
         while self._next < len(self._pieces) and self._is_due(self._pieces[self._next][1]):
             self._credit.spend(self._pieces[self._next][1])
             self._next += 1
-        if self._next == begin:
-            return 0
-        looked_at = [tensor for piece, _ in self._pieces[begin : self._next] for tensor in piece]
-        return int.from_bytes(_digest(looked_at), "little") | 1  # never 0
+        return [tensor for piece, _ in self._pieces[begin : self._next] for tensor in piece]
 
     def _is_due(self, cost_s: float) -> bool:
         return self._next + 1 <= self._looked + 1e-9 or (self._every is None and self._credit.affords(cost_s))
+
+    def _pause(self) -> int:
+        """For how many steps nothing will be due, if they take as long as those before: to ask in each of them would cost as much
+        as to look."""
+        period = self._every or PERIOD
+        if not self._pieces:  # as with one copy of the weights for all, and every state with its owner
+            return period - 1
+        begins = self._next >= len(self._pieces)  # what comes then has not been seen yet: it may be like this time
+        missing = 1 - 1e-9 if begins else self._next + 1 - 1e-9 - self._looked
+        steps = missing * period / len(self._pieces)
+        if self._every is None and self._passed_s > 0:
+            missing_s = self._credit.missing(self._pieces[0 if begins else self._next][1])
+            steps = min(steps, missing_s * self._steps / self._passed_s)
+        return max(0, math.ceil(steps) - 1)
 
     def check_all(self, step: int) -> None:
         """*collective*. Compares everything.

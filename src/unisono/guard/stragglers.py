@@ -1,8 +1,9 @@
 """A worker that is slower than the others is named once, with the likely cause where the system knows it.
 
-With every step each worker tells all others where the time of its last step went. From that everybody reckons the same: what a
+With every step each worker tells all others where its time has gone so far. From that everybody reckons the same: what a
 microbatch costs each worker in computing and loading. Compared are sums over a window of at least ``STEPS`` steps and
-``SECONDS`` seconds. A single hiccup is no straggler, so a worker must be slow in most parts of the window, too.
+``SECONDS`` seconds, as differences of what was told at its ends: the steps in between cost nothing. A single hiccup is no
+straggler, so a worker must be slow in most parts of the window, too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -97,6 +98,16 @@ class Straggler:
     troubles: int
 
 
+class _Stretch(NamedTuple):
+    """Steps that follow each other, with as many microbatches each."""
+
+    steps: int
+    filled: int
+    """Microbatches of each of them that hold samples."""
+    seconds: Array
+    """By phase, and last ``work_s``, summed over these steps: float64 ``[workers, phases + 1]``."""
+
+
 class Stragglers:
     """Collects what all workers tell, and finds stragglers. *Collective*: all workers call it with the same.
 
@@ -109,9 +120,7 @@ class Stragglers:
         self._warn = warn
         self._named: set[int] = set()
         self.found: list[Straggler] = []
-        """Whom the last ``add`` named."""
-        self._before: int | None = None
-        self._pending: list[tuple[Sequence[Told], int]] = []
+        """Whom the last block named."""
         self._due = 1  # steps of the next block, by the speed of the one before
         self._blocks: list[Block] = []
         self._steps, self._seconds = 0, 0.0  # of these blocks
@@ -120,56 +129,75 @@ class Stragglers:
     def reassign(self, ranges: Sequence[Span]) -> None:
         """From the next step on these are each worker's microbatches. What was told of others is forgotten."""
         self._lo, self._hi = np.array(list(zip(*ranges, strict=True)))
+        self._shares = tuple(hi - lo for lo, hi in ranges)
         self._full = ranges[-1][1]
-        self._before = None
-        self._pending.clear()
+        self._filled = -1  # microbatches of the steps that are to be told; -1: no step yet
+        self._alike = 0  # so many of these steps there have been
+        self._wait = self._due  # and so many there may be before a block is complete
+        self._readings: Array = np.zeros((len(ranges), len(PHASES) + 1))  # when these steps began
+        self._stretches: list[_Stretch] = []
         self._forget()
 
     def add(self, told: Sequence[Told], filled: int) -> Block | None:
         """Takes what was told with a step.
 
         Args:
-            told: By rank; the seconds are those of the step before.
+            told: By rank; the seconds are those up to this step.
             filled: Microbatches of this step that hold samples.
 
         Returns:
             The block that this completes, if it does.
         """
-        self.found = []
-        filled, self._before = self._before or 0, filled
-        if not filled or len(told) == 1:
-            return None  # of the step before the first one there is nothing to tell
-        self._pending.append((told, filled))
-        if len(self._pending) < self._due:
+        self._alike += 1
+        if self._alike < self._wait and filled == self._filled:
             return None
-        block = self._block()
-        self._pending.clear()
+        return self._look(told, filled)
+
+    def _look(self, told: Sequence[Told], filled: int) -> Block | None:
+        """A block may be complete, or the steps that follow have other microbatches."""
+        before, self._filled = self._filled, filled
+        steps, self._alike = self._alike, 0
+        if len(told) == 1:
+            self._wait = STEPS
+            return None
+        readings = np.array([(*one.seconds, one.work_s) for one in told])
+        if before >= 0:
+            self._stretches.append(_Stretch(steps, before, readings - self._readings))
+        self._readings = readings
+        self._wait = self._due - sum(stretch.steps for stretch in self._stretches)
+        if self._wait > 0:
+            return None
+        block = self._block(tuple(one.troubles for one in told))
+        self._stretches.clear()
         seconds = float(block.seconds[0].sum())
-        self._due = min(max(1, round(BLOCK_S * block.steps / seconds)), STEPS) if seconds > 0 else 1
+        self._wait = self._due = min(max(1, round(BLOCK_S * block.steps / seconds)), STEPS) if seconds > 0 else 1
         self._blocks.append(block)
         self._steps += block.steps
         self._seconds += seconds
+        self.found = []
         if self._steps >= STEPS and self._seconds >= SECONDS:
             self._judge()
         return block
 
-    def _block(self) -> Block:
-        steps: dict[int, list[Sequence[Told]]] = {}
-        for told, filled in self._pending:
-            steps.setdefault(filled, []).append(told)
-        sums = {filled: _summed(alike) for filled, alike in steps.items()}
-        everything = np.sum([*sums.values()], axis=0)
-        full = sums.get(self._full, np.zeros_like(everything))
-        leaves = [len(alike) * np.clip(np.minimum(self._hi, n) - self._lo, 0, None) for n, alike in steps.items()]
+    def _block(self, troubles: tuple[int, ...]) -> Block:
+        leaves, seconds, full_seconds = np.zeros(len(self._lo)), np.zeros(self._readings.shape), np.zeros(self._readings.shape)
+        steps = full = 0
+        for stretch in self._stretches:
+            steps += stretch.steps
+            seconds += stretch.seconds
+            leaves += stretch.steps * np.clip(np.minimum(self._hi, stretch.filled) - self._lo, 0, None)
+            if stretch.filled == self._full:
+                full += stretch.steps
+                full_seconds += stretch.seconds
         return Block(
-            steps=len(self._pending),
-            seconds=everything[:, :-1],
-            leaves=np.sum(leaves, axis=0).astype(np.float64),
-            troubles=tuple(one.troubles for one in self._pending[-1][0]),
-            shares=tuple((self._hi - self._lo).tolist()),
-            full=len(steps.get(self._full, ())),
-            full_seconds=full[:, :-1],
-            full_work_s=full[:, -1],
+            steps=steps,
+            seconds=seconds[:, :-1],
+            leaves=leaves,
+            troubles=troubles,
+            shares=self._shares,
+            full=full,
+            full_seconds=full_seconds[:, :-1],
+            full_work_s=full_seconds[:, -1],
         )
 
     def _judge(self) -> None:
@@ -183,17 +211,6 @@ class Stragglers:
     def _forget(self) -> None:
         self._blocks.clear()
         self._steps, self._seconds = 0, 0.0
-
-
-def _summed(steps: Sequence[Sequence[Told]]) -> Array:
-    """Each worker's seconds by phase, and last ``work_s``, summed over steps: float64 ``[workers, phases + 1]``. In plain Python:
-    an array of a few hundred numbers costs more to make than to add up."""
-    return np.array(
-        [
-            [*map(sum, zip(*(one.seconds for one in own), strict=True)), sum(one.work_s for one in own)]
-            for own in zip(*steps, strict=True)
-        ]
-    )
 
 
 def find_stragglers(blocks: Sequence[Block]) -> list[Straggler]:

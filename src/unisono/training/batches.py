@@ -166,10 +166,10 @@ class BatchStream:
             own: Where these lie among the batch's samples.
         """
         samples = np.concatenate(batches)
-        sizes = np.array([len(indices) for indices in batches])
+        spans = np.array([(0, len(indices), *span) for indices, span in zip(batches, own, strict=True)])
+        sizes = spans[:, 1]
         starts = np.cumsum(sizes) - sizes
-        spans = starts[:, None] + np.array([(0, size, *span) for size, span in zip(sizes, own, strict=True)])
-        found = entries(samples, spans.reshape(-1, 2))
+        found = entries(samples, (starts[:, None] + spans).reshape(-1, 2))
         return order_sums(samples, starts, self._weights), found[::2], found[1::2]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +17,8 @@ _FIXED = 14
 """Numbers in a header before the losses."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Signals:
-    """What a worker tells the others besides what it has computed."""
+class Signals(NamedTuple):
+    """What a worker tells the others besides what it has computed. (Tuples: several are made in every step.)"""
 
     stop: int = 0
     """Signal number of a request to stop; 0 if there was none."""
@@ -26,8 +26,9 @@ class Signals:
     """Step of the newest checkpoint whose part this worker has written."""
     failed: bool = False
     """Whether this worker could not write its part."""
-    seconds: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    """Where the time of its last step went: data, compute, communication, waiting."""
+    seconds: tuple[float, float, float, float] = (math.nan,) * 4
+    """Where its time has gone up to this step: data, compute, communication, waiting, added up since some moment. What some steps
+    took is the difference of two readings. Not numbers: not told."""
     work_s: float = 0.0
     """How much of that went into its microbatches and would not, if others computed them; loading aside."""
     troubles: int = 0
@@ -40,8 +41,7 @@ class Signals:
     """Whether its part of the optimizer's state has something new (see ``unisono.training.holdings``)."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """One worker's part of a step, but for the gradients."""
 
     losses: Sequence[float]
@@ -74,7 +74,7 @@ class HeaderFormat:
 
     def __init__(self, leaves: int, slots: int, buffers: int) -> None:
         self._leaves = leaves
-        self._struct = struct.Struct(f"<Q{ENTRY_BYTES}sQqBBBBB5f{leaves}d{leaves}d{slots}s{buffers}s")
+        self._struct = struct.Struct(f"<Q{ENTRY_BYTES}sQqBBBBB5d{leaves}d{leaves}d{slots}s{buffers}s")
 
     @property
     def expected(self) -> Expected:
@@ -108,7 +108,7 @@ class HeaderFormat:
 
     def unpack(self, packed: Tensor) -> Header:
         """What ``pack`` was given."""
-        fields = self._struct.unpack(packed.numpy().tobytes())
+        fields = self._struct.unpack(packed.numpy().data)
         digest, ledger, replica, written, stop, failed, torn, troubles, flags, s0, s1, s2, s3, work = fields[:_FIXED]
         numbers = fields[_FIXED:]
         return Header(

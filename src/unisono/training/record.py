@@ -46,13 +46,11 @@ class Record:
     steps: int = 0
     samples: int = 0
     seconds: float = 0.0
-    phases_s: tuple[float, ...] = (0.0,) * len(PHASES)
+    phases_s: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     """Seconds in data, compute, communication, waiting."""
     bytes_sent: int = 0
     microbatches: int = 0
     """Microbatches that this worker had in a full step, added up over these steps."""
-    last_seconds: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    """Of the last step: data, compute, communication, waiting."""
     last: StepResult | None = None
     """The last step of the run, perhaps of an earlier start."""
 
@@ -70,7 +68,6 @@ class Record:
         self.microbatches += microbatches
         self.last = result
         data, compute, communication, waiting = self.phases_s
-        self.last_seconds = (seconds["data"], seconds["compute"], seconds["communication"], seconds["waiting"])
         self.phases_s = (
             data + seconds["data"],
             compute + seconds["compute"],

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from unisono.errors import CheckpointError, ConfigurationError, Desync
-from unisono.guard.ledger import NOTHING, samples_of, total, whole
+from unisono.guard.ledger import LOWER_HALVES, NOTHING, samples_of, whole
 from unisono.guard.stragglers import Block
 from unisono.observe.summary import Summary
 from unisono.observe.timing import StepClock
@@ -95,7 +95,8 @@ class Run:
         position.step += 1
         position.samples += batch.samples
         position.skipped += result.skipped
-        position.ledger = None if position.ledger is None or batch.ledger is None else total((position.ledger, batch.ledger))
+        used, more = position.ledger, batch.ledger
+        position.ledger = None if used is None or more is None else used + more & LOWER_HALVES
         last = batch.number + 1 == batch.of
         if last:
             self._check_epoch(batch)
@@ -126,7 +127,7 @@ class Run:
         seconds = self.record.add(result, self._clock, bytes_sent, hi - lo)
         if self._directory is not None and self._keeps_log:
             self._directory.note(log_line(result, self.position, self._clock, seconds, block, moved))
-            for straggler in self._team.stragglers.found:
+            for straggler in self._team.stragglers.found if block is not None else ():
                 self._directory.note(straggler_line(result.step, straggler))
 
     @property

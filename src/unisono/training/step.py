@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from unisono.collective import Collective, Expected
 from unisono.errors import ConfigurationError, DataError, Desync
-from unisono.guard.ledger import NOTHING, Entry, entry, samples_of, total
+from unisono.guard.ledger import LOWER_HALVES, NOTHING, Entry, entry, samples_of, total
 from unisono.guard.replicas import ReplicaGuard
 from unisono.layout import Layout
 from unisono.observe.timing import StepClock
@@ -118,7 +118,7 @@ class Stepper:
         clock: Told where the time goes.
 
     Attributes:
-        work_s: Seconds that the microbatches of the last step took this worker, loading aside.
+        work_s: Seconds that microbatches have taken this worker so far, loading aside.
     """
 
     def __init__(
@@ -159,7 +159,8 @@ class Stepper:
         self.work_s = 0.0
         self.holdings: Holdings | None = None
         """What the workers of this host hold in common, if they do."""
-        self._step_s = 0.0  # of worker 0's step before: something that all workers know
+        self._read_s = math.nan  # worker 0's time up to the last step: something that all workers know
+        self._step_s = 0.0  # how much of it the step before took; 0: not known
         self._format = HeaderFormat(leaves, len(layout.parameters), len(buffers.names))
 
     def run(self, batch: Batch, step: int, signals: Signals) -> tuple[StepResult, list[Signals]]:
@@ -172,20 +173,21 @@ class Stepper:
             DataError: The loss or gradient is not finite, or the count is zero; no weight, buffer or state has changed.
         """
         self._check_model()
-        self._weights.check_untouched()
+        if self._weights.shared:
+            self._weights.check_untouched()
         for parameter in self._held:
             parameter.grad = None  # what a backward of the user's own may have left behind
         self._buffers.begin()
-        self.work_s = 0.0
         headers, messages = self._gradients(batch, step, signals)
         losses = _columns([header.losses for header in headers])
         counts = _columns([header.counts for header in headers])
         told = [header.signals for header in headers]
-        self._step_s = sum(told[0].seconds)
-        if self._on_nonfinite == "skip" and not all(map(math.isfinite, losses)):
-            return self._skip(batch, step, losses, counts), told
-        self._check_losses(losses, counts, batch, step)
-        count = _tree_sum(counts[: batch.filled])
+        self._take_time(told[0])
+        loss, count = _tree_sum(losses[: batch.filled]), _tree_sum(counts[: batch.filled])
+        if not (math.isfinite(loss) and count > 0):  # if each loss is finite, the sum may still overflow
+            if self._on_nonfinite == "skip" and not all(map(math.isfinite, losses)):
+                return self._skip(batch, step, losses, counts), told
+            self._check_losses(losses, counts, batch, step)
         present = union([header.present for header in headers])
         with self._clock.phase("compute"):
             reduced = self._reduction.finish(count, present)
@@ -210,7 +212,8 @@ class Stepper:
         if not self._reduction.replicated:
             with self._clock.phase("communication"):
                 self._publish()
-        self._weights.remember()
+        if self._weights.shared:
+            self._weights.remember()
         changed = union([header.changed for header in headers])
         self._buffers.finish(messages, self._reduction.ranges, batch.filled, changed)
         # What is drawn between steps must not depend on which microbatches this worker happened to compute.
@@ -218,7 +221,7 @@ class Stepper:
         result = StepResult(
             step=step,
             epoch=batch.epoch,
-            loss=_tree_sum(losses[: batch.filled]) / count,
+            loss=loss / count,
             count=count,
             samples=batch.samples,
             gradient_norm=norm,
@@ -245,6 +248,11 @@ class Stepper:
             skipped=True,
         )
 
+    def _take_time(self, told: Signals) -> None:
+        read_s = sum(told.seconds)
+        step_s = read_s - self._read_s
+        self._read_s, self._step_s = read_s, 0.0 if math.isnan(step_s) else step_s
+
     def _learning_rates(self) -> tuple[float, ...]:
         return tuple(float(group["lr"]) for group in self._optimizer.param_groups if "lr" in group)
 
@@ -266,9 +274,7 @@ class Stepper:
             with self._clock.phase("waiting"):
                 notes = self._reduction.notes()
             headers = [header if worker == rank else self._format.unpack(note[0]) for worker, note in enumerate(notes)]
-            self._check_same_batch(headers, step)
-            self._check_ledger(headers, batch, step)
-            desync = any(header.replica != headers[0].replica for header in headers)
+            desync = not self._check_headers(headers, batch, step)
             torn = any(header.torn for header in headers)
             new_buffer = self._buffers.track(union([header.changed for header in headers]))
             if not (torn or new_buffer or desync or self._reduction.unfit):
@@ -285,6 +291,7 @@ class Stepper:
     def _compute(self, batch: Batch, step: int, signals: Signals) -> Header:
         self._reduction.begin(batch.filled, overlap=self._overlap)
         replica = self._guard.digest(self._step_s)
+        tally = batch.tally
         began = time.perf_counter()
         losses: list[Tensor] = []
         counts = [0.0] * self._leaves
@@ -308,7 +315,7 @@ class Stepper:
             losses=sums,
             counts=counts,
             digest=batch.digest,
-            ledger=_tally(batch),
+            ledger=tally[1] if tally is not None and tally[0] is batch.parts else _tally(batch),
             replica=replica,
             present=self._reduction.present,
             changed=self._buffers.changed.tobytes(),
@@ -357,38 +364,48 @@ class Stepper:
     # ------------------------------------------------------------------ checks
 
     def _check_model(self) -> None:
-        for index, parameter in enumerate(self._layout.parameters):
-            if parameter.data_ptr() != self._addresses[index]:
-                raise ConfigurationError(
-                    f"parameter {self._layout.names[index]!r} was moved to other memory after the Trainer was made "
-                    "(model.to(), .half(), or an assignment to .data): change the model before Trainer(...), and change "
-                    "values in place"
-                )
-        if any(parameter.requires_grad for parameter in self._frozen):
+        addresses = [parameter.data_ptr() for parameter in self._layout.parameters]
+        if addresses != self._addresses:
+            moved = next(index for index, address in enumerate(addresses) if address != self._addresses[index])
+            raise ConfigurationError(
+                f"parameter {self._layout.names[moved]!r} was moved to other memory after the Trainer was made "
+                "(model.to(), .half(), or an assignment to .data): change the model before Trainer(...), and change "
+                "values in place"
+            )
+        if self._frozen and any(parameter.requires_grad for parameter in self._frozen):
             raise ConfigurationError(
                 "a parameter that was frozen when the Trainer was made now requires a gradient: make a new Trainer after "
                 "unfreezing"
             )
 
-    def _check_same_batch(self, headers: Sequence[Header], step: int) -> None:
+    def _check_headers(self, headers: Sequence[Header], batch: Batch, step: int) -> bool:
+        """Whether what was looked at of the replicas is alike. One pass for three guards: each of its own costs more in code that
+        is in no cache than in work.
+
+        Raises:
+            ConfigurationError: Workers were given different batches.
+            Desync: Not each sample of the batch was computed once.
+        """
+        first = headers[0]
+        alike, used = True, NOTHING
         for rank, header in enumerate(headers):
-            if header.digest != headers[0].digest:
+            if header.digest != first.digest:
                 raise ConfigurationError(
                     f"step {step}: worker {rank} was given other samples, or another place among them, than worker 0. Nothing "
                     "was updated. Every worker must be given the same order: seed the shuffle or sampler that makes it, alike on "
                     "all of them"
                 )
-
-    def _check_ledger(self, headers: Sequence[Header], batch: Batch, step: int) -> None:
-        if batch.ledger is None:
-            return
-        used = total([header.ledger for header in headers])
-        if used != batch.ledger:
+            used += header.ledger
+            if header.replica != first.replica:
+                alike = False
+        used &= LOWER_HALVES
+        if used != batch.ledger and batch.ledger is not None:
             raise Desync(
                 f"step {step}: the workers together computed {samples_of(used)} samples of a global batch of {batch.samples}, "
                 "and not each of them once. Nothing was updated. Pass batches to step() as batches() gave them",
                 step=step,
             )
+        return alike
 
     def _check_losses(self, losses: Sequence[float], counts: Sequence[float], batch: Batch, step: int) -> None:
         if all(map(math.isfinite, losses)) and sum(counts) > 0:
@@ -442,8 +459,6 @@ def _tally(batch: Batch) -> Entry:
     """The ledger's entry of what this worker computes: of the parts that the batch has, whatever it was planned to have."""
     if batch.ledger is None:
         return NOTHING
-    if batch.tally is not None and batch.tally[0] is batch.parts:
-        return batch.tally[1]
     return total([entry(part.indices) for part in batch.parts])
 
 

@@ -22,7 +22,7 @@ from unisono.errors import ConfigurationError
 from unisono.guard.data import check_same_data, probe
 from unisono.guard.replicas import OnDesync
 from unisono.guard.silence import Board
-from unisono.guard.stragglers import Machine
+from unisono.guard.stragglers import Block, Machine
 from unisono.layout import Layout
 from unisono.observe import trace
 from unisono.observe.summary import Summary, show_summary
@@ -65,6 +65,7 @@ from unisono.training.setup import (
 from unisono.training.step import Batch, OnNonfinite, StepResult
 from unisono.training.team import Team
 from unisono.training.weights import Weights
+from unisono.tree import Span
 from unisono.world import World
 
 
@@ -157,6 +158,7 @@ class Trainer:
         self.device = choose_device(device, self.world, model)
         prepare_process(self.world, self.device)
         self._machine = Machine(self.world)
+        self._troubles = self._machine.troubles()
         model.to(self.device)
         self._link = link_of(self.world, self.device, collective, timeout_s)
         if isinstance(collective, Collective):
@@ -346,9 +348,7 @@ class Trainer:
         alike = self.collective is others
         sent = self.collective.bytes_sent - (sent if alike else 0)
         block = self._team.stragglers.add(told, batch.filled) if alike else None
-        moved = self._team.balance.add(block) if block is not None and self._feed is not None else None
-        if moved is not None and self._feed is not None:
-            self._feed.reassign(moved)
+        moved = self._look_at_times(block) if block is not None else None
         self._run.note(result, bytes_sent=sent, block=block, moved=moved)
         if self.collective.rank == 0:
             self._screen.step(result, self._clock)
@@ -517,15 +517,22 @@ class Trainer:
         leaves = stop == signal.SIGTERM and self._link is not None and self._link.ask("stop") is None
         if leaves:
             stop = 0
-        return dataclasses.replace(
-            self._run.signals(stop),
-            seconds=self._run.record.last_seconds,
+        return self._run.signals(stop)._replace(
+            seconds=self._run.record.phases_s,
             work_s=self._team.stepper.work_s,
-            troubles=self._machine.troubles(),
+            troubles=self._troubles,
             leaves=leaves,
             admits=self._team.applicants(),
             grown=self._team.grown,
         )
+
+    def _look_at_times(self, block: Block) -> tuple[Span, ...] | None:
+        """Everybody's microbatches from the next batch on, if they change."""
+        self._troubles = self._machine.troubles()
+        moved = self._team.balance.add(block) if self._feed is not None else None
+        if moved is not None and self._feed is not None:
+            self._feed.reassign(moved)
+        return moved
 
     def _step_scheduler(self, result: StepResult) -> None:
         if result.skipped:

@@ -1,0 +1,51 @@
+"""What a worker tells is what the others hear, to the last bit: all of them decide by it, and must decide alike."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from unisono.guard.ledger import entry
+from unisono.training.header import Header, HeaderFormat, Signals
+
+
+def header(signals: Signals) -> Header:
+    return Header(
+        losses=(0.0, 1 / 3, math.inf, -0.1),
+        counts=(0.0, 7.0, 1e300, 2.5),
+        digest=2**64 - 1,
+        ledger=entry(np.arange(2**22, 2**22 + 50)),
+        replica=2**63 + 1,
+        present=bytes([0, 1, 1]),
+        changed=bytes([1, 0]),
+        torn=True,
+        signals=signals,
+    )
+
+
+def test_a_header_arrives_as_it_was_sent() -> None:
+    sent = header(
+        Signals(
+            stop=15,
+            written=10**12,
+            failed=True,
+            seconds=(1 / 3, 1e5 + 1e-7, math.pi, 0.0),
+            work_s=86_400.1,
+            troubles=5,
+            leaves=True,
+            admits=False,
+            grown=True,
+        )
+    )
+    form = HeaderFormat(leaves=4, slots=3, buffers=2)
+
+    packed = form.pack(sent)
+
+    assert form.expected[:2] == (packed.numel(), packed.dtype)
+    assert form.unpack(packed) == sent
+
+
+def test_time_that_was_not_told_is_not_taken_for_none() -> None:
+    form = HeaderFormat(leaves=4, slots=3, buffers=2)
+    assert all(map(math.isnan, form.unpack(form.pack(header(Signals()))).signals.seconds))
