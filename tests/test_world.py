@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from unisono.errors import ConfigurationError
-from unisono.world import World, cgroup_quota, expand_hosts, usable_cores
+from unisono.world import World, cgroup_quota, expand_hosts, room_for_workers, usable_cores
 
 TORCHRUN = {
     "RANK": "5",
@@ -255,6 +256,17 @@ def write(root: Path, files: dict[str, str]) -> Path:
 )
 def test_the_tightest_cgroup_quota_counts(tmp_path: Path, files: dict[str, str], cores: float) -> None:
     assert cgroup_quota(write(tmp_path, files)) == cores
+
+
+def test_each_gpu_has_room_for_a_worker_and_without_gpus_cores_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert room_for_workers(1, tmp_path) == usable_cores(tmp_path)
+    assert room_for_workers(10**6, tmp_path) == 1
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidiactl").touch()
+    assert room_for_workers(1, tmp_path) == 3
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)  # they are hidden, or PyTorch cannot use them
+    assert room_for_workers(1, tmp_path) == usable_cores(tmp_path)
 
 
 def test_usable_cores_obey_quota_and_affinity(tmp_path: Path) -> None:

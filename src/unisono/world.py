@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -21,6 +22,8 @@ SLURM = "slurm"
 
 # Slurm numbers its own steps from here up (batch script, interactive shell, extern, pending): they are no task of srun.
 _FIRST_SPECIAL_SLURM_STEP = 0xFFFFFFF0
+_GPU_DEVICES = ("dev/nvidiactl", "dev/kfd", "dev/dxg")
+"""One of them is there where PyTorch may find a GPU: NVIDIA's, AMD's, Windows' in WSL."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,16 +320,21 @@ def usable_cores(root: Path = Path("/")) -> int:
     return max(1, math.floor(min(allowed, cgroup_quota(root))))
 
 
-def room_for_workers(threads: int) -> int:
+def room_for_workers(threads: int, root: Path = Path("/")) -> int:
     """How many workers a run has on this machine unless told otherwise: one for each GPU, without GPUs as many as its cores
     carry. *local*
 
     Args:
         threads: Threads per worker.
+        root: Where devices are looked up.
     """
-    import torch
+    gpus = 0
+    if any((root / device).exists() for device in _GPU_DEVICES):  # else PyTorch need not be imported to know
+        with contextlib.suppress(ImportError, OSError):  # a broken PyTorch: the workers will say what it lacks
+            import torch
 
-    return torch.cuda.device_count() or max(1, usable_cores() // threads)
+            gpus = torch.cuda.device_count()
+    return gpus or max(1, usable_cores(root) // threads)
 
 
 def cgroup_quota(root: Path = Path("/")) -> float:

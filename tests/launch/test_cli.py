@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
 from unisono.launch import cli, runner
@@ -46,7 +45,7 @@ def test_by_default_there_are_as_many_workers_as_usable_cores(script: str, runs:
 
 
 def test_where_there_are_gpus_each_has_a_worker(script: str, runs: list[runner.Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(cli, "room_for_workers", lambda threads: 3)
     unisono("run", script)
     unisono("run", "--workers", "1:2", script)
     unisono("run", "--workers", "5", script)
