@@ -263,3 +263,19 @@ def test_a_worker_that_fails_meanwhile_is_a_failure_and_not_a_difference() -> No
         return "none"
 
     assert run_threads(3, work) == ["LostWorker", "KeyError", "LostWorker"]
+
+
+def test_what_is_put_in_the_place_of_a_tensor_is_looked_at_from_the_next_round_on() -> None:
+    class Two(Collective):
+        size, rank = 2, 0
+        start_exchange = publish = broadcast = None  # type: ignore[assignment]
+
+    held = [torch.zeros(8), torch.zeros(2**15)]
+    guard = ReplicaGuard(lambda: iter(()), lambda: held, Two(), "error", every=1)
+    before = [guard.digest(0.0) for _ in range(2)]
+    held[0] = torch.ones(8)
+    replaced = guard.digest(0.0)
+    held[0].data = torch.full((8,), 2.0)
+    moved = guard.digest(0.0)
+    held[0].add_(1.0)
+    assert len({*before, replaced, moved, guard.digest(0.0)}) == 4

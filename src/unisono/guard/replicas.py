@@ -29,7 +29,7 @@ from unisono.collective import Collective
 from unisono.errors import Desync
 from unisono.guard.budget import Credit
 
-PERIOD = 64
+PERIOD = 128
 """Steps in which everything is compared once."""
 
 OnDesync = Literal["error", "heal"]
@@ -47,6 +47,8 @@ _PIECE_S, _TENSOR_S, _BYTES_PER_S = 20e-6, 10e-6, 6e9
 with the same."""
 
 Array = npt.NDArray[Any]
+Part = Tensor | Array
+"""Something that is looked at; an array if NumPy sees the same memory."""
 Holding = tuple[str, Tensor]
 """Name and tensor of something that all workers hold alike."""
 
@@ -75,7 +77,8 @@ class ReplicaGuard:
         self._collective = collective
         self._on_desync = on_desync
         self._every = every
-        self._pieces: list[tuple[list[Tensor], float]] = []
+        self._places: list[tuple[int, int]] = []  # where in memory the pieces lie
+        self._pieces: list[tuple[list[Part], float]] = []
         self._next = 0
         self._looked = 0.0
         self._credit = Credit(_SHARE)
@@ -98,10 +101,13 @@ class ReplicaGuard:
         self._steps, self._passed_s = 0, 0.0
         return int.from_bytes(_digest(looked_at), "little") | 1 if looked_at else 0  # never 0 if there is something
 
-    def _due(self) -> list[Tensor]:
+    def _due(self) -> list[Part]:
         """The pieces whose turn it is."""
         if self._next >= len(self._pieces):
-            self._pieces = _pieces(self._tensors())
+            tensors = self._tensors()
+            places = [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
+            if places != self._places:
+                self._places, self._pieces = places, _pieces(tensors)
             self._next, self._looked = 0, 0.0
         begin = self._next
         # Within the period, whatever it costs; and more while there is time.
@@ -110,7 +116,7 @@ class ReplicaGuard:
         while self._next < len(self._pieces) and self._is_due(self._pieces[self._next][1]):
             self._credit.spend(self._pieces[self._next][1])
             self._next += 1
-        return [tensor for piece, _ in self._pieces[begin : self._next] for tensor in piece]
+        return [part for piece, _ in self._pieces[begin : self._next] for part in piece]
 
     def _is_due(self, cost_s: float) -> bool:
         return self._next + 1 <= self._looked + 1e-9 or (self._every is None and self._credit.affords(cost_s))
@@ -186,9 +192,9 @@ class ReplicaGuard:
             )
 
 
-def _pieces(tensors: Sequence[Tensor]) -> list[tuple[list[Tensor], float]]:
+def _pieces(tensors: Sequence[Tensor]) -> list[tuple[list[Part], float]]:
     """Everything in pieces of at most 1 MiB, with what each costs. What does not lie in one stretch of memory is not cut; looking
-    at it copies it."""
+    at it copies it. Small tensors become arrays here: to do so costs more than to look at them."""
     found: list[list[Tensor]] = []
     room = 0
     for tensor in tensors:
@@ -202,23 +208,29 @@ def _pieces(tensors: Sequence[Tensor]) -> list[tuple[list[Tensor], float]]:
                 room = _PIECE_BYTES
             found[-1].append(part)
             room -= part.nbytes
-    return [(piece, _cost(piece)) for piece in found]
+    return [([_bytes_of(part) if _is_small(part) else part for part in piece], _cost(piece)) for piece in found]
+
+
+def _is_small(tensor: Tensor) -> bool:
+    return tensor.nbytes <= _SMALL_BYTES and tensor.is_cpu and tensor.is_contiguous()
 
 
 def _cost(piece: Sequence[Tensor]) -> float:
     return _PIECE_S + len(piece) * _TENSOR_S + sum(tensor.nbytes for tensor in piece) / _BYTES_PER_S
 
 
-def _digest(tensors: Sequence[Tensor]) -> bytes:
-    """64 bits of the bytes of some tensors. Many bytes are summed up first, as integers in columns: any one bit that differs
+def _digest(parts: Sequence[Part]) -> bytes:
+    """64 bits of the bytes of these. Many bytes are summed up first, as integers in columns: any one bit that differs
     changes a sum, and reading the memory is all that it costs."""
     found = blake2b(digest_size=8)
     small: list[Array] = []
-    for tensor in tensors:
-        if tensor.nbytes > _SMALL_BYTES:
-            _add_large(found, tensor)
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            small.append(part)
+        elif part.nbytes > _SMALL_BYTES:
+            _add_large(found, part)
         else:
-            small.append(_bytes_of(tensor))
+            small.append(_bytes_of(part))
     # Each call costs more than the bytes of a small tensor do, so that these are looked at as one.
     raw = np.frombuffer(b"".join([one.data for one in small]), np.uint8)
     if raw.nbytes > _HASHED_BYTES:
@@ -226,7 +238,7 @@ def _digest(tensors: Sequence[Tensor]) -> bytes:
         words = raw[:summed].view(np.uint64).reshape(-1, _COLUMNS)
         # Odd factors lose no bit, and tell apart what lies in one tensor from the same in another.
         factors = np.arange(1, len(words) + 1, dtype=np.uint64) * _FACTOR | np.uint64(1)
-        found.update((words * factors[:, None]).sum(axis=0).data)
+        found.update(np.einsum("i,ij->j", factors, words).data)
         raw = raw[summed:]
     found.update(raw.data)
     return found.digest()

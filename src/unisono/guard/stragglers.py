@@ -131,6 +131,7 @@ class Stragglers:
         self._lo, self._hi = np.array(list(zip(*ranges, strict=True)))
         self._shares = tuple(hi - lo for lo, hi in ranges)
         self._full = ranges[-1][1]
+        self._full_leaves: Array = (self._hi - self._lo).astype(np.float64)
         self._filled = -1  # microbatches of the steps that are to be told; -1: no step yet
         self._alike = 0  # so many of these steps there have been
         self._wait = self._due  # and so many there may be before a block is complete
@@ -180,25 +181,28 @@ class Stragglers:
         return block
 
     def _block(self, troubles: tuple[int, ...]) -> Block:
-        leaves, seconds, full_seconds = np.zeros(len(self._lo)), np.zeros(self._readings.shape), np.zeros(self._readings.shape)
-        steps = full = 0
-        for stretch in self._stretches:
-            steps += stretch.steps
-            seconds += stretch.seconds
-            leaves += stretch.steps * np.clip(np.minimum(self._hi, stretch.filled) - self._lo, 0, None)
-            if stretch.filled == self._full:
-                full += stretch.steps
-                full_seconds += stretch.seconds
+        stretches = self._stretches
+        full = [stretch for stretch in stretches if stretch.filled == self._full]
+        seconds = full_seconds = stretches[0].seconds
+        if len(stretches) > 1 or not full:
+            seconds = np.sum([stretch.seconds for stretch in stretches], axis=0)
+            full_seconds = np.sum([np.zeros_like(seconds), *(stretch.seconds for stretch in full)], axis=0)
         return Block(
-            steps=steps,
+            steps=sum(stretch.steps for stretch in stretches),
             seconds=seconds[:, :-1],
-            leaves=leaves,
+            leaves=np.sum([stretch.steps * self._leaves(stretch.filled) for stretch in stretches], axis=0),
             troubles=troubles,
             shares=self._shares,
-            full=full,
+            full=sum(stretch.steps for stretch in full),
             full_seconds=full_seconds[:, :-1],
             full_work_s=full_seconds[:, -1],
         )
+
+    def _leaves(self, filled: int) -> Array:
+        if filled == self._full:
+            return self._full_leaves
+        leaves: Array = np.clip(np.minimum(self._hi, filled) - self._lo, 0.0, None)
+        return leaves
 
     def _judge(self) -> None:
         for straggler in find_stragglers(self._blocks):
