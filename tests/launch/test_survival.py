@@ -200,6 +200,15 @@ def test_one_without_whom_others_have_gone_on_is_replaced_also_if_none_of_them_i
     assert run.replace(LATE_S) == [1]
 
 
+def test_one_that_lost_contact_is_replaced_where_those_who_were_there_may_be_on_another_host() -> None:
+    run = Run(2, is_alone=False)
+    assert run.end((1, KILLED)) is Course.GO_ON
+    assert run.replace() == [1]
+    assert run.end((0, "?lost contact")) is Course.GO_ON
+    assert run.end(now_s=LATE_S) is Course.GO_ON
+    assert run.replace(LATE_S) == [0]
+
+
 def test_while_the_run_stops_nobody_is_replaced_and_deaths_do_not_count_if_others_save() -> None:
     run = Run(3)
     assert run.end((1, KILLED), stops=True) is Course.GO_ON

@@ -113,7 +113,7 @@ class Survival:
                 self._note(process, process.failure, stops=stops, now_s=now_s)
         if self.cause is not None:
             return Course.FAILED
-        if self._are_helpless(everyone, now_s):
+        if self._is_alone and self._are_helpless(everyone, now_s):
             return self._fail(_failures(everyone))
         if all(process.status is not None for process in everyone):
             return self._end(everyone, stops=stops)
@@ -164,12 +164,10 @@ class Survival:
             self._vacancies[process.rank] = _Vacancy(failure, now_s + (_CAUSE_S if secondary else REPLACE_S))
 
     def _are_helpless(self, everyone: Sequence[WorkerProcess], now_s: float) -> bool:
-        """Whether a worker has ended because it lost contact, and nobody who was there with it goes on: only newcomers run."""
+        """Whether a worker has ended because it lost contact, and nobody who was there with it goes on: only newcomers run. (On
+        several hosts those who were there may be elsewhere; if nobody is left, newcomers find that out.)"""
         return any(
-            vacancy.failure.is_secondary
-            and not _is_outside(vacancy.failure)
-            and vacancy.due_s <= now_s
-            and not any(_was_there(vacancy.failure, p) for p in everyone)
+            vacancy.failure.is_secondary and vacancy.due_s <= now_s and not any(_was_there(vacancy.failure, p) for p in everyone)
             for vacancy in self._vacancies.values()
         )
 
@@ -218,11 +216,6 @@ def _failures(everyone: Iterable[WorkerProcess]) -> list[Failure]:
 
 def _who(failure: Failure) -> str:
     return f"unisono: worker {failure.rank} (pid {failure.pid})"
-
-
-def _is_outside(failure: Failure) -> bool:
-    """Whether it says that others, perhaps on other hosts, go on without it. If they do not, newcomers find that out."""
-    return failure.record is not None and failure.record.kind == "Outside"
 
 
 def _was_there(failure: Failure, process: WorkerProcess) -> bool:
