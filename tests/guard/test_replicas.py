@@ -240,7 +240,7 @@ def test_as_much_is_looked_at_as_fits_into_a_small_share_of_the_time() -> None:
     assert looks([1.0] * 20, [torch.zeros(8)]) == [*range(1, 21)]
     often = looks([0.001] * 50 + [0.002] * 600, [torch.zeros(8)])
     assert len(often) == pytest.approx(600 * 0.002 * 0.0015 / 30e-6, abs=4)
-    assert looks([0.001] * (2 * PERIOD), [torch.zeros(2**18) for _ in range(8)]) == [8 * turn for turn in range(1, 17)]
+    assert looks([0.001] * (2 * PERIOD), [torch.zeros(2**18) for _ in range(8)]) == [PERIOD // 8 * turn for turn in range(1, 17)]
 
 
 def test_what_is_to_be_compared_in_every_step_is() -> None:
