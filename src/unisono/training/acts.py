@@ -58,8 +58,14 @@ class Report:
     """Whether a checkpoint was under way."""
     changing: bool
     """Whether the act under way is to let others come or leave."""
-    everywhere: bool
-    """Whether, in the generation that it comes from, every worker had all of the state."""
+    has_all: bool
+    """Whether it has all of the state itself."""
+    has_part: bool
+    """Whether it holds the state in common with the others of its host."""
+
+    def is_like(self, other: Report) -> bool:
+        """Whether this worker has all of the same state."""
+        return self.has_all and (self.acts, self.reached) == (other.acts, other.reached)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

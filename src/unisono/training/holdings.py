@@ -257,13 +257,14 @@ class Holdings:
         return found, ""
 
     def _show(self, chest: _Chest, *, take: bool) -> None:
-        """Makes the optimizer's state lie in the chest; with ``take``, what this worker owns is copied there first."""
+        """Makes the optimizer's state lie in the chest; with ``take``, what this worker has of it is copied there first."""
         assert chest.memory is not None
         for entry in chest.entries:
             state = self._optimizer.state[self._layout.parameters[entry.slot]]
             view = entry.view(chest.memory)
             value = state.get(entry.key)
-            if take and view is not None and entry.slot in self._mine.slots and isinstance(value, Tensor):
+            if take and view is not None and isinstance(value, Tensor):
+                # Several workers may have it, and it is the same then; none may be left with what another one is yet to copy.
                 view.copy_(value)
             state[entry.key] = view
 

@@ -112,6 +112,7 @@ class Team:
         self.silence: str | None = None
         self._stepping = False
         self._changing = False
+        self._has_all = False  # of the state, in its own optimizer; else the host's workers hold it in common
 
     # ------------------------------------------------------------------ the workers of now
 
@@ -190,6 +191,7 @@ class Team:
 
     def _hold(self, step: int) -> None:
         self.reached = self.committed = step
+        self._has_all = self.reduction.replicates
         generation = self._link.generation if self._link is not None else None
         if self._link is not None and generation is not None and not self.reduction.replicates:
             holdings = Holdings(self._layout, self._weights, self._optimizer)
@@ -444,14 +446,17 @@ class Team:
         ahead = max(report.acts for report in reports)
         if ahead == NEW:
             raise StateLost("all workers that held the run's state were lost")
-        source = next(rank for rank, report in enumerate(reports) if report.acts == ahead)
+        source = _source(reports)
         if reports[source].changing and any(report.acts == NEW for report in reports):
             ahead += 1  # to meet those who come was the act under way
             self._last = None
         committed = max(report.committed for report in reports)
-        everywhere = reports[source].everywhere  # those who are new come from no generation, or from another one
+        everywhere = reports[source].has_all
         if everywhere:
-            reached, needy = committed, [rank for rank, report in enumerate(reports) if report.acts < ahead]
+            # If a meeting was broken off, some hold the state as before it, and others as after it.
+            self._holdings = None
+            reached = reports[source].reached
+            needy = [rank for rank, report in enumerate(reports) if not report.is_like(reports[source])]
         else:
             reached, needy = self._go_back(collective, reports, source)
         collective.barrier()
@@ -460,6 +465,9 @@ class Team:
         self._hand_over(reports, source, needy, everywhere)
         self._hold_on(reached)
         self._weights.bind(collective)
+        self._has_all = self.reduction.replicates
+        if self._has_all:
+            self._holdings = None
         self.committed, self.reached = committed, reached
         self._part.regrouped(reason, any(report.unsaved for report in reports))
         self._replay(committed)
@@ -474,7 +482,8 @@ class Team:
             dense=sorted(self.reduction.densified),
             unsaved=self._part.unsaved(),
             changing=self._changing,
-            everywhere=self.reduction.replicates,
+            has_all=self._has_all,
+            has_part=self._holdings is not None,
         )
         return [Report(**json.loads(text)) for text in collective.all_gather_bytes(json.dumps(dataclasses.asdict(mine)).encode())]
 
@@ -501,7 +510,8 @@ class Team:
             for rank in host
         ]
         if collective.rank in needy:
-            self._holdings = None
+            if len(near) > 1:  # another worker of this host may soon have overwritten the weights that they share
+                self._holdings = None
         elif point is not None and point.parts and self._holdings is not None:
             self._holdings.restore(point, main=collective.rank == survivors[0])
         return step, needy
@@ -511,14 +521,12 @@ class Team:
         assert self._link is not None
         assert self._link.generation is not None
         if self.reduction.replicates:
-            self._holdings = None
             return
-        if self._holdings is None:
-            self._holdings = Holdings(self._layout, self._weights, self._optimizer)
-        if not self._holdings.bind(self.collective, self.reduction, self._link.generation.number, step):
+        holdings = self._holdings or Holdings(self._layout, self._weights, self._optimizer)
+        if not holdings.bind(self.collective, self.reduction, self._link.generation.number, step):
             raise StateLost("the state cannot be held in common")
-        self._holdings.replay = self._repeats.allowed
-        self.stepper.holdings = self._holdings
+        holdings.replay = self._repeats.allowed
+        self._holdings = self.stepper.holdings = holdings
 
     # ------------------------------------------------------------------ what others lack
 
@@ -562,6 +570,7 @@ class Team:
                 for flat, value in zip(self._weights.flats, content["weights"], strict=True):
                     flat.copy_(value)
         if state:
+            self._holdings = None
             set_full_state(self._optimizer, self._layout, content["optimizer"])
         if self.acts == NEW:
             set_hyperparameters(self._optimizer, content["common"]["groups"])
@@ -582,12 +591,21 @@ class Team:
         todo = self._repeats.between(self.reached, committed)
         now = copied_hyperparameters(self._optimizer)
         self._buffers.go_to(self._repeats.buffers)
-        for one in todo:
-            set_hyperparameters(self._optimizer, one.groups)
-            batch = self._part.batch(one.epoch, one.number)
-            self._reassign(batch)
-            self._run(batch, one, Signals())
-        set_hyperparameters(self._optimizer, now)
+        try:
+            for one in todo:
+                set_hyperparameters(self._optimizer, one.groups)
+                batch = self._part.batch(one.epoch, one.number)
+                self._reassign(batch)
+                self._run(batch, one, Signals())
+        finally:  # another worker may be lost meanwhile
+            set_hyperparameters(self._optimizer, now)
+
+
+def _source(reports: Sequence[Report]) -> int:
+    """The rank of a worker whose state the others can go on from: the furthest, and of these one that has all of it, if any, or
+    else a part."""
+    places = [(report.acts, report.has_all, report.has_part, report.reached if report.has_all else 0) for report in reports]
+    return places.index(max(places))
 
 
 def _union(reports: Sequence[Report]) -> bytes:
