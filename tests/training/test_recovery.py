@@ -207,6 +207,38 @@ def test_some_may_have_begun_when_the_others_have_not_and_everyone_holds_everyth
             assert found == undisturbed(), call
 
 
+@pytest.mark.parametrize(
+    ("victims", "calls"), [((0, 3), range(50, 60)), ((3, 0), range(50, 68))], ids=["first, then last", "last, then first"]
+)
+def test_another_may_die_while_steps_are_done_again_or_everyone_gets_all_of_the_state(
+    victims: tuple[int, int], calls: range
+) -> None:
+    """Of a host of two and two lone ones: without one of the two, each host is a lone one."""
+    where = dict(enumerate("aabc"))
+    for call in calls:
+        deaths = {victims[0]: Death(46, told=True), victims[1]: Death(call, told=call % 2 == 1)}
+        lives = live(deaths, workers=4, machines=where, replicate_kib=0.0)
+        assert {1, 2} <= set(lives.results), call
+        for found in lives.results.values():
+            assert found == undisturbed(), call
+
+
+@pytest.mark.parametrize(
+    ("victim", "told", "calls"),
+    [(1, False, range(22, 29)), (0, True, range(53, 57))],
+    ids=["while others come", "while a checkpoint begins"],
+)
+def test_a_lone_worker_may_die_when_others_have_come_to_the_other_host(victim: int, told: bool, calls: range) -> None:
+    for call in calls:
+        deaths = {victim: Death(call, told)}
+        lives = live(deaths, workers=2, joiners=2, machines=dict(enumerate("abaa")), replicate_kib=0.0, epochs=4)
+        assert 1 - victim in lives.results, call
+        expected = undisturbed(epochs=4)
+        for rank, found in lives.results.items():
+            late = {} if rank < 2 else {key: found[key] for key in ("seen", "position", "last")}
+            assert found == {**expected, **late}, call
+
+
 @pytest.mark.parametrize("host", [(0, 1), (2, 3)])
 def test_a_whole_host_may_be_lost(host: tuple[int, int]) -> None:
     for call in range(25, 100, 11):

@@ -200,7 +200,6 @@ class Run:
     def begin_checkpoint(self, batch: Batch) -> None:
         """*collective*, after each step. Begins a checkpoint if it is due."""
         if self._directory is not None and self._is_due(batch):
-            self._unsaved_since = None
             self._team.act(self._copy_state)
 
     def _is_due(self, batch: Batch) -> bool:
@@ -238,6 +237,8 @@ class Run:
                 "last": dataclasses.asdict(self.record.last) if self.record.last else None,
             },
         )
+        # Here, and not around the act, which may end with what another worker has done: that copy is given up.
+        self._unsaved_since = None
 
     def _settle(self, directory: RunDirectory) -> None:
         """The newest checkpoint is complete, and it is the one of now."""
