@@ -161,6 +161,51 @@ def test_workers_that_come_later_take_part_in_the_run_as_it_is(replicate_kib: fl
     assert max(lives.calls[2], lives.calls[3]) > 10, "nobody came in time"
 
 
+class Tells(unisono.Callback):
+    edits_weights = False
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def on_step(self, trainer: unisono.Trainer, result: unisono.StepResult) -> None:
+        self.step = result.step
+
+
+def test_one_may_come_in_the_last_step_of_a_call_as_in_any_other() -> None:
+    ends_of_calls = 0
+    for step in range(1, 11):
+        first, joined_at = Tells(), []
+
+        def work(link: Link, step: int = step, first: Tells = first, joined_at: list[int] = joined_at) -> Found:
+            comes = not link.membership.is_founder
+            while comes and first.step < step:
+                link.pause(0.001)
+            torch.manual_seed(7)
+            model, data = Net(), Augmented()
+            told = Tells() if comes else first
+            trainer = unisono.Trainer(
+                model,
+                torch.optim.AdamW(model.parameters(), lr=0.01),
+                loss,
+                batch_size=BATCH_SIZE,
+                microbatches=MICROBATCHES,
+                sync=unisono.Exact(replicate_kib=0.0),
+                callbacks=[told],
+                collective=link,
+            )
+            for epochs in range(1, 6):
+                trainer.fit(data, epochs)
+                if comes and link.generation is not None and not joined_at:
+                    joined_at.append(trainer.position.step if told.step == 0 else 0)
+            return {name: digest(value) for name, value in model.state_dict().items()}
+
+        found = run_lives(2, work, {}, joiners=1).results
+        assert joined_at, "it came too late"
+        assert found[0] == found[1] == found[2]
+        ends_of_calls += any(joined_at)
+    assert ends_of_calls, "nobody came in the last step of a call"
+
+
 @pytest.mark.parametrize("replicate_kib", [0.0, 4096.0], ids=["owners", "everywhere"])
 def test_one_that_comes_may_die_at_any_moment(replicate_kib: float) -> None:
     for call in range(1, 26, 4):

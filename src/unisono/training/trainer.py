@@ -294,7 +294,7 @@ class Trainer:
 
     def _train(self, dataset: Any, samples: Order, epochs: int, loader: Loader) -> Summary:
         # Before the look at the rank: a sampler that counts how often it is read must count alike on all workers.
-        total_steps = samples.epoch(self.position.epoch).batches * epochs
+        total_steps = self._planned(samples, epochs)
         with self._screen.planned(total_steps, epochs):
             if self.collective.rank == 0:
                 self._screen.begin(self._run, self.collective.size)
@@ -442,7 +442,7 @@ class Trainer:
             return
         check_unchanged(self.model, self._layout)
         self._clock.at(self.position.step + 1)
-        self._run.begin_log(epochs=epochs, steps=samples.epoch(self.position.epoch).batches * epochs)
+        self._run.begin_log(epochs=epochs, steps=self._planned(samples, epochs))
         feed = self._feed = Feed(lambda: self._stream(dataset, samples, loader), epochs)
         share = self._may_share(own_loop)
         with StopRequest() as self._stop, self._weights.in_common(share):
@@ -547,7 +547,12 @@ class Trainer:
     def _is_done(self, epochs: int) -> bool:
         if epochs < 1:
             raise ConfigurationError(f"epochs must be 1 or more, got {epochs}")
-        return self.position.epoch >= epochs
+        # Whoever joined the others in their last step ends the call as they do.
+        return self.position.epoch >= epochs and not self._history.just_joined
+
+    def _planned(self, samples: Order, epochs: int) -> int:
+        """Steps of the whole run, as far as can be said."""
+        return samples.epoch(min(self.position.epoch, epochs - 1)).batches * epochs
 
     def _say_finished(self) -> Summary:
         summary = self._run.summary()
