@@ -244,6 +244,15 @@ def test_one_of_many_hosts_may_lose_a_worker_or_be_lost(machines: tuple[str, ...
                 assert found == undisturbed(), call
 
 
+@pytest.mark.parametrize("calls", [range(15, 30), range(72, 92)], ids=["begins", "ends"])
+def test_a_worker_may_die_when_some_are_in_the_call_in_which_weights_are_shared_and_others_are_not(calls: range) -> None:
+    for call in calls:
+        lives = live({2: Death(call, told=True)}, replicate_kib=0.0)
+        assert {0, 1} <= set(lives.results), call
+        for found in lives.results.values():
+            assert found == undisturbed(), call
+
+
 def test_some_may_have_begun_when_the_others_have_not_and_everyone_holds_everything_from_now_on() -> None:
     for call in range(12, 25):
         lives = live({0: Death(call, told=True)}, machines={0: "a", 1: "a", 2: "b"}, replicate_kib=0.0)

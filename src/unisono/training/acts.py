@@ -62,6 +62,8 @@ class Report:
     """Whether it has all of the state itself."""
     has_part: bool
     """Whether it holds the state in common with the others of its host."""
+    may_share: bool
+    """Whether it is where workers may have the weights in common: one may have come there, or left, before the others."""
 
     def is_like(self, other: Report) -> bool:
         """Whether this worker has all of the same state."""

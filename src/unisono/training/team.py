@@ -208,7 +208,7 @@ class Team:
         Args:
             replay: Whether nobody but the trainer changes weights between steps.
         """
-        self._weights.bind(self.collective)
+        self._weights.bind(self.collective, share=self._weights.wanted and not self.reduction.replicates)
         self._repeats.begin(allowed=replay)
         if self._holdings is not None:
             self._holdings.renew(self.committed, replay=replay)
@@ -464,7 +464,7 @@ class Team:
         self._buffers.track(_union(reports))
         self._hand_over(reports, source, needy, everywhere)
         self._hold_on(reached)
-        self._weights.bind(collective)
+        self._weights.bind(collective, share=all(report.may_share for report in reports) and not self.reduction.replicates)
         self._has_all = self.reduction.replicates
         if self._has_all:
             self._holdings = None
@@ -484,6 +484,7 @@ class Team:
             changing=self._changing,
             has_all=self._has_all,
             has_part=self._holdings is not None,
+            may_share=self._weights.wanted,
         )
         return [Report(**json.loads(text)) for text in collective.all_gather_bytes(json.dumps(dataclasses.asdict(mine)).encode())]
 

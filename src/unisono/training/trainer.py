@@ -444,8 +444,7 @@ class Trainer:
         self._clock.at(self.position.step + 1)
         self._run.begin_log(epochs=epochs, steps=self._planned(samples, epochs))
         feed = self._feed = Feed(lambda: self._stream(dataset, samples, loader), epochs)
-        share = self._may_share(own_loop)
-        with StopRequest() as self._stop, self._weights.in_common(share):
+        with StopRequest() as self._stop, self._weights.in_common(self._may_share(own_loop)):
             try:
                 self._begin_steps(dataset, replay=self._may_repeat(own_loop))
                 batch = feed.at(self.position.epoch, self.position.batch)
@@ -500,8 +499,6 @@ class Trainer:
 
     def _may_share(self, own_loop: bool) -> bool:
         """Whether nobody but the trainer writes to the weights while it trains."""
-        if self._team.reduction.replicates:
-            return False
         if self._sync.share_weights is not None:
             return self._sync.share_weights
         return not own_loop and not any(callback.edits_weights for callback in self.callbacks)

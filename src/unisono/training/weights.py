@@ -36,13 +36,14 @@ class Weights:
     Attributes:
         flats: One flat tensor a block.
         shared: Whether the workers of this host have them in common now.
+        wanted: Whether they may have them in common.
     """
 
     def __init__(self, layout: Layout, collective: Collective) -> None:
         self.flats: Sequence[Tensor] = layout.adopt(collective.allocate)
         give_back_freed_memory()  # where they lay before
         self.shared = False
-        self._wanted = False
+        self.wanted = False
         self._layout = layout
         self._collective = collective
         self._probes = [np.stack([_probe(slot.offset, slot.numel) for slot in block.slots], axis=1) for block in layout.blocks]
@@ -59,28 +60,37 @@ class Weights:
                 yield f"parameter {slot.name!r}", flat[slot.offset : slot.offset + slot.numel]
 
     def want(self, wanted: bool) -> None:
-        """*local*. Whether ``bind`` lets the workers of a host share the weights, if they can."""
-        self._wanted = wanted
+        """*local*. Whether the workers of a host may share the weights."""
+        self.wanted = wanted
 
     @contextlib.contextmanager
     def in_common(self, wanted: bool) -> Iterator[None]:
-        """*local*. While the body runs, ``bind`` lets the workers of a host share the weights, if they can."""
-        self._wanted = wanted
+        """*local*. While the body runs the workers of a host may share the weights; afterwards they do not."""
+        self.wanted = wanted
         try:
             yield
         finally:
-            self._wanted = False
-            for flat in self.flats:
-                self._collective.unshare(flat)
-            self.shared = False
-            self._seen = None
-            self._integers = []
+            self.wanted = False
+            self._unshare()
 
-    def bind(self, collective: Collective) -> None:
-        """*collective*. From now on these are the other workers; shares the weights with those of this host, if wanted."""
+    def _unshare(self) -> None:
+        for flat in self.flats:
+            self._collective.unshare(flat)
+        self.shared = False
+        self._seen = None
+        self._integers = []
+
+    def bind(self, collective: Collective, *, share: bool) -> None:
+        """*collective*. From now on these are the other workers.
+
+        Args:
+            share: Whether those of each host have the weights in common now, if they can. The same on all workers.
+        """
         self._collective = collective
         self._seen = None
-        if self._wanted:
+        if not share:
+            self._unshare()
+        else:
             shared = [collective.share(flat) for flat in self.flats]
             self.shared = any(shared)
             self._integers = []
