@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 
@@ -98,5 +99,22 @@ def test_a_store_that_does_not_answer_or_is_gone_is_lost_contact() -> None:
     with pytest.raises(WorkerFailure, match=r"node1:29400 was lost \(Connection reset by peer\)"):
         store.check(["key"])
     with pytest.raises(WorkerFailure, match=r"node1:29400 was lost \(no answer for 0.05 s\)"):
+        store.set("key", "value")
+    silent.answers.set()
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_a_store_that_can_be_reached_over_a_new_connection_has_more_time(near: bool) -> None:
+    silent = Silent()
+    store = Reachable(silent, limit_s=0.5, where="node1:29400", is_near=lambda: near)
+    threading.Timer(1.0, silent.answers.set).start()
+    with contextlib.nullcontext() if near else pytest.raises(WorkerFailure, match=r"no answer for 0.5 s"):
+        store.set("key", "value")
+
+
+def test_a_store_that_can_be_reached_and_never_answers_is_lost_contact() -> None:
+    silent = Silent()
+    store = Reachable(silent, limit_s=0.05, where="node1:29400", is_near=lambda: True)
+    with pytest.raises(WorkerFailure, match=r"no answer for 0.2 s"):
         store.set("key", "value")
     silent.answers.set()

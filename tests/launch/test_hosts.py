@@ -269,6 +269,32 @@ def test_a_host_whose_workers_have_left_passes_a_stop_on_to_the_others(launcher:
     assert [launch.finish(limit_s=30.0)[0] for launch in (first, second)] == [128 + signal.SIGTERM] * 2
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_a_host_may_leave_however_its_workers_end_by_it(launcher: Launcher, place: str, signum: int) -> None:
+    site = Site(
+        launcher,
+        f"""
+        if world.uid == "1.0":  # it has not come to its Trainer, or is killed when it leaves
+            if {signum} == signal.SIGKILL:
+                signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            tell("there")
+            signal.pause()
+        until("dead/1.0")
+        signal.sigtimedwait([signal.SIGUSR1], 1.0)  # long enough for what its launcher says to be heard
+        store.set("over", "1")
+        """,
+        place,
+        "--hosts",
+        "2",
+    )
+    launches = [site.start(), site.start()]
+    names = [hear(launch)[0] for launch in launches]
+    second = launches[names.index("founder 0 1.0")]
+    assert second.hear() == ["there"]
+    second.process.terminate()
+    assert [launch.finish()[0] for launch in launches] == [0, 0]
+
+
 def test_an_error_that_ends_the_run_ends_it_on_every_host(launcher: Launcher, place: str) -> None:
     site = Site(
         launcher, "if rank == 1 or world.joins:\n    raise ValueError('bad sample')\nsignal.pause()", place, "--hosts", "2"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 
 import pytest
 
-from unisono.launch.meeting import Meeting
+from unisono.launch.meeting import BrokenOff, Meeting
 
 LIMIT_S = 30.0
 
@@ -54,3 +55,56 @@ def test_a_host_of_which_nothing_has_been_heard_yet_is_there(hosts: tuple[Meetin
     assert number in first.others()
     first.store.set(f"hosts/beat/{number}", "gone")
     assert number not in first.others()
+
+
+def begun(meetings: Sequence[Meeting]) -> list[tuple[int, bool]]:
+    """The attempt that each of them begins or joins, and whether it joins."""
+    with futures.ThreadPoolExecutor() as pool:
+        for done in [pool.submit(meeting.next_rendezvous) for meeting in meetings]:
+            done.result(LIMIT_S)
+    return [(meeting.attempt, meeting.joins) for meeting in meetings]
+
+
+def test_hosts_meet_again_if_one_is_lost_before_it_has_said_what_the_others_wait_for() -> None:
+    with contextlib.ExitStack() as stack:
+        first = Meeting(("127.0.0.1", 0), hosts=3)
+        place, _, port = first.address.partition(":")
+        second, third = [Meeting((place, int(port)), hosts=3) for _ in range(2)]
+        for meeting in (first, second, third):
+            stack.callback(meeting.shutdown)
+        assert begun([first, second, third]) == [(0, False)] * 3
+        with futures.ThreadPoolExecutor() as pool:
+            waiting = [pool.submit(meeting.exchange, "mine") for meeting in (first, second)]
+            third.shutdown()
+            for one in waiting:
+                with pytest.raises(BrokenOff):
+                    one.result(LIMIT_S)
+        fourth = Meeting((place, int(port)), hosts=3)
+        stack.callback(fourth.shutdown)
+        # The run has not begun: three are still to begin it.
+        with futures.ThreadPoolExecutor() as pool:
+            again = [pool.submit(meeting.next_rendezvous) for meeting in (first, second)]
+            assert begun([fourth]) == [(0, True)]  # it finds out that nobody goes on with that attempt
+            assert begun([fourth]) == [(1, False)]
+            for one in again:
+                one.result(LIMIT_S)
+            waiting = [pool.submit(meeting.exchange, str(meeting.host)) for meeting in (first, second, fourth)]
+            assert [one.result(LIMIT_S) for one in waiting] == [["0", "1", "3"]] * 3
+
+
+def test_hosts_that_have_begun_and_are_left_begin_again_without_one_that_is_lost() -> None:
+    with contextlib.ExitStack() as stack:
+        first = Meeting(("127.0.0.1", 0), hosts=2)
+        place, _, port = first.address.partition(":")
+        second = Meeting((place, int(port)), hosts=2)
+        stack.callback(first.shutdown)
+        assert begun([first, second]) == [(0, False)] * 2
+        with futures.ThreadPoolExecutor() as pool:
+            for one in [pool.submit(meeting.exchange, "mine") for meeting in (first, second)]:
+                one.result(LIMIT_S)
+        assert begun([first, second]) == [(1, False)] * 2
+        second.shutdown()
+        with pytest.raises(BrokenOff):
+            first.exchange("mine")
+        assert begun([first]) == [(2, False)]
+        assert first.exchange("mine") == ["mine"]

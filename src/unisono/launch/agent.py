@@ -9,6 +9,8 @@ becomes of a run that can go on without one of its workers is for `Survival` to 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import signal
 import socket
 import time
@@ -26,7 +28,7 @@ from torch.distributed.elastic.agent.server.api import (
 
 from unisono.errors import WorkerFailure
 from unisono.launch.board import FINE, Board, uid_of
-from unisono.launch.meeting import Meeting
+from unisono.launch.meeting import BrokenOff, Meeting
 from unisono.launch.processes import WorkerProcess, WorkerProcesses
 from unisono.launch.report import brief, root_cause
 from unisono.launch.statuses import STOP_CODES
@@ -98,29 +100,51 @@ class Agent(SimpleElasticAgent):
         self._heard_s = 0.0
         self.failed_elsewhere: str | None = None
         """Why the run has failed, where that is not a failure of this host's workers."""
+        self.leaves = False
+        """Whether this host was told to leave, and the others go on without it."""
+        self._founders: list[str] = []
         self._started = 0
         self._stopped_elsewhere: signal.Signals | None = None
         self._stop_deadline_s: float | None = None
         self._first_failure_s: float | None = None
 
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        while True:
+            with contextlib.suppress(BrokenOff):
+                super()._rendezvous(worker_group)
+                return
+
+    def _assign_worker_ranks(self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec) -> list[Worker]:
+        # Elastic's own waits a minute for what each host says of itself, and then fails: one may have been lost.
         self._board = Board(self._meeting.store, self._meeting.attempt)
         self._survival.begin(self._board, is_alone=not self._is_shared)
+        if self._meeting.joins:
+            self._founders, before = [], 0
+            size = spec.local_world_size if self._can_join() else 0
+        else:
+            uids = [self._next_uid() for _ in range(spec.local_world_size)]
+            everyones = [said.split(",") for said in self._meeting.exchange(",".join(uids))]
+            self._founders = list(itertools.chain(*everyones))
+            before, size = sum(map(len, everyones[:group_rank])), len(self._founders)
+        return [
+            Worker(local_rank=place, global_rank=before + place, role_rank=before + place, world_size=size, role_world_size=size)
+            for place in range(min(size, spec.local_world_size))
+        ]
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._processes.forget_ended()
         self._first_failure_s = None
         if self._meeting.joins:
-            workers = worker_group.workers if self._can_join() else []
-            return {worker.local_rank: self._start_joining(worker) for worker in workers}
-        uids = [self._next_uid() for _ in worker_group.workers]
-        founders = self._exchange(worker_group, uids)
+            return {worker.local_rank: self._start_joining(worker) for worker in worker_group.workers}
         started = {}
-        for worker, uid in zip(worker_group.workers, uids, strict=True):
+        for worker in worker_group.workers:
+            uid = self._founders[worker.global_rank]
             env = {
                 "RANK": str(worker.global_rank),
                 "WORLD_SIZE": str(worker.world_size),
                 "ROLE_RANK": str(worker.role_rank),
                 "ROLE_WORLD_SIZE": str(worker.role_world_size),
-                "UNISONO_FOUNDERS": founders,
+                "UNISONO_FOUNDERS": ",".join(self._founders),
                 "UNISONO_JOINS": "",
             }
             env = {**self._environment(worker, uid), **env}
@@ -131,6 +155,8 @@ class Agent(SimpleElasticAgent):
         """Whether there still is something to do for a host that comes later."""
         deadline_s = time.monotonic() + self._meeting.wait_s
         while not self._survival.applies:
+            if self._board.news().again:
+                raise BrokenOff
             if time.monotonic() > deadline_s:
                 raise WorkerFailure(
                     f"the run at {self._meeting.address} has made no Trainer within {self._meeting.wait_s:g} s (--wait): only "
@@ -138,14 +164,6 @@ class Agent(SimpleElasticAgent):
                 )
             self._meeting.pause()
         return not self._board.is_over
-
-    def _exchange(self, worker_group: WorkerGroup, uids: Sequence[str]) -> str:
-        """The founders of all hosts, in order of rank."""
-        group: Any = worker_group  # PyTorch says that these are None, as they are at first
-        store, size = group.store, group.group_world_size
-        store.set(f"uids/{worker_group.group_rank}", ",".join(uids))
-        everyones = (store.get(f"uids/{group}") for group in range(size))
-        return ",".join(uids.decode() for uids in everyones)
 
     def _start_joining(self, worker: Worker) -> int:
         """Start a worker that joins the others, perhaps in the place of one that died. It has no rank among them yet: the
@@ -234,7 +252,7 @@ class Agent(SimpleElasticAgent):
         if not self._is_shared:
             return course
         cause = self._survival.cause if self._survival.has_applied else root_cause(self._processes.failures())
-        if course is Course.FAILED and cause is not None:
+        if course is Course.FAILED and cause is not None and not self.leaves:
             self._board.tell_failed(f"worker {cause.rank} (pid {cause.pid}) on {socket.gethostname()} {brief(cause)}")
         if time.monotonic() - self._heard_s > _LOOK_S:
             self._heard_s = time.monotonic()
@@ -302,7 +320,7 @@ class Agent(SimpleElasticAgent):
             if self._stop.requested:
                 self._say(f"unisono: {signum.name}: the workers finish their step and stop; Ctrl-C again ends them now")
             if self._is_shared and not self._meeting.serves and self._survival.applies and not self._stopped_elsewhere:
-                signum = signal.SIGTERM  # not announced: this host leaves, and the others go on
+                self.leaves, signum = True, signal.SIGTERM  # not announced: the others go on
             else:
                 self._board.tell_stop(signum)
             self._processes.ask_to_stop(signum)

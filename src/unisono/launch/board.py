@@ -27,6 +27,7 @@ import json
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -36,6 +37,9 @@ from unisono.errors import WorkerFailure
 FINE = "ended with status 0"
 """How a process has ended that is not to be missed: it came to the script's end, or left as it was told to."""
 _LOST = "was lost with its host"
+_LOOKS = 10
+"""How often to see whether the store can be reached while it may be silent."""
+_PATIENCE = 4
 
 
 class Notes(Protocol):
@@ -54,13 +58,17 @@ class Reachable:
         store: The client, for this object alone.
         limit_s: How long an operation may take, in seconds.
         where: HOST:PORT of the store, for the message.
+        is_near: Whether the store can be reached at this moment. After the network was gone for a while, TCP takes about as long
+            again until it tries once more: while the store can be reached over a new connection, an answer may take
+            ``_PATIENCE`` times as long.
 
     Raises:
         WorkerFailure: From every method: the store is gone, or does not answer.
     """
 
-    def __init__(self, store: Notes, *, limit_s: float, where: str) -> None:
+    def __init__(self, store: Notes, *, limit_s: float, where: str, is_near: Callable[[], bool] = bool) -> None:
         self._store = store
+        self._is_near = is_near
         self._limit_s = limit_s
         self._where = where
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -80,10 +88,7 @@ class Reachable:
                 answers.put((None, error))
 
         self._orders.put(order)
-        try:
-            answer, error = answers.get(timeout=self._limit_s)
-        except queue.Empty:
-            answer, error = None, TimeoutError(f"no answer for {self._limit_s:g} s")
+        answer, error = self._await(answers)
         if error is not None:
             raise WorkerFailure(
                 f"contact with the store at {self._where} was lost ({_first_line(error)}). If the run goes on there, "
@@ -91,6 +96,19 @@ class Reachable:
                 "checkpoint"
             ) from error
         return answer
+
+    def _await(self, answers: queue.SimpleQueue[tuple[Any, Exception | None]]) -> tuple[Any, Exception | None]:
+        began_s = near_s = time.monotonic()
+        while True:
+            try:
+                return answers.get(timeout=self._limit_s / _LOOKS)
+            except queue.Empty:
+                now_s = time.monotonic()
+                if self._is_near():
+                    near_s = now_s
+                for since_s, limit_s in ((near_s, self._limit_s), (began_s, _PATIENCE * self._limit_s)):
+                    if now_s - since_s >= limit_s:
+                        return None, TimeoutError(f"no answer for {limit_s:g} s")
 
     def set(self, key: str, value: str, /) -> None:
         """As the store does."""

@@ -26,7 +26,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
 from unisono.errors import ConfigurationError, WorkerFailure
-from unisono.launch.board import Notes, Reachable
+from unisono.launch.board import Board, Notes, Reachable
 
 _LOOPBACK = "127.0.0.1"
 _STORE_TIMEOUT = timedelta(seconds=60)
@@ -43,6 +43,10 @@ _POLL_S = 0.1
 
 class Stopped(Exception):
     """A person asked to stop while the hosts were still to meet."""
+
+
+class BrokenOff(Exception):
+    """An attempt was over before all of its workers had started: the hosts have to meet again."""
 
 
 class Meeting(RendezvousHandler):
@@ -84,13 +88,15 @@ class Meeting(RendezvousHandler):
         self.store: Notes = self.client()
         """For the thread that made this object."""
         if not self.serves:
-            self.store = Reachable(self.store, limit_s=_ANSWER_S, where=self.address)
+            self.store = Reachable(self.store, limit_s=_ANSWER_S, where=self.address, is_near=self._can_connect)
         self.host = 0 if self.serves else self.store.add("unisono/hosts", 1)
         """Number of this host."""
         self.attempt = -1
         """Number of the attempt that `next_rendezvous` began or joined last; -1 before the first."""
         self.joins = False
         """Whether this host joins an attempt that had begun before it came."""
+        self._members: list[int] = []
+        self._has_begun = False
         self._leaves = threading.Event()
         self._heart: threading.Thread | None = None
         if not self.serves:
@@ -133,24 +139,42 @@ class Meeting(RendezvousHandler):
             self.store.set("hosts/attempt", str(self.attempt))
         else:
             members = self._come()
-        self.joins = self.host not in members
+        self._members, self.joins = members, self.host not in members
         port = int(self.store.get(f"hosts/{self.attempt}/port"))
-        # Elastic gives out ranks among those who share this part of the store.
-        part = f"hosts/{self.attempt}" + (f"/{self.host}" if self.joins else "")
         rank, size = (0, 1) if self.joins else (members.index(self.host), len(members))
-        return RendezvousInfo(PrefixStore(part, self.client()), rank, size, RendezvousStoreInfo(self._place, port))
+        part = PrefixStore(f"hosts/{self.attempt}", self.client())
+        return RendezvousInfo(part, rank, size, RendezvousStoreInfo(self._place, port))
+
+    def exchange(self, mine: str) -> list[str]:
+        """*collective*: every host that begins the attempt calls it. What each of them says, in order of rank.
+
+        Raises:
+            BrokenOff: One of them was lost before it could say it.
+        """
+        said = f"hosts/{self.attempt}/said"
+        board = Board(self.store, self.attempt)
+        self.store.set(f"{said}/{self.host}", mine)
+        while missing := [host for host in self._members if not self.store.check([f"{said}/{host}"])]:
+            if self.serves and not set(missing) <= {0, *self.others()}:
+                board.call_again()
+            if board.news().again:
+                raise BrokenOff
+            self.pause()
+        self._has_begun = True
+        return [self.store.get(f"{said}/{host}").decode() for host in self._members]
 
     def _gather(self) -> list[int]:
         """Host 0: who begins this attempt."""
-        deadline_s = time.monotonic() + (self.wait_s if self.attempt == 0 else _REUNION_S)
+        deadline_s = time.monotonic() + (_REUNION_S if self._has_begun else self.wait_s)
         while True:
             arrived = self.store.add(f"hosts/{self.attempt}/arrived", 0)
             members = {0} | {int(self.store.get(f"hosts/{self.attempt}/arrival/{number}")) for number in range(1, arrived + 1)}
             others = set(self.others())
-            if len(members) >= self._hosts if self.attempt == 0 else others <= members:
+            members &= {0, *others}
+            if others <= members if self._has_begun else len(members) >= self._hosts:
                 return sorted(members)
             if time.monotonic() > deadline_s:
-                if self.attempt > 0:
+                if self._has_begun:
                     return sorted(members)
                 raise WorkerFailure(
                     f"{len(members)} of {self._hosts} hosts came within {self.wait_s:g} s (--wait): start `unisono run --meet "
@@ -196,6 +220,14 @@ class Meeting(RendezvousHandler):
             if beat != b"gone" and now_s - self._beats[host][1] < _SILENCE_S:
                 there.append(host)
         return there
+
+    def _can_connect(self) -> bool:
+        """Whether the store takes new connections at this moment."""
+        try:
+            socket.create_connection((self._place, self._port), timeout=1.0).close()
+        except OSError:
+            return False
+        return True
 
     def _find_server(self) -> str:
         """Our own address on the way to the store."""

@@ -84,8 +84,9 @@ def run(settings: Run) -> int:
         with StopRequest() as stop, Guard() as guard, _nursery(settings, guard) as nursery, _terminal() as terminal:
             processes = WorkerProcesses(folder, guard, nursery, terminal=terminal)
             elsewhere = contact = None
+            leaves = False
             try:
-                elsewhere = _run_agent(settings, processes, survival, stop)
+                elsewhere, leaves = _run_agent(settings, processes, survival, stop)
             except KeyboardInterrupt:
                 pass  # a person insisted: the agent has ended the workers on its way out
             except WorkerFailure as failure:
@@ -104,6 +105,8 @@ def run(settings: Run) -> int:
         stopped = stop.requested or _stop_of(processes)
         if stopped:
             _restore_terminal()
+        if leaves and not (elsewhere or _stop_of(processes)) and (cause is None or cause.error is None):
+            return 0  # also where it was about to lose workers, or to replace them
         if stopped and (cause is None or _is_consequence_of_stop(cause)):
             return 128 + stopped if elsewhere or any(processes.statuses) or not processes.statuses else 0
         if cause is None:
@@ -141,8 +144,8 @@ def _terminal() -> Iterator[tuple[int, ...]]:
         yield tuple(copies)
 
 
-def _run_agent(settings: Run, processes: WorkerProcesses, survival: Survival, stop: StopRequest) -> str | None:
-    """Why the run has failed, if not of this host's workers.
+def _run_agent(settings: Run, processes: WorkerProcesses, survival: Survival, stop: StopRequest) -> tuple[str | None, bool]:
+    """Why the run has failed, if not of this host's workers; and whether this host left, and others go on.
 
     Raises:
         ConfigurationError: The hosts cannot meet where they are told to.
@@ -154,14 +157,14 @@ def _run_agent(settings: Run, processes: WorkerProcesses, survival: Survival, st
         meeting = Meeting(settings.meet, hosts=settings.hosts, wait_s=settings.wait_s, stops=lambda: bool(stop.requested))
         agent = _make_agent(settings, meeting, processes, survival, stop)
         if stop.requested:
-            return None
+            return None, False
         try:
             agent.run()
         finally:
             meeting.shutdown()
     except Stopped:
-        return None
-    return agent.failed_elsewhere
+        return None, False
+    return agent.failed_elsewhere, agent.leaves
 
 
 def _make_agent(settings: Run, meeting: Meeting, processes: WorkerProcesses, survival: Survival, stop: StopRequest) -> Agent:
