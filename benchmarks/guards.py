@@ -34,7 +34,7 @@ STEPS = {"tiny": 2560, "middle": 512, "wide": 64, "gpt": 128, "cnn": 128}
 WARM_UP = 64
 
 GUARDS: dict[str, Sequence[tuple[Any, str]]] = {
-    "replicas": [(replicas.ReplicaGuard, "digest"), (step.Stepper, "_take_time")],
+    "replicas": [(replicas.ReplicaGuard, "digest")],
     "ledger": [
         (batches.BatchStream, "_accounts"),
         (run.Run, "_check_epoch"),

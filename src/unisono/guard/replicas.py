@@ -29,7 +29,7 @@ from unisono.collective import Collective
 from unisono.errors import Desync
 from unisono.guard.budget import Credit
 
-PERIOD = 128
+PERIOD = 64
 """Steps in which everything is compared once."""
 
 OnDesync = Literal["error", "heal"]
@@ -83,25 +83,28 @@ class ReplicaGuard:
         self._looked = 0.0
         self._credit = Credit(_SHARE)
         self._rest = 0  # steps until something may be due
-        self._steps, self._passed_s = 0, 0.0  # since something might have been due
+        self._steps = 1  # and since something might have been due, when that is over
+        self._read_s = math.nan
 
-    def digest(self, step_s: float) -> int:
+    def digest(self, seconds: Sequence[float]) -> int:
         """*local*. 64 bits of the pieces whose turn it is; 0 if it is no piece's turn.
 
         Args:
-            step_s: How long the step before took, in seconds; the same on all workers.
+            seconds: Readings of clocks, whose sum grows as time passes; the same on all workers. Not numbers: not known.
         """
-        self._steps += 1
-        self._passed_s += step_s
         if self._rest:
             self._rest -= 1
             return 0
-        looked_at = self._due() if self._collective.size > 1 else []
-        self._rest = self._pause()
-        self._steps, self._passed_s = 0, 0.0
+        before_s, self._read_s = self._read_s, sum(seconds)
+        passed_s = self._read_s - before_s
+        if math.isnan(passed_s):
+            passed_s = 0.0
+        looked_at = self._due(passed_s) if self._collective.size > 1 else []
+        self._rest = self._pause(passed_s)
+        self._steps = self._rest + 1
         return int.from_bytes(_digest(looked_at), "little") | 1 if looked_at else 0  # never 0 if there is something
 
-    def _due(self) -> list[Part]:
+    def _due(self, passed_s: float) -> list[Part]:
         """The pieces whose turn it is."""
         if self._next >= len(self._pieces):
             tensors = self._tensors()
@@ -112,7 +115,7 @@ class ReplicaGuard:
         begin = self._next
         # Within the period, whatever it costs; and more while there is time.
         self._looked += self._steps * len(self._pieces) / (self._every or PERIOD)
-        self._credit.earn(self._passed_s)
+        self._credit.earn(passed_s)
         while self._next < len(self._pieces) and self._is_due(self._pieces[self._next][1]):
             self._credit.spend(self._pieces[self._next][1])
             self._next += 1
@@ -121,7 +124,7 @@ class ReplicaGuard:
     def _is_due(self, cost_s: float) -> bool:
         return self._next + 1 <= self._looked + 1e-9 or (self._every is None and self._credit.affords(cost_s))
 
-    def _pause(self) -> int:
+    def _pause(self, passed_s: float) -> int:
         """For how many steps nothing will be due, if they take as long as those before: to ask in each of them would cost as much
         as to look."""
         period = self._every or PERIOD
@@ -130,9 +133,9 @@ class ReplicaGuard:
         begins = self._next >= len(self._pieces)  # what comes then has not been seen yet: it may be like this time
         missing = 1 - 1e-9 if begins else self._next + 1 - 1e-9 - self._looked
         steps = missing * period / len(self._pieces)
-        if self._every is None and self._passed_s > 0:
+        if self._every is None:
             missing_s = self._credit.missing(self._pieces[0 if begins else self._next][1])
-            steps = min(steps, missing_s * self._steps / self._passed_s)
+            steps = min(steps, missing_s * self._steps / passed_s if passed_s > 0 else 1)
         return max(0, math.ceil(steps) - 1)
 
     def check_all(self, step: int) -> None:

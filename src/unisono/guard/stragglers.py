@@ -34,7 +34,9 @@ PARTS = 5
 SLOW_PARTS = 4
 """A straggler is slow in this many of the window's equal parts."""
 BLOCK_S = 0.1
-"""Steps are summed up in blocks of about this time, or of one step if that takes longer, or of ``STEPS`` if they take less."""
+"""Steps are summed up in blocks of about this time, or of one step if that takes longer, or of ``MOST_STEPS`` if those take
+less."""
+MOST_STEPS = 200
 
 LOOK_EVERY_S = 5.0
 THROTTLED_SHARE = STOLEN_SHARE = 0.02
@@ -159,7 +161,7 @@ class Stragglers:
         before, self._filled = self._filled, filled
         steps, self._alike = self._alike, 0
         if len(told) == 1:
-            self._wait = STEPS
+            self._wait = MOST_STEPS
             return None
         readings = np.array([(*one.seconds, one.work_s) for one in told])
         if before >= 0:
@@ -171,7 +173,7 @@ class Stragglers:
         block = self._block(tuple(one.troubles for one in told))
         self._stretches.clear()
         seconds = float(block.seconds[0].sum())
-        self._wait = self._due = min(max(1, round(BLOCK_S * block.steps / seconds)), STEPS) if seconds > 0 else 1
+        self._wait = self._due = min(max(1, round(BLOCK_S * block.steps / seconds)), MOST_STEPS) if seconds > 0 else 1
         self._blocks.append(block)
         self._steps += block.steps
         self._seconds += seconds

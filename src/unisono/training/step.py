@@ -159,8 +159,7 @@ class Stepper:
         self.work_s = 0.0
         self.holdings: Holdings | None = None
         """What the workers of this host hold in common, if they do."""
-        self._read_s = math.nan  # worker 0's time up to the last step: something that all workers know
-        self._step_s = 0.0  # how much of it the step before took; 0: not known
+        self._seconds = Signals().seconds  # worker 0's up to the step before: something that all workers know
         self._format = HeaderFormat(leaves, len(layout.parameters), len(buffers.names))
 
     def run(self, batch: Batch, step: int, signals: Signals) -> tuple[StepResult, list[Signals]]:
@@ -182,7 +181,7 @@ class Stepper:
         losses = _columns([header.losses for header in headers])
         counts = _columns([header.counts for header in headers])
         told = [header.signals for header in headers]
-        self._take_time(told[0])
+        before, self._seconds = self._seconds, told[0].seconds
         loss, count = _tree_sum(losses[: batch.filled]), _tree_sum(counts[: batch.filled])
         if not (math.isfinite(loss) and count > 0):  # if each loss is finite, the sum may still overflow
             if self._on_nonfinite == "skip" and not all(map(math.isfinite, losses)):
@@ -204,7 +203,7 @@ class Stepper:
         if self.holdings is not None:
             if any(signal.grown for signal in told):
                 self.holdings.settle(step - 1)
-            self.holdings.before_update(step, self._step_s)
+            self.holdings.before_update(step, _passed_s(before, self._seconds))
         with self._clock.phase("compute"):
             self._update(reduced, norm)
         if self.holdings is not None:
@@ -248,11 +247,6 @@ class Stepper:
             skipped=True,
         )
 
-    def _take_time(self, told: Signals) -> None:
-        read_s = sum(told.seconds)
-        step_s = read_s - self._read_s
-        self._read_s, self._step_s = read_s, 0.0 if math.isnan(step_s) else step_s
-
     def _learning_rates(self) -> tuple[float, ...]:
         return tuple(float(group["lr"]) for group in self._optimizer.param_groups if "lr" in group)
 
@@ -290,7 +284,7 @@ class Stepper:
 
     def _compute(self, batch: Batch, step: int, signals: Signals) -> Header:
         self._reduction.begin(batch.filled, overlap=self._overlap)
-        replica = self._guard.digest(self._step_s)
+        replica = self._guard.digest(self._seconds)
         tally = batch.tally
         began = time.perf_counter()
         losses: list[Tensor] = []
@@ -460,6 +454,12 @@ def _tally(batch: Batch) -> Entry:
     if batch.ledger is None:
         return NOTHING
     return total([entry(part.indices) for part in batch.parts])
+
+
+def _passed_s(before: Sequence[float], now: Sequence[float]) -> float:
+    """What passed between two readings; 0 if one of them is not known."""
+    passed_s = sum(now) - sum(before)
+    return 0.0 if math.isnan(passed_s) else passed_s
 
 
 def _columns(lines: Sequence[Sequence[float]]) -> list[float]:

@@ -99,7 +99,7 @@ class Trainer:
         on_desync: What replicas that differ do: "error" ends training; "heal" lets the odd ones take the state of the others,
             where more than half agree.
         compare_every: Replicas are compared as a whole once in this many steps; None: as often as a hundredth of the time allows,
-            at least once in 128 steps.
+            at least once in 64 steps.
         timeout_s: Seconds, from 1, that a worker waits for another one before it ends the run and names it. Must exceed the
             longest time that one may keep the others waiting: worker 0 writing a file, any worker loading its first batch.
         callbacks: Told about steps and epochs, on every worker.
