@@ -120,7 +120,7 @@ def disturb(run: Run, outcome: Outcome, most: int, rng: random.Random, faults: S
         if now >= next_s and run.ready and len(outcome.faults) < most:
             fault = choose(faults, rng)
             if striker.strike(fault):
-                outcome.faults.append(fault)
+                outcome.strike(fault)
             next_s = now + between(rng)
         time.sleep(0.005)
 
@@ -138,7 +138,7 @@ def one_run(
 ) -> Outcome:
     """Starts a run, disturbs it, and looks what became of it."""
     workers = rng.randint(1, MOST_WORKERS)
-    outcome = Outcome(number=number, kind=kind, workers=str(workers))
+    outcome = Outcome(number=number, folder=folder, kind=kind, workers=str(workers))
     shared = shared_memory()
     began = time.monotonic()
     run = Run(folder, kind, workers, steps)
@@ -149,6 +149,7 @@ def one_run(
     outcome.seconds = time.monotonic() - began
     if run.process.returncode != 0:
         outcome.problems.append(f"status {run.process.returncode}")
+    outcome.look_for_pauses([run.log])
     outcome.compare(digest(folder / "run"), expected)
     outcome.problems += remains(folder, shared)
     return outcome

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import enum
 import hashlib
+import itertools
 import os
 import random
 import signal
@@ -43,6 +44,8 @@ TO_WORKERS = (Fault.KILL, Fault.STOP, Fault.PAUSE, Fault.FAIL, Fault.LEAVE, Faul
 """Those that strike workers, wherever they are."""
 WEIGHTS = {Fault.KILL: 10, Fault.STOP: 1, Fault.PAUSE: 2, Fault.FAIL: 3, Fault.LEAVE: 2, Fault.KILL_ALL: 1}
 """How often each comes."""
+LONGEST_S = 60.0
+"""How long there may be no step: whatever happens to a run, it finds out sooner."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -50,11 +53,27 @@ class Outcome:
     """What became of one run."""
 
     number: int
+    folder: Path
     kind: str
     workers: str
     faults: list[Fault] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
+    pause_s: float = 0.0
+    """The longest time between two steps."""
     problems: list[str] = dataclasses.field(default_factory=list)
+
+    def strike(self, fault: Fault) -> None:
+        """Takes note of a fault that has been done to it."""
+        self.faults.append(fault)
+        with (self.folder / "faults").open("a") as file:
+            file.write(f"{time.time():.6f} {fault.value}\n")
+
+    def look_for_pauses(self, logs: Iterable[Path]) -> None:
+        """Notes a problem if no worker took a step for too long."""
+        steps_s = sorted(float(line.split()[0]) for log in logs for line in log.read_text().splitlines() if " step " in line)
+        self.pause_s = max((later - before for before, later in itertools.pairwise(steps_s)), default=0.0)
+        if self.pause_s > LONGEST_S:
+            self.problems.append(f"no step for {self.pause_s:.0f} s")
 
     def compare(self, digest: str, expected: str) -> None:
         """Notes a problem if the weights are not those of the undisturbed run."""
@@ -65,7 +84,7 @@ class Outcome:
         """A line for a person."""
         counts = ", ".join(f"{count} x {fault.value}" for fault, count in Counter(self.faults).items())
         what = f"run {self.number}: {self.kind}, {self.workers} workers, {len(self.faults)} faults ({counts})"
-        return f"{what}, {self.seconds:.1f} s: {'; '.join(self.problems) or 'same digest'}"
+        return f"{what}, {self.seconds:.1f} s, longest pause {self.pause_s:.1f} s: {'; '.join(self.problems) or 'same digest'}"
 
 
 class Victims(Protocol):

@@ -280,10 +280,10 @@ class Weather:
         if first is None and second is None and now_s >= self._comes_s:
             run.start(0)
             run.start(1)
-            self._outcome.faults.append(Fault.JOIN)
+            self._outcome.strike(Fault.JOIN)
         elif second is None and first is not None and first.has_worker and now_s >= self._comes_s:
             run.start(1)
-            self._outcome.faults.append(Fault.JOIN)
+            self._outcome.strike(Fault.JOIN)
         return problems
 
     def mend(self) -> None:
@@ -308,7 +308,7 @@ def disturb(run: Run, outcome: Outcome, most: int, rng: random.Random, faults: S
         if now >= next_s and any(launch and launch.has_worker for launch in run.present) and len(outcome.faults) < most:
             fault = choose(faults, rng, WEIGHTS | TO_HOSTS)
             if weather.strike(fault) if fault in TO_HOSTS else striker.strike(fault):
-                outcome.faults.append(fault)
+                outcome.strike(fault)
             next_s = now + between(rng)
         time.sleep(0.01)
     weather.mend()
@@ -338,7 +338,7 @@ def one_run(
         NoNamespaces: Two hosts cannot be made here.
     """
     workers = [rng.randint(1, MOST_WORKERS) for _ in ADDRESSES]
-    outcome = Outcome(number=number, kind=kind, workers=f"{workers[0]} and {workers[1]}")
+    outcome = Outcome(number=number, folder=folder, kind=kind, workers=f"{workers[0]} and {workers[1]}")
     shared = shared_memory()
     began = time.monotonic()
     with two_hosts(machines=True) as hosts:
@@ -348,6 +348,7 @@ def one_run(
             run.start(1)
         disturb(run, outcome, most, rng, faults)
         outcome.seconds = time.monotonic() - began
+        outcome.look_for_pauses(launch.log for launch in run.launches)
         outcome.compare(digest(folder / "run"), expected)
         outcome.problems += remains(folder, shared)
     run.close()

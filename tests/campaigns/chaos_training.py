@@ -1,10 +1,11 @@
 """What the campaign of faults trains: ``unisono run chaos_training.py RUN_DIR LOG KIND STEPS``.
 
-It tells the log who it is and each step that it has done, and fails on SIGUSR1.
+It tells the log who it is and each step that it has done, and the story beside it what unisono logs; it fails on SIGUSR1.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -65,6 +66,9 @@ def bad_sometimes(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
 
 
 def main(run_dir: str, log: Path, kind: str, steps: int) -> None:
+    logging.basicConfig(
+        filename=log.with_name(f"{log.name}.story"), format="%(created).6f %(process)d %(message)s", level=logging.INFO
+    )
     signal.signal(signal.SIGUSR1, fail)
     tell(log, "here")
     torch.manual_seed(0)

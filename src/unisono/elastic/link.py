@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import logging
 import os
 import sys
 import warnings
@@ -24,6 +25,8 @@ from unisono.world import World
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger("unisono")
 
 _MOST_TRIES = 100
 """Generations that may fail to come about before that counts as the machine's fault."""
@@ -167,6 +170,7 @@ class Link:
 
     def _connected(self, keep: Sequence[Tensor]) -> Collective:
         assert self.generation is not None
+        logger.info("generation %d: worker %d of %d", self.generation.number, self.generation.rank, self.generation.size)
         self._memory.recycle(keep)
         return self._connect(self.generation, self._memory, self.device)
 
