@@ -173,7 +173,7 @@ class Run:
             {pid for pid in self.workers_of(host) if launch is not None and self._took(launch, host, pid) >= last}
             for host, launch in enumerate(self.present)
         ]
-        return len(members[0] | members[1]) >= 3 and bool(members[0] - {worker})
+        return last >= 0 and len(members[0] | members[1]) >= 3 and bool(members[0] - {worker})
 
     def _took(self, launch: Launch, host: int, worker: int) -> int:
         """The last step that a worker has taken part in."""

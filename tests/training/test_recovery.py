@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import signal
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -63,6 +65,7 @@ def train(
     replicate_kib: float,
     own_loop: bool = False,
     dies_in_update: int = 0,
+    callbacks: Sequence[unisono.Callback] = (),
 ) -> Found:
     torch.manual_seed(7)
     model, data = Net(), Augmented()
@@ -79,7 +82,7 @@ def train(
         sync=unisono.Exact(replicate_kib=replicate_kib),
         run_dir=f"memory://recovery-{run or uuid.uuid4().hex}",
         checkpoint_every=2,
-        callbacks=[watcher],
+        callbacks=[watcher, *callbacks],
         collective=link,
     )
     results: list[unisono.StepResult] = []
@@ -159,6 +162,39 @@ def test_workers_that_come_later_take_part_in_the_run_as_it_is(replicate_kib: fl
         same = {**expected, "seen": lives.results[late]["seen"], "position": lives.results[late]["position"]}
         assert lives.results[late] == same
     assert max(lives.calls[2], lives.calls[3]) > 10, "nobody came in time"
+
+
+class IsToldToLeave(unisono.Callback):
+    edits_weights = False
+
+    def on_step(self, trainer: unisono.Trainer, result: unisono.StepResult) -> None:
+        if result.step == 2:
+            assert trainer._stop is not None
+            trainer._stop.requested = signal.SIGTERM
+
+
+def ended(link: Link, **settings: Any) -> Found | int:
+    """What those who were there first, and are told to leave, end with, and those who come later."""
+    callbacks = [IsToldToLeave()] if link.membership.is_founder else []
+    try:
+        return train(link, replicate_kib=0.0, callbacks=callbacks, **settings)
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def test_when_all_are_told_to_leave_those_who_wait_to_join_take_over() -> None:
+    work = functools.partial(ended, run=uuid.uuid4().hex, epochs=4)
+    results = run_lives(2, work, {}, joiners=1).results
+    expected = undisturbed(epochs=4)
+    same = {**expected, "seen": results[2]["seen"]}
+    assert results == {0: 0, 1: 0, 2: same}
+
+
+def test_when_all_are_told_to_leave_and_nobody_waits_the_run_stops_and_can_be_resumed() -> None:
+    run = uuid.uuid4().hex
+    assert run_lives(2, functools.partial(ended, run=run), {}).results == {0: 143, 1: 143}
+    found = train(None, run=run, replicate_kib=0.0)
+    assert found == {**undisturbed(), "seen": found["seen"]}
 
 
 class Tells(unisono.Callback):

@@ -32,6 +32,9 @@ _MOST_TRIES = 100
 """Generations that may fail to come about before that counts as the machine's fault."""
 _PASSING = ("refused", "reset", "gone", "timed out", "broken pipe")
 """Words of problems that a worker has left behind which died while all connected."""
+_PATIENCE_S, _MOST_PATIENCE_S = 5.0, 60.0
+"""How long Gloo may take to connect workers that are all there, at first and at most: twice as long after each failure. It does
+not notice that one of them is lost meanwhile."""
 _STORE_LIMIT = datetime.timedelta(seconds=30)
 """How long the store may take to answer."""
 
@@ -105,7 +108,7 @@ class Link:
         link = cls(
             Membership(store, me, world.founders, timeout_s=timeout_s),
             store,
-            _transports(store),
+            _Transports(store),
             minimum=world.minimum,
             wait_s=world.wait_s,
         )
@@ -172,7 +175,8 @@ class Link:
         assert self.generation is not None
         logger.info("generation %d: worker %d of %d", self.generation.number, self.generation.rank, self.generation.size)
         self._memory.recycle(keep)
-        return self._connect(self.generation, self._memory, self.device)
+        with _store_errors():
+            return self._connect(self.generation, self._memory, self.device)
 
     @property
     def uids(self) -> list[str]:
@@ -218,36 +222,52 @@ def say_over() -> None:
                 link.tell("over", "1")
 
 
-def _transports(store: Any) -> Connect:
-    """Shared memory where all workers are on one machine; else Gloo between machines, and shared memory on each. NCCL between
-    GPUs."""
+class _Transports:
+    """Makes the transport of one generation after the other: shared memory where all workers are on one machine; else Gloo
+    between machines, and shared memory on each. NCCL between GPUs.
 
-    def connect(generation: Generation, memory: Memory, device: torch.device) -> Collective:
+    Args:
+        store: Where the workers meet.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self._patience_s = _PATIENCE_S
+
+    def __call__(self, generation: Generation, memory: Memory, device: torch.device) -> Collective:
         number, rank, size = generation.number, generation.rank, generation.size
         if device.type != "cpu":
             from unisono.collective.torch_distributed import TorchDistributed
 
-            own = PrefixStore(f"{number}/nccl", store)
+            own = PrefixStore(f"{number}/nccl", self._store)
             return TorchDistributed.meet(rank, size, own, device=device, check=generation.check)
-        found: Collective | str
         if len({member.machine for member in generation.members}) == 1:
             found = SharedMemory.meet(rank, size, generation.introduce, memory=memory, check=generation.check)
             if not isinstance(found, str):
                 return found
             if any(sign in found.lower() for sign in _PASSING) and number < _MOST_TRIES:
                 raise LostWorker(f"generation {number} did not come about: {found}")
+        generation.introduce(b"")  # all are there: from now on it takes a moment, or one of them is lost
+        try:
+            made = self._connect(generation, memory)
+        except LostWorker:
+            self._patience_s = min(2 * self._patience_s, _MOST_PATIENCE_S)
+            raise
+        self._patience_s = _PATIENCE_S
+        return made
+
+    def _connect(self, generation: Generation, memory: Memory) -> Collective:
         from unisono.collective.hierarchical import come_near
         from unisono.collective.torch_distributed import TorchDistributed
 
-        wide = TorchDistributed.meet(rank, size, PrefixStore(f"{number}/gloo", store))
+        store = PrefixStore(f"{generation.number}/gloo", self._store)
+        wide = TorchDistributed.meet(generation.rank, generation.size, store, limit_s=self._patience_s)
         found = come_near(wide, memory=memory, check=generation.check)
         if not isinstance(found, str):
             return found
-        if rank == 0 and number == 1:
-            warnings.warn(f"workers talk over Gloo, since they cannot share memory: {found}", stacklevel=6)
+        if generation.rank == 0 and generation.number == 1:
+            warnings.warn(f"workers talk over Gloo, since they cannot share memory: {found}", stacklevel=7)
         return wide
-
-    return connect
 
 
 @contextlib.contextmanager

@@ -601,13 +601,16 @@ class Trainer:
     def _let_come_and_go(self, taken: Taken) -> None:
         """*collective*, after a step. All stop if one was asked to; else those leave who were told to, and others may come."""
         stop = max(signal.stop for signal in taken.told)
-        if not stop and taken.leavers and len(taken.leavers) == len(taken.told):
-            stop = int(signal.SIGTERM)
+        leavers = taken.leavers
+        if leavers and len(leavers) == len(taken.told):
+            if not taken.admits:
+                stop = stop or int(signal.SIGTERM)
+            leavers = ()  # until those who wait to join have what they hold
         if stop:
             self._stop_all(stop)
-        if taken.leavers or taken.admits:
+        if leavers or taken.admits:
             self._run.flush_log()
-            self._team.change(taken.leavers, admit=taken.admits)
+            self._team.change(leavers, admit=taken.admits)
 
     def _stop_all(self, stop: int) -> None:
         note = f"stopped by {signal.Signals(stop).name} after step {self.position.step}"
