@@ -11,9 +11,10 @@ import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.launch.conftest import PRELUDE, Launch, Launcher
+from tests.launch.conftest import PRELUDE, Launch, Launcher, assert_gone
 from tests.launch.test_replacement import ELASTIC
 from unisono.testing.hosts import ADDRESSES, NoNamespaces, TwoHosts, two_hosts
 
@@ -293,6 +294,38 @@ def test_a_host_may_leave_however_its_workers_end_by_it(launcher: Launcher, plac
     assert second.hear() == ["there"]
     second.process.terminate()
     assert [launch.finish()[0] for launch in launches] == [0, 0]
+
+
+def test_a_host_may_leave_while_the_hosts_meet_again(launcher: Launcher, place: str) -> None:
+    site = Site(
+        launcher,
+        """
+        if world.attempt == 0:
+            signal.signal(signal.SIGUSR1, lambda *_: sys.exit(79))  # all start again
+            tell("there")
+            while True:
+                signal.pause()
+        store.set("over", "1")
+        """,
+        place,
+        "--hosts",
+        "3",
+    )
+    launches = [site.start() for _ in range(3)]
+    heard = [hear(launch) for launch in launches]
+    assert [launch.hear() for launch in launches] == [["there"]] * 3
+    (first, last), (second, worker), (third, _) = [
+        next((launch, pid) for launch, (name, pid) in zip(launches, heard, strict=True) if name.endswith(f" {host}.0"))
+        for host in range(3)
+    ]
+    third.process.send_signal(signal.SIGSTOP)  # the others wait for it
+    workers = [psutil.Process(pid) for pid in (worker, last)]
+    os.kill(worker, signal.SIGUSR1)
+    assert_gone(workers)
+    second.process.terminate()
+    assert second.finish()[0] == 0
+    third.process.send_signal(signal.SIGCONT)
+    assert [launch.finish(limit_s=30.0)[0] for launch in (first, third)] == [0, 0]
 
 
 def test_an_error_that_ends_the_run_ends_it_on_every_host(launcher: Launcher, place: str) -> None:

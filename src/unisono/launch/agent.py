@@ -9,7 +9,6 @@ becomes of a run that can go on without one of its workers is for `Survival` to 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import signal
 import socket
@@ -28,7 +27,7 @@ from torch.distributed.elastic.agent.server.api import (
 
 from unisono.errors import WorkerFailure
 from unisono.launch.board import FINE, Board, uid_of
-from unisono.launch.meeting import BrokenOff, Meeting
+from unisono.launch.meeting import BrokenOff, Meeting, Stopped
 from unisono.launch.processes import WorkerProcess, WorkerProcesses
 from unisono.launch.report import brief, root_cause
 from unisono.launch.statuses import STOP_CODES
@@ -101,7 +100,7 @@ class Agent(SimpleElasticAgent):
         self.failed_elsewhere: str | None = None
         """Why the run has failed, where that is not a failure of this host's workers."""
         self.leaves = False
-        """Whether this host was told to leave, and the others go on without it."""
+        """Whether this host was told to leave, and the others may go on without it."""
         self._founders: list[str] = []
         self._started = 0
         self._stopped_elsewhere: signal.Signals | None = None
@@ -110,9 +109,14 @@ class Agent(SimpleElasticAgent):
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         while True:
-            with contextlib.suppress(BrokenOff):
+            try:
                 super()._rendezvous(worker_group)
-                return
+            except BrokenOff:
+                continue
+            except Stopped:
+                self.leaves = self._may_leave and self._survival.has_applied
+                raise
+            return
 
     def _assign_worker_ranks(self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec) -> list[Worker]:
         # Elastic's own waits a minute for what each host says of itself, and then fails: one may have been lost.
@@ -319,8 +323,9 @@ class Agent(SimpleElasticAgent):
                 return False
             if self._stop.requested:
                 self._say(f"unisono: {signum.name}: the workers finish their step and stop; Ctrl-C again ends them now")
-            if self._is_shared and not self._meeting.serves and self._survival.applies and not self._stopped_elsewhere:
-                self.leaves, signum = True, signal.SIGTERM  # not announced: the others go on
+            self.leaves = self._may_leave and self._survival.applies and not self._stopped_elsewhere
+            if self.leaves:
+                signum = signal.SIGTERM  # not announced: the others go on
             else:
                 self._board.tell_stop(signum)
             self._processes.ask_to_stop(signum)
@@ -334,6 +339,11 @@ class Agent(SimpleElasticAgent):
             return False
         self._say(f"unisono: workers still ran {self._grace_s:g} s after the stop and were ended (--grace)")
         return True
+
+    @property
+    def _may_leave(self) -> bool:
+        """Whether others go on without this host, if the script can."""
+        return self._is_shared and not self._meeting.serves
 
     @property
     def _outlasts(self) -> bool:

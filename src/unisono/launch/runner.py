@@ -160,6 +160,8 @@ def _run_agent(settings: Run, processes: WorkerProcesses, survival: Survival, st
             return None, False
         try:
             agent.run()
+        except Stopped:
+            pass  # before the hosts had met again
         finally:
             meeting.shutdown()
     except Stopped:
