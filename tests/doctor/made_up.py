@@ -33,6 +33,7 @@ def machine(**changes: Any) -> Machine:
         "memory_free": 60 * GIB,
         "shm_size": 32 * GIB,
         "shm_free": 32 * GIB,
+        "temporary_folder": "/tmp",
         "open_files_limit": 65536,
         "open_files_hard": 65536,
         "open_files": 10,

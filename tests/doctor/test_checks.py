@@ -83,6 +83,13 @@ def test_a_small_dev_shm_matters_to_loader_workers_only(size: int | None, level:
     assert "only DataLoader" in finding.fact
 
 
+@pytest.mark.parametrize(("length", "level"), [(75, Level.FINE), (76, Level.NOTE)])
+def test_a_long_temporary_folder_leaves_loader_workers_without_sockets(length: int, level: Level) -> None:
+    finding = found("temporary folder", worker(machine=machine(temporary_folder="/" + "x" * (length - 1))))
+    assert finding.level == level
+    assert ("at most 75 bytes (this one has 76)" in finding.advice) == (level == Level.NOTE)
+
+
 @pytest.mark.parametrize(
     ("limit", "hard", "level", "advice"),
     [

@@ -40,7 +40,18 @@ def test_alone_it_looks_at_everything_and_leaves_nothing_behind(tmp_path: Path) 
     document = json.loads(done.stdout)
     assert done.returncode == (document["level"] == "problem"), done.stderr
     found = by_name(document)
-    assert {"cores", "threads", "memory", "/dev/shm", "open files", "throttling", "PyTorch", "determinism", "GPUs"} <= set(found)
+    assert {
+        "cores",
+        "threads",
+        "memory",
+        "/dev/shm",
+        "temporary folder",
+        "open files",
+        "throttling",
+        "PyTorch",
+        "determinism",
+        "GPUs",
+    } <= set(found)
     assert {"shared memory", "Gloo", "clocks", "run directory"} <= set(found)
     facts = document["facts"]
     assert [worker["planned"] for worker in facts["workers"]] == [usable_cores()] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,6 +15,9 @@ _DOCKER_SHM_BYTES = 64 * 1024 * 1024
 _CUBLAS_DETERMINISTIC = (":4096:8", ":16:8")
 _MIN_MEMORY, _GOOD_MEMORY = 100e6, 1e9
 _SPARE_FILES, _USUAL_FILES = 64, 1024
+_LONGEST_SOCKET_PATH = 107
+_SOCKET_NAME = "/pymp-xxxxxxxx/listener-xxxxxxxx"
+"""What Python's multiprocessing adds to the temporary folder for the socket of a loader worker."""
 _SOME, _MUCH = 0.02, 0.10
 _OTHER_CORES = 0.25
 
@@ -30,6 +34,7 @@ def check_host(workers: Sequence[Worker]) -> list[Finding]:
         threads(first),
         memory(workers),
         shared_memory_folder(first),
+        temporary_folder(first),
         open_files(first),
         *processor_time(workers),
     ]
@@ -129,6 +134,21 @@ def shared_memory_folder(worker: Worker) -> Finding:
             "not fit: docker run --shm-size=2g, in Kubernetes an emptyDir of medium Memory, or no loader workers.",
         )
     return finding(name, fact)
+
+
+def temporary_folder(worker: Worker) -> Finding:
+    """Where loader workers put the sockets by which they send batches: the system limits the length of such a path."""
+    folder = worker.machine.temporary_folder
+    longest = _LONGEST_SOCKET_PATH - len(_SOCKET_NAME)
+    length = len(os.fsencode(folder))
+    if length <= longest:
+        return finding("temporary folder", folder)
+    return finding(
+        "temporary folder",
+        folder,
+        note=f"A DataLoader with loader workers hangs: the path of their sockets is too long. Set TMPDIR to a folder of at most "
+        f"{longest} bytes (this one has {length}), or use no loader workers.",
+    )
 
 
 def open_files(worker: Worker) -> Finding:

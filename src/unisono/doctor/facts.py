@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ class Machine:
     """Size of /dev/shm; None if it is not there."""
     shm_free: int | None
     """What is free of it."""
+    temporary_folder: str
+    """Where this process puts temporary files."""
     open_files_limit: int | None
     """How many files this process may have open; None: no limit."""
     open_files_hard: int | None
@@ -119,6 +122,7 @@ def read_machine(root: Path = Path("/")) -> Machine:
         memory_free=min(free) if free else None,
         shm_size=shm[0],
         shm_free=shm[1],
+        temporary_folder=tempfile.gettempdir(),
         open_files_limit=soft,
         open_files_hard=hard,
         open_files=_count(root / "proc/self/fd"),
