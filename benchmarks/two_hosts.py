@@ -26,7 +26,7 @@ from processes import Group
 from report import HERE, about
 from workloads import WORKLOADS
 
-from unisono.testing.hosts import WIRE, NoNamespaces, TwoHosts, two_hosts
+from unisono.testing.hosts import WIRE, Hosts, NoNamespaces, virtual_hosts
 
 DEFAULT = ("DDP", "unisono, M = W", "unisono, M = 8", "unisono over Gloo, M = 8")
 CASES = ("wide", "gpt")
@@ -54,7 +54,7 @@ class Measured:
     """Bytes that left a host in a step, the greater of both."""
 
 
-def measure(case: str, workers: int, hosts: TwoHosts, peers: Sequence[str], rounds: int) -> dict[str, Measured]:
+def measure(case: str, workers: int, hosts: Hosts, peers: Sequence[str], rounds: int) -> dict[str, Measured]:
     """Trains in all peers, in turns, with ``workers`` workers on each host.
 
     Raises:
@@ -119,7 +119,7 @@ def main() -> None:
         for workers in arguments.workers:
             began = time.monotonic()
             try:
-                with two_hosts(megabit=arguments.megabit) as hosts:
+                with virtual_hosts(megabit=arguments.megabit) as hosts:
                     found = measure(case, workers, hosts, arguments.peers, rounds)
             except NoNamespaces as error:
                 raise SystemExit(f"network namespaces cannot be made here: {error}") from error

@@ -1,18 +1,19 @@
 """Does everything to the workers of real runs that can happen to them, and sees that the weights are those of an undisturbed run.
 
     python -m tests.campaigns.chaos --faults 500 --seed 0
-    python -m tests.campaigns.chaos --faults 60 --hosts 2
+    python -m tests.campaigns.chaos --faults 60 --hosts 3
 
 Each run trains ``chaos_training.py`` through ``unisono run`` on 1 to 6 workers. While it trains, checkpoints, evaluates and
 recovers, faults come at random moments: a worker is killed (worker 0 like any other), stopped and perhaps woken up again, made
 to fail, told to leave; or all are killed at once. The run must end by itself, with status 0, with the digest of the run that
-nothing happened to, and leave no process and nothing under /dev/shm. What else happens on two hosts is in ``chaos_hosts.py``.
+nothing happened to, and leave no process and nothing under /dev/shm. What else happens on several hosts is in ``chaos_hosts.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import random
 import signal
@@ -172,13 +173,15 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--per-run", type=int, default=12, help="most faults of one run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hosts", type=int, choices=(1, 2), default=1, help="2: two network namespaces")
+    parser.add_argument("--hosts", type=int, choices=range(1, MOST_WORKERS + 1), default=1, help="each a network namespace")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
     parser.add_argument("--only", nargs="*", choices=[fault.name for fault in Fault], help="kinds of faults")
     parser.add_argument("--keep", type=Path, help="keep the folders of runs with problems here")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))  # with the run under way
-    here, usual = (one_run, TO_WORKERS) if options.hosts == 1 else (chaos_hosts.one_run, tuple(chaos_hosts.FAULTS))
+    here, usual = one_run, TO_WORKERS
+    if options.hosts > 1:
+        here, usual = functools.partial(chaos_hosts.one_run, hosts=options.hosts), tuple(chaos_hosts.FAULTS)
     steps = STEPS if options.hosts == 1 else chaos_hosts.STEPS
     faults = [Fault[name] for name in options.only] if options.only else usual
     rng = random.Random(options.seed)
@@ -196,7 +199,7 @@ def main() -> int:
             try:
                 outcome = here(number, Path(name) / "run", digests[kind], rng, most=options.per_run, kind=kind, faults=faults)
             except NoNamespaces as reason:
-                print(f"no two hosts can be made here: {reason}")
+                print(f"hosts cannot be made here: {reason}")
                 return 2
             total += len(outcome.faults)
             counts.update(outcome.faults)

@@ -1,4 +1,4 @@
-"""What the campaign of faults does to the workers of a run, and what it looks at afterwards, be they on one host or on two."""
+"""What the campaign of faults does to the workers of a run, and what it looks at afterwards, on one host or on several."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Fault(enum.Enum):
     FAIL = "exception"
     LEAVE = "told to leave"
     KILL_ALL = "SIGKILL of all"
-    # On two hosts only:
+    # On several hosts only:
     LINK_SHORT = "link down and up"
     LINK_LONG = "link down until the host gives up"
     HOST_LOST = "host lost"

@@ -1,14 +1,15 @@
-"""The campaign of faults on two hosts: network namespaces joined by a virtual cable, each with processes of its own.
+"""The campaign of faults on several hosts: network namespaces joined by virtual cables, each with processes of its own.
 
-``unisono run --meet`` trains on both, with 1 to 3 workers each; the second host may come later. Beside what happens to workers
+``unisono run --meet`` trains on all, with one worker each or more; all but the first host may come later. Beside what happens to
+workers
 
-- the link goes down for a moment: both hosts go on, or the workers that were cut off come again;
-- it stays down: the second host ends with status 1 and says what to do, the first one, which has the store, goes on;
-- the second host is lost with everything on it, or its launcher is told to leave and ends with status 0;
-- the host of the store is lost: the other one ends as if cut off, and both start again.
+- a host's link goes down for a moment: all hosts go on, or the workers that were cut off come again;
+- it stays down: whoever is cut off from the store ends with status 1 and says what to do, and the others go on;
+- a host is lost with everything on it, or its launcher is told to leave and ends with status 0;
+- the host of the store is lost: the others end as if cut off, and all start again.
 
-Whenever the second host is not there the same command starts there again after a while, and it joins. Linux only, and for a
-user who may make namespaces.
+Whenever a host is not there the same command starts there again after a while, and it joins. Linux only, and for a user who may
+make namespaces.
 """
 
 from __future__ import annotations
@@ -42,27 +43,26 @@ from tests.campaigns.chaos_faults import (
     remains,
     shared_memory,
 )
-from unisono.testing.hosts import ADDRESSES, TwoHosts, two_hosts
+from tests.campaigns.chaos_training import MICROBATCHES
+from unisono.testing.hosts import Hosts, address, virtual_hosts
 
 TO_HOSTS = {Fault.LINK_SHORT: 8, Fault.LINK_LONG: 4, Fault.HOST_LOST: 4, Fault.STORE_LOST: 2, Fault.HOST_LEAVES: 2}
 """How often each comes. A host that is not there comes again whatever else comes."""
 FAULTS = (*TO_WORKERS, *TO_HOSTS)
 STEPS = 400
 PORT = 29400
-MOST_WORKERS = 3
-"""On each host."""
 LIMIT_S = 240.0
 """When a run counts as hung."""
 SHORT_S = (0.05, 5.0)
 """How long a link is down for a moment: less than a launcher waits for the store, as TCP waits twice as long each time."""
 AWAY_S = (0.0, 4.0)
 """How long a host stays away."""
-CUT_OFF = f"contact with the store at {ADDRESSES[0]}:{PORT} was lost"
-TOO_LATE = f"nobody serves the run at {ADDRESSES[0]}:{PORT}"
+CUT_OFF = f"contact with the store at {address(0)}:{PORT} was lost"
+TOO_LATE = f"nobody serves the run at {address(0)}:{PORT}"
 LATE_S = 30
 """How long a host looks for the run, or for the other host, before it says that there is none."""
 END_S = 60.0
-"""How long the second host may take to end when the first one has."""
+"""How long the other hosts may take to end when the first one has."""
 
 
 class Fate(enum.Enum):
@@ -110,7 +110,7 @@ class Launch:
 
 
 class Run:
-    """One run on two hosts.
+    """One run on several hosts.
 
     Args:
         hosts: Where.
@@ -122,7 +122,7 @@ class Run:
     """
 
     def __init__(
-        self, hosts: TwoHosts, folder: Path, kind: str, workers: Sequence[int], steps: int = STEPS, *, together: bool
+        self, hosts: Hosts, folder: Path, kind: str, workers: Sequence[int], steps: int = STEPS, *, together: bool
     ) -> None:
         self.hosts = hosts
         self.folder = folder
@@ -131,7 +131,7 @@ class Run:
         self._steps = steps
         self.together = together
         self.launches: list[Launch] = []
-        self.present: list[Launch | None] = [None, None]
+        self.present: list[Launch | None] = [None for _ in workers]
         """The launch that runs on each host."""
 
     def start(self, host: int) -> None:
@@ -139,7 +139,14 @@ class Run:
         number = len(self.launches)
         log, output = self.folder / f"log{number}", self.folder / f"output{number}-host{host}"
         log.touch()
-        meet = ["--meet", f"{ADDRESSES[0]}:{PORT}", "--hosts", "2" if self.together else "1", "--wait", str(LATE_S)]
+        meet = [
+            "--meet",
+            f"{address(0)}:{PORT}",
+            "--hosts",
+            str(len(self.present) if self.together else 1),
+            "--wait",
+            str(LATE_S),
+        ]
         options = [*meet, "--workers", str(self._workers[host]), "--max-restarts", "100000"]
         script = [str(SCRIPT), str(self.folder / "run"), str(log), self._kind, str(self._steps)]
         with output.open("wb") as file:
@@ -163,17 +170,17 @@ class Run:
         return [here[pid] for pid in named_processes(launch.log.read_text()) if pid in here and lives(here[pid])]
 
     def workers(self) -> list[int]:
-        """Processes of workers that live, on both."""
-        return [*self.workers_of(0), *self.workers_of(1)]
+        """Processes of workers that live, on all hosts."""
+        return [worker for host in range(len(self.present)) for worker in self.workers_of(host)]
 
     def may_leave(self, worker: int) -> bool:
-        """Whether enough others stay: some on the first host, whatever becomes of the second."""
+        """Whether enough others stay: some on the first host, whatever becomes of the others."""
         last = self.step() - 1
         members = [
             {pid for pid in self.workers_of(host) if launch is not None and self._took(launch, host, pid) >= last}
             for host, launch in enumerate(self.present)
         ]
-        return last >= 0 and len(members[0] | members[1]) >= 3 and bool(members[0] - {worker})
+        return last >= 0 and len(set().union(*members)) >= 3 and bool(members[0] - {worker})
 
     def _took(self, launch: Launch, host: int, worker: int) -> int:
         """The last step that a worker has taken part in."""
@@ -204,7 +211,7 @@ class Run:
         what was wrong with them."""
         problems = []
         for host, launch in enumerate(self.present):
-            if launch is not None and launch.over and (last or host == 1 or launch.fate is Fate.LOST):
+            if launch is not None and launch.over and (last or host > 0 or launch.fate is Fate.LOST):
                 self.present[host] = None
                 problems.append(launch.problem(run_is_over=self.step() >= self._steps))
         return [problem for problem in problems if problem]
@@ -230,60 +237,74 @@ class Weather:
         self._outcome = outcome
         self._up_s: float | None = None
         self._down_at = 0
-        self._comes_s = time.monotonic() + rng.uniform(*AWAY_S)
+        self._hit: list[Launch] = []
+        self._comes_s = [time.monotonic() + rng.uniform(*AWAY_S) for _ in run.present]
 
     def strike(self, fault: Fault) -> bool:
         """Whether it could be done: one thing at a time happens to hosts."""
-        run, now_s = self._run, time.monotonic()
-        first, second = run.present
-        if first is None or second is None or self._up_s is not None or not second.has_worker or second.fate is not Fate.NONE:
+        run = self._run
+        first, *others = run.present
+        there = [launch for launch in others if launch is not None and launch.has_worker and launch.fate is Fate.NONE]
+        if first is None or not there or self._up_s is not None:
             return False
+        victim = self._rng.choice(there)
         match fault:
             case Fault.LINK_SHORT:
-                self._cut(now_s + self._rng.uniform(*SHORT_S))
+                self._cut(self._rng.choice([first, victim]), time.monotonic() + self._rng.uniform(*SHORT_S))
             case Fault.LINK_LONG:
-                self._cut(float("inf"))
-                second.fate = Fate.CUT_OFF
+                self._cut(self._rng.choice([first, victim]))
             case Fault.HOST_LOST:
-                second.fate = Fate.LOST
-                self._lose(1)
+                self._lose(victim)
             case Fault.STORE_LOST:
-                first.fate, second.fate = Fate.LOST, Fate.CUT_OFF
-                self._lose(0)
+                self._lose(first)
             case Fault.HOST_LEAVES:
-                second.fate = Fate.TOLD
-                run.signal(1, signal.SIGTERM)
+                victim.fate = Fate.TOLD
+                run.signal(victim.host, signal.SIGTERM)
             case _:
                 raise ValueError(f"{fault} is nothing that happens to a host")
         return True
 
-    def _cut(self, up_s: float) -> None:
-        self._down_at = self._rng.randrange(2)
-        self._run.hosts.set_link(self._down_at, "down")
-        self._up_s = up_s
+    def _cut(self, launch: Launch, up_s: float = float("inf")) -> None:
+        """Without an end the link is down until those who are cut off from the store have ended."""
+        self._down_at, self._up_s = launch.host, up_s
+        self._run.hosts.set_link(launch.host, "down")
+        if up_s == float("inf"):
+            self._hit = [one for one in (self._run.present[1:] if launch.host == 0 else [launch]) if one is not None]
+            for one in self._hit:
+                one.fate = Fate.CUT_OFF
 
-    def _lose(self, host: int) -> None:
+    def _lose(self, launch: Launch) -> None:
         """The link goes first: what a computer without power does not say must not be heard."""
-        self._cut(float("inf"))
-        self._run.hosts.lose(host)
+        self._cut(launch)
+        self._hit.append(launch)
+        launch.fate = Fate.LOST
+        self._run.hosts.lose(launch.host)
 
     def clear_up(self) -> list[str]:
         """Puts right what it is time for; what was wrong with launches that have ended."""
         run, now_s = self._run, time.monotonic()
         there = list(run.present)
         problems = run.bury()
-        if there != run.present:
-            self._comes_s = now_s + self._rng.uniform(*AWAY_S)
-        first, second = run.present
-        if self._up_s is not None and (now_s >= self._up_s or second is None):
+        for host, (before, after) in enumerate(zip(there, run.present, strict=True)):
+            if before is not after:
+                self._comes_s[host] = now_s + self._rng.uniform(*AWAY_S)
+        if self._up_s is not None and (now_s >= self._up_s or (self._hit and all(launch.over for launch in self._hit))):
             self.mend()
-        if first is None and second is None and now_s >= self._comes_s:
-            run.start(0)
-            run.start(1)
+        first = run.present[0]
+        if not any(run.present) and now_s >= max(self._comes_s):
+            for host in range(len(run.present)):
+                run.start(host)
             self._outcome.strike(Fault.JOIN)
-        elif second is None and first is not None and first.has_worker and now_s >= self._comes_s:
-            run.start(1)
-            self._outcome.strike(Fault.JOIN)
+        for host, launch in enumerate(run.present):
+            if (
+                launch is None
+                and first is not None
+                and first.has_worker
+                and first.fate is Fate.NONE
+                and now_s >= self._comes_s[host]
+            ):
+                run.start(host)
+                self._outcome.strike(Fault.JOIN)
         return problems
 
     def mend(self) -> None:
@@ -291,6 +312,7 @@ class Weather:
         if self._up_s is not None:
             self._run.hosts.set_link(self._down_at, "up")
             self._up_s = None
+            self._hit.clear()
 
 
 def disturb(run: Run, outcome: Outcome, most: int, rng: random.Random, faults: Sequence[Fault]) -> None:
@@ -312,12 +334,14 @@ def disturb(run: Run, outcome: Outcome, most: int, rng: random.Random, faults: S
             next_s = now + between(rng)
         time.sleep(0.01)
     weather.mend()
-    second = run.present[1]
-    if second is not None:
+    for host, launch in enumerate(run.present):
+        if launch is None or host == 0:
+            continue
         with contextlib.suppress(subprocess.TimeoutExpired):
-            second.process.wait(END_S)
-        if not second.over:
-            outcome.problems.append(f"host 1 ({second.fate.value}) still ran {END_S:g} s after the end ({second.output.name})")
+            launch.process.wait(END_S)
+        if not launch.over:
+            fate = launch.fate.value
+            outcome.problems.append(f"host {host} ({fate}) still ran {END_S:g} s after the end ({launch.output.name})")
     outcome.problems += run.bury(last=True)
 
 
@@ -331,21 +355,21 @@ def one_run(
     kind: str,
     faults: Sequence[Fault],
     steps: int = STEPS,
+    hosts: int = 2,
 ) -> Outcome:
     """Starts a run, disturbs it, and looks what became of it.
 
     Raises:
-        NoNamespaces: Two hosts cannot be made here.
+        NoNamespaces: Hosts cannot be made here.
     """
-    workers = [rng.randint(1, MOST_WORKERS) for _ in ADDRESSES]
-    outcome = Outcome(number=number, folder=folder, kind=kind, workers=f"{workers[0]} and {workers[1]}")
+    workers = [rng.randint(1, MICROBATCHES // hosts) for _ in range(hosts)]
+    outcome = Outcome(number=number, folder=folder, kind=kind, workers=" and ".join(map(str, workers)))
     shared = shared_memory()
     began = time.monotonic()
-    with two_hosts(machines=True) as hosts:
-        run = Run(hosts, folder, kind, workers, steps, together=rng.random() < 0.7)
-        run.start(0)
-        if run.together:
-            run.start(1)
+    with virtual_hosts(hosts, machines=True) as made:
+        run = Run(made, folder, kind, workers, steps, together=rng.random() < 0.7)
+        for host in range(hosts if run.together else 1):
+            run.start(host)
         disturb(run, outcome, most, rng, faults)
         outcome.seconds = time.monotonic() - began
         outcome.look_for_pauses(launch.log for launch in run.launches)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from unisono.testing.hosts import ADDRESSES, WIRE, NoNamespaces, TwoHosts, two_hosts
+from unisono.testing.hosts import WIRE, Hosts, NoNamespaces, address, virtual_hosts
 
 STEPS = 4
 LAYERS, WIDTH = 16, 256
@@ -58,9 +58,9 @@ Path(sys.argv[1], str(trainer.collective.rank)).write_text(json.dumps(found))
 
 
 @pytest.fixture
-def hosts() -> Iterator[TwoHosts]:
+def hosts() -> Iterator[Hosts]:
     try:
-        with two_hosts() as made:
+        with virtual_hosts() as made:
             yield made
     except NoNamespaces as error:
         pytest.skip(f"network namespaces cannot be made here: {error}")
@@ -68,10 +68,10 @@ def hosts() -> Iterator[TwoHosts]:
 
 def command(host: int, workers: int, script: Path, *arguments: str) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={host}", f"--nproc-per-node={workers}"]
-    return [*launcher, f"--master-addr={ADDRESSES[0]}", "--master-port=29400", str(script), *arguments]
+    return [*launcher, f"--master-addr={address(0)}", "--master-port=29400", str(script), *arguments]
 
 
-def launch(hosts: TwoHosts, workers: tuple[int, int], script: Path, *arguments: str) -> list[tuple[int, str]]:
+def launch(hosts: Hosts, workers: tuple[int, int], script: Path, *arguments: str) -> list[tuple[int, str]]:
     """Runs the script under torchrun on both hosts: each one's exit status, and what it printed."""
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": WIRE, "OMP_NUM_THREADS": "1"}
     processes = [
@@ -98,7 +98,7 @@ def found_in(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
 
 
-def test_weights_and_gradients_cross_the_wire_once_and_the_bits_are_those_of_one_process(hosts: TwoHosts, tmp_path: Path) -> None:
+def test_weights_and_gradients_cross_the_wire_once_and_the_bits_are_those_of_one_process(hosts: Hosts, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     folders = [tmp_path / "several", tmp_path / "alone"]
@@ -117,7 +117,7 @@ def test_weights_and_gradients_cross_the_wire_once_and_the_bits_are_those_of_one
         assert WEIGHTS_BYTES < entry["sent"] / STEPS < 1.03 * WEIGHTS_BYTES
 
 
-def test_an_error_on_one_host_ends_the_workers_of_both(hosts: TwoHosts, tmp_path: Path) -> None:
+def test_an_error_on_one_host_ends_the_workers_of_both(hosts: Hosts, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
 

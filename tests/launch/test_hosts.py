@@ -16,7 +16,7 @@ import pytest
 
 from tests.launch.conftest import PRELUDE, Launch, Launcher, assert_gone
 from tests.launch.test_replacement import ELASTIC
-from unisono.testing.hosts import ADDRESSES, NoNamespaces, TwoHosts, two_hosts
+from unisono.testing.hosts import Hosts, NoNamespaces, address, virtual_hosts
 
 
 @pytest.fixture
@@ -27,9 +27,9 @@ def place() -> str:
 
 
 @pytest.fixture
-def hosts() -> Iterator[TwoHosts]:
+def hosts() -> Iterator[Hosts]:
     try:
-        with two_hosts() as hosts:
+        with virtual_hosts() as hosts:
             yield hosts
     except NoNamespaces as reason:
         pytest.skip(str(reason))
@@ -381,8 +381,8 @@ def test_an_address_that_cannot_be_used_is_named(launcher: Launcher) -> None:
     assert "'no-such-host.invalid' is no host that this one knows" in err
 
 
-def test_a_host_out_of_reach_ends_with_a_clear_error_and_the_other_goes_on(launcher: Launcher, hosts: TwoHosts) -> None:
-    place = f"{ADDRESSES[0]}:29400"
+def test_a_host_out_of_reach_ends_with_a_clear_error_and_the_other_goes_on(launcher: Launcher, hosts: Hosts) -> None:
+    place = f"{address(0)}:29400"
     site = Site(
         launcher,
         """

@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces, joined by a virtual cable. Linux only, and for a user who may make them.
+"""Several hosts on one machine: network namespaces, joined by virtual cables. Linux only, and for a user who may make them.
 
 Nothing here has a name, so nothing can be left behind: a namespace lives as long as a process in it, and the process that
 holds it ends when whoever made it closes its pipe, or dies.
@@ -15,15 +15,20 @@ from pathlib import Path
 
 WIRE = "wire"
 """Name of each host's network interface."""
-ADDRESSES = ("10.97.0.1", "10.97.0.2")
+_SWITCH = "switch"
 
 
 class NoNamespaces(Exception):
     """This process may not make network namespaces; the message says why."""
 
 
-class TwoHosts:
-    """Two network namespaces that can reach each other and nobody else.
+def address(host: int) -> str:
+    """The IPv4 address of a host, by number from 0."""
+    return f"10.97.0.{host + 1}"
+
+
+class Hosts:
+    """Network namespaces that can reach each other and nobody else.
 
     Args:
         holders: The process that holds each host's network namespace.
@@ -123,10 +128,11 @@ class Machine:
 
 
 @contextlib.contextmanager
-def two_hosts(*, megabit: float | None = None, machines: bool = False) -> Iterator[TwoHosts]:
-    """Two hosts, for as long as the body runs.
+def virtual_hosts(count: int = 2, *, megabit: float | None = None, machines: bool = False) -> Iterator[Hosts]:
+    """Hosts that are joined by a switch, for as long as the body runs.
 
     Args:
+        count: How many.
         megabit: Limits the wire in each direction to so many megabits a second.
         machines: Whether the hosts cannot see each other's processes, as real ones cannot.
 
@@ -138,12 +144,19 @@ def two_hosts(*, megabit: float | None = None, machines: bool = False) -> Iterat
         raise NoNamespaces(f"{' and '.join(missing)} not installed")
     with contextlib.ExitStack() as stack:
         kept = ["unshare", "--net", "sh", "-c", "echo ready; exec cat"]
-        holders = [stack.enter_context(_held(kept)).pid for _ in ADDRESSES]
+        switch = stack.enter_context(_held(kept)).pid
+        holders = [stack.enter_context(_held(kept)).pid for _ in range(count)]
         networks = [Path(f"/proc/{holder}/ns/net") for holder in holders] if machines else []
-        hosts = TwoHosts(holders, [stack.enter_context(Machine(network)) for network in networks])
-        hosts.run(0, "ip", "link", "add", WIRE, "type", "veth", "peer", "name", WIRE, "netns", str(holders[1]))
-        for host, address in enumerate(ADDRESSES):
-            hosts.run(host, "ip", "address", "add", f"{address}/24", "dev", WIRE)
+        hosts = Hosts(holders, [stack.enter_context(Machine(network)) for network in networks])
+        at_switch = ["nsenter", f"--net=/proc/{switch}/ns/net", "ip", "link"]
+        _run([*at_switch, "add", _SWITCH, "type", "bridge"])
+        _run([*at_switch, "set", _SWITCH, "up"])
+        for host in range(count):
+            port = f"port{host}"
+            hosts.run(host, "ip", "link", "add", WIRE, "type", "veth", "peer", "name", port, "netns", str(switch))
+            _run([*at_switch, "set", port, "master", _SWITCH])
+            _run([*at_switch, "set", port, "up"])
+            hosts.run(host, "ip", "address", "add", f"{address(host)}/24", "dev", WIRE)
             hosts.run(host, "ip", "link", "set", WIRE, "up")
             hosts.run(host, "ip", "link", "set", "lo", "up")
             if megabit:
