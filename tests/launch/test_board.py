@@ -91,6 +91,9 @@ class Silent:
     def add(self, key: str, amount: int, /) -> int:
         return amount
 
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes:
+        return b""
+
 
 def test_a_store_that_does_not_answer_or_is_gone_is_lost_contact() -> None:
     silent = Silent()

@@ -328,6 +328,31 @@ def test_a_host_may_leave_while_the_hosts_meet_again(launcher: Launcher, place: 
     assert [launch.finish(limit_s=30.0)[0] for launch in (first, third)] == [0, 0]
 
 
+def test_who_joins_where_all_founders_have_died_before_they_could_say_so_finds_it_out(launcher: Launcher, place: str) -> None:
+    site = Site(
+        launcher,
+        """
+        from unisono.elastic.membership import Member, Membership
+        from unisono.process import Process
+
+        if world.attempt == 0:
+            sys.exit(79)
+        if world.attempt == 1 and not world.joins:
+            os.kill(os.getpid(), signal.SIGKILL)
+        mine = Membership(store, Member(uid=world.uid, host="", process=Process.this()), [], timeout_s=0.5)
+        while world.joins:
+            mine.check_members()
+            signal.sigtimedwait([signal.SIGUSR1], 0.01)
+        store.set("over", "1")
+        """,
+        place,
+    )
+    launch = site.start()
+    heard = [hear(launch)[0] for _ in range(4)]
+    assert heard == ["founder 0 0.0", "founder 1 0.1", "joiner 1 0.2", "founder 2 0.3"]
+    assert launch.finish()[0] == 0
+
+
 def test_an_error_that_ends_the_run_ends_it_on_every_host(launcher: Launcher, place: str) -> None:
     site = Site(
         launcher, "if rank == 1 or world.joins:\n    raise ValueError('bad sample')\nsignal.pause()", place, "--hosts", "2"

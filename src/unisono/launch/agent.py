@@ -129,6 +129,8 @@ class Agent(SimpleElasticAgent):
             uids = [self._next_uid() for _ in range(spec.local_world_size)]
             everyones = [said.split(",") for said in self._meeting.exchange(",".join(uids))]
             self._founders = list(itertools.chain(*everyones))
+            if self._survival.has_applied:
+                self._board.tell_founders(self._founders)
             before, size = sum(map(len, everyones[:group_rank])), len(self._founders)
         return [
             Worker(local_rank=place, global_rank=before + place, role_rank=before + place, world_size=size, role_world_size=size)

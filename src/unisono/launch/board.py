@@ -12,7 +12,7 @@ the workers
 - ``elastic``: they train with a Trainer, which can go on without one of them. Without it a worker that dies ends the run;
 - ``whole`` = "0": they cannot go on without one of them after all (on GPUs): all have to start again from a checkpoint;
 - ``over``: the run is finished, nobody needs to be replaced any more;
-- ``members``: the uids of those who take part, as a JSON list;
+- ``members``: the uids of those who take part, as a JSON list (of those who begin a later attempt the launchers say it, too);
 - ``outside/UID``: the others go on without this worker, which did not answer: its launcher is to kill it;
 
 and launchers for each other
@@ -28,7 +28,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -49,6 +49,7 @@ class Notes(Protocol):
     def get(self, key: str, /) -> bytes: ...
     def check(self, keys: list[str], /) -> bool: ...
     def add(self, key: str, amount: int, /) -> int: ...
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
 
 
 class Reachable:
@@ -126,6 +127,10 @@ class Reachable:
         """As the store does."""
         return int(self._ask("add", key, amount))
 
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes:
+        """As the store does."""
+        return bytes(self._ask("compare_set", key, expected, desired))
+
 
 def uid_of(host: int, number: int) -> str:
     """The name of a worker's process: the host's number, and its own there."""
@@ -165,6 +170,10 @@ class Board:
         self._store = store
         self._attempt = f"unisono/{attempt}"
         self._standing: frozenset[str] = frozenset()
+
+    def tell_founders(self, uids: Sequence[str]) -> None:
+        """Tell those who come later whom they wait for: the founders may all die before one of them could say so."""
+        self._store.compare_set(f"{self._attempt}/members", "", json.dumps(uids))
 
     def tell_dead(self, uid: str, how: str) -> None:
         """Tell the workers that one of them has ended."""
