@@ -10,8 +10,10 @@ import atexit
 import contextlib
 import datetime
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,9 @@ _CPU = torch.device("cpu")
 _SMALL_BYTES = 64 * 1024
 _MEETING_S = 300.0
 """Workers may start this long after each other, however short the time limit of what they do then."""
+
+_SILENCE_S = 12.0
+"""How long the system of another host may be silent. If it was only out of reach for so long, all meet again."""
 
 _LOOK_S = 0.01
 """How often a worker that waits for its GPU looks whether the others still are there, in seconds."""
@@ -148,6 +153,7 @@ class TorchDistributed(Collective):
         if device.type == "cuda":
             for name, value in _NCCL_LEAVES_ERRORS_TO_US.items():
                 os.environ.setdefault(name, value)
+        before = _sockets()
         try:
             dist.init_process_group(
                 _backend(device), store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=limit_s)
@@ -157,6 +163,8 @@ class TorchDistributed(Collective):
             raise LostWorker(f"worker {rank} could not meet the others ({str(error).splitlines()[0]})") from error
         atexit.unregister(_close)
         atexit.register(_close)
+        for descriptor in _sockets() - before:
+            _notice_a_lost_host(descriptor)
         met = cls(timeout_s=limit_s, check=check)
         if device.type == "cuda":
             met.barrier()  # all are alive: NCCL takes long to notice who is not while it connects
@@ -174,7 +182,7 @@ class TorchDistributed(Collective):
                 self.lookout.wait_for(peer)
                 work.wait(limit)
             except RuntimeError as error:
-                if peer is not None and "timed out" in str(error).lower():
+                if peer is not None and "timed out waiting" in str(error).lower():
                     raise self.lookout.silence(self.rank, peer, self.timeout_s) from None
                 raise self._lost(error) from error
         self.lookout.wait_for(-1)
@@ -286,6 +294,34 @@ def _has_failed() -> bool:
         return True
     look = getattr(group._get_backend(torch.device("cuda")), "get_error", None)
     return look is not None and look() != ErrorType.SUCCESS
+
+
+def _sockets() -> set[int]:
+    """The descriptors of this process's sockets; none where the system does not say."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for entry in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):  # that of the list itself is gone
+                if str(entry.readlink()).startswith("socket:"):
+                    found.add(int(entry.name))
+    return found
+
+
+def _notice_a_lost_host(descriptor: int) -> None:
+    """Has the system end a connection whose other end does not answer: a host without power says nothing, and a worker that waits
+    for it would do so until its own time is up. A worker that is only stopped has a system that answers."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+        if connection.family not in (socket.AF_INET, socket.AF_INET6) or connection.type != socket.SOCK_STREAM:
+            return
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (
+            ("TCP_KEEPIDLE", _SILENCE_S / 3),
+            ("TCP_KEEPINTVL", _SILENCE_S / 6),
+            ("TCP_KEEPCNT", 4),
+            ("TCP_USER_TIMEOUT", 1000 * _SILENCE_S),  # of what has been sent and not received; in milliseconds
+        ):
+            if hasattr(socket, name):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), max(1, round(value)))
 
 
 def _close(*, abort: bool = False) -> None:
