@@ -97,9 +97,9 @@ class Link:
         except DistError as error:
             raise store_is_gone(error) from error
         store: Any = PrefixStore(f"unisono/{world.attempt}", client)
-        store.set("elastic", "1")
         if world.founders:
             store.compare_set("members", "", json.dumps(world.founders))
+        store.set("elastic", "1")  # last: from now on a worker that dies is replaced by one that waits for the members
         try:
             machine = host_identity()
         except OSError:
