@@ -174,7 +174,7 @@ def assert_full_disk_is_explained(done: subprocess.CompletedProcess[str]) -> Non
     assert "/small: the disk is full" in small
     assert "/log: the disk is full" in log
     assert "4,000,000 bytes were needed" in small
-    assert "Free space or choose another run_dir; the previous checkpoint is whole." in small
+    assert "Free space or choose another run_dir; what was saved before is whole." in small
 
 
 def test_a_file_beyond_the_size_limit_leaves_the_old_one_whole(tmp_path: Path) -> None:

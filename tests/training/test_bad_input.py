@@ -236,7 +236,10 @@ def test_an_optimizer_that_misses_trainable_parameters() -> None:
 
 
 def test_an_optimizer_of_another_model() -> None:
-    refused("misses 8 trainable parameters", optimizer=lambda p: torch.optim.SGD(Net().parameters(), 0.1))
+    refused(
+        "holds no parameter of the model: it was made from another model",
+        optimizer=lambda p: torch.optim.SGD(Net().parameters(), 0.1),
+    )
 
 
 def test_an_optimizer_that_holds_foreign_parameters() -> None:

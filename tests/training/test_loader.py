@@ -89,7 +89,7 @@ PARTS = asked([3, 1, 4], [15, 9], [2, 6, 5, 29], [0])
 
 
 def loaded(dataset: Any, settings: Loader | None = None, requests: list[Request] = PARTS, seed: int = 0) -> list[Any]:
-    return list(load(dataset, requests, settings or Loader(), seed=seed, device=CPU))
+    return list(load(dataset, requests, settings or Loader(), seed=seed, device=CPU, timeout_s=60.0))
 
 
 def flat(microbatches: list[Tensor]) -> list[list[float]]:
@@ -262,7 +262,7 @@ def test_a_sample_that_cannot_be_read_is_named(num_workers: int) -> None:
 
 
 def test_microbatches_before_the_bad_one_are_still_given() -> None:
-    stream = load(Faulty(), asked([1, 2], [17]), Loader(), seed=0, device=CPU)
+    stream = load(Faulty(), asked([1, 2], [17]), Loader(), seed=0, device=CPU, timeout_s=60.0)
 
     assert next(stream)[:, 0].tolist() == [1, 2]
     with pytest.raises(DataError):

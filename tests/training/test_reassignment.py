@@ -199,6 +199,7 @@ def stream(ranges: Ranges, rank: int, dataset: Dataset[Any], num_workers: int = 
         seed=0,
         device=torch.device("cpu"),
         clock=StepClock(),
+        timeout_s=60.0,
     )
 
 

@@ -320,7 +320,7 @@ def test_a_full_disk_under_one_worker_stops_all_with_the_cause(obedient_url: str
     for rank, error in enumerate(errors):
         assert isinstance(error, CheckpointError)
         assert "step-6/optimizer-1.safetensors: the disk is full (No space left on device)" in str(error)
-        assert "Free space or choose another run_dir; the previous checkpoint is whole" in str(error)
+        assert "Free space or choose another run_dir; what was saved before is whole" in str(error)
         assert ("worker 1: " in str(error)) == (rank != 1)
     newest = Checkpoints(Store(obedient_url), keep=3).newest()
     assert newest is not None
@@ -360,7 +360,7 @@ def test_a_real_limit_on_file_sizes_stops_training_and_the_previous_checkpoint_i
     train(workers, tmp_path, epochs=1, width=width)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
     try:
-        with pytest.raises(CheckpointError, match=r"step-6/.*the disk is full \(File too large\).*previous checkpoint is whole"):
+        with pytest.raises(CheckpointError, match=r"step-6/.*the disk is full \(File too large\).*saved before is whole"):
             train(workers, tmp_path, width=width)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)

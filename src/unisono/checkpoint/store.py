@@ -147,12 +147,12 @@ class Store:
             message = (
                 f"cannot {action} {where}: the disk is full ({cause}): {size:,} bytes were needed"
                 f"{'' if free is None else f', {free:,} are free'}. "
-                "Free space or choose another run_dir; the previous checkpoint is whole."
+                "Free space or choose another run_dir; what was saved before is whole."
             )
         else:
             message = (
                 f"cannot {action} {where} ({size:,} bytes): {cause}. "
-                f"Make {self.url} writable or choose another run_dir; the previous checkpoint is whole."
+                f"Make {self.url} writable or choose another run_dir; what was saved before is whole."
             )
         return CheckpointError(message, file=where)
 

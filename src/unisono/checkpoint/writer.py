@@ -100,7 +100,7 @@ def _as_checkpoint_error(step: int, error: BaseException) -> UnisonoError:
     if isinstance(error, CheckpointError):
         return error
     wrapped = CheckpointError(
-        f"the checkpoint of step {step} could not be written: {type(error).__name__}: {error}. The previous checkpoint is whole."
+        f"the checkpoint of step {step} could not be written: {type(error).__name__}: {error}. What was saved before is whole."
     )
     wrapped.__cause__ = error
     return wrapped

@@ -56,6 +56,7 @@ class BatchStream:
         seed: The run's seed.
         device: Where they will go.
         clock: Told how long loading took.
+        timeout_s: How long to wait for loader processes, in seconds.
         made_for: What the batches say of the team that they are divided among.
     """
 
@@ -72,8 +73,10 @@ class BatchStream:
         seed: int,
         device: torch.device,
         clock: StepClock,
+        timeout_s: float,
         made_for: object = None,
     ) -> None:
+        self._timeout_s = timeout_s
         self._made_for = made_for
         self._dataset = dataset
         self._order = order
@@ -125,7 +128,7 @@ class BatchStream:
         return dataclasses.replace(outline.batch, parts=parts, ranges=self._ranges, tally=tally)
 
     def _load(self, requests: Iterator[Request]) -> Iterator[Any]:
-        return load(self._dataset, requests, self._loader, seed=self._seed, device=self._device)
+        return load(self._dataset, requests, self._loader, seed=self._seed, device=self._device, timeout_s=self._timeout_s)
 
     def _plan(self, epoch: int, number: int, epochs: int) -> Iterator[_Outline]:
         for current in range(epoch, epochs):

@@ -30,6 +30,7 @@ def evaluate(
     *,
     microbatch_size: int,
     loader: Loader,
+    timeout_s: float,
     seed: int,
 ) -> dict[str, float]:
     """*collective*. Each metric over the whole dataset, from (sum, count) pairs folded in the order of the fixed tree.
@@ -40,6 +41,10 @@ def evaluate(
     Raises:
         DataError: A sample cannot be read, or a metric's count is zero over the whole dataset.
     """
+    if not isinstance(metrics, Mapping):
+        raise ConfigurationError(
+            f'metrics must be a mapping from names to functions, such as {{"accuracy": accuracy}}, got {metrics!r}'
+        )
     if not metrics:
         raise ConfigurationError("no metric to evaluate: pass a mapping from names to functions (model, batch) -> (sum, count)")
     length = dataset_length(dataset)
@@ -51,7 +56,7 @@ def evaluate(
     try:
         # Not inference_mode: what a model caches in it could never be used in training.
         with torch.no_grad():
-            parts = _fold(replica, dataset, metrics, (lo, hi), leaves, length, microbatch_size, loader, seed)
+            parts = _fold(replica, dataset, metrics, (lo, hi), leaves, length, microbatch_size, loader, timeout_s, seed)
     finally:
         for module, training in modes:
             module.training = training
@@ -70,6 +75,7 @@ def _fold(
     length: int,
     microbatch_size: int,
     loader: Loader,
+    timeout_s: float,
     seed: int,
 ) -> dict[Span, Tensor | None]:
     """This worker's pieces: for each, a float64 tensor of (sum, count) rows, one a metric."""
@@ -80,7 +86,7 @@ def _fold(
             yield Request(0, np.arange(start, min(start + microbatch_size, length), dtype=np.int64))
 
     fold: Fold[Tensor] = Fold(leaves, Tensor.add_)
-    loaded = load(dataset, requests(), loader, seed=derive_seed("evaluate", seed), device=replica.device)
+    loaded = load(dataset, requests(), loader, seed=derive_seed("evaluate", seed), device=replica.device, timeout_s=timeout_s)
     for leaf, data in zip(range(*span), loaded, strict=True):
         samples = min(microbatch_size, length - leaf * microbatch_size)
         batch = to_device(data, replica.device)

@@ -20,6 +20,11 @@ from unisono.errors import ConfigurationError, DataError
 from unisono.order import derive_seed
 from unisono.training.randomness import seed_generators
 
+_INSTEAD_OF_A_DATALOADER = (
+    "give fit() or batches() the dataset (loader.dataset), the Trainer the batch_size, and unisono.Loader(...) num_workers, "
+    "collate_fn and the like"
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loader:
@@ -64,12 +69,24 @@ class _Failure:
     trace: str
 
 
+def check_loader(loader: Any) -> None:
+    """*local*.
+
+    Raises:
+        ConfigurationError: It is no ``Loader``.
+    """
+    if loader is not None and not isinstance(loader, Loader):
+        raise ConfigurationError(f"loader is a {type(loader).__name__}, not a unisono.Loader: {_INSTEAD_OF_A_DATALOADER}")
+
+
 def dataset_length(dataset: Any) -> int:
     """*local*. Number of samples.
 
     Raises:
         ConfigurationError: The dataset is not map-style, has no length, or is empty.
     """
+    if isinstance(dataset, DataLoader):
+        raise ConfigurationError(f"a DataLoader is given, but unisono loads by itself: {_INSTEAD_OF_A_DATALOADER}")
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         raise ConfigurationError(
             f"{type(dataset).__name__} is not a map-style dataset: unisono reads samples by number so that each is used "
@@ -84,11 +101,16 @@ def dataset_length(dataset: Any) -> int:
     return length
 
 
-def load(dataset: Any, requests: Iterable[Request], settings: Loader, *, seed: int, device: torch.device) -> Iterator[Any]:
+def load(
+    dataset: Any, requests: Iterable[Request], settings: Loader, *, seed: int, device: torch.device, timeout_s: float
+) -> Iterator[Any]:
     """*local*. Loads one microbatch for each request, in order, ahead of its use if there are loader processes.
 
+    Args:
+        timeout_s: How long to wait for loader processes, in seconds.
+
     Raises:
-        DataError: A sample raised (its index is in the error), or samples could not be collated.
+        DataError: A sample raised (its index is in the error), samples could not be collated, or loader processes are silent.
     """
     fetcher = _Fetcher(dataset, settings.collate_fn, seed)
     if settings.num_workers == 0:
@@ -101,6 +123,7 @@ def load(dataset: Any, requests: Iterable[Request], settings: Loader, *, seed: i
             collate_fn=_unchanged,
             num_workers=settings.num_workers,
             prefetch_factor=settings.prefetch_factor,
+            timeout=timeout_s,
             pin_memory=device.type == "cuda" if settings.pin_memory is None else settings.pin_memory,
             multiprocessing_context=settings.multiprocessing_context,
             # Its own generator: the seed that a DataLoader draws would advance the global one.
@@ -114,6 +137,12 @@ def load(dataset: Any, requests: Iterable[Request], settings: Loader, *, seed: i
             except StopIteration:
                 return
             except RuntimeError as error:
+                if "DataLoader timed out" in str(error):
+                    raise DataError(
+                        f"no microbatch came from {settings.num_workers} loader process{'es'[: 2 * (settings.num_workers > 1)]} "
+                        f"in {timeout_s:g} s. What they have printed may say why (samples that cannot be pickled, a file that "
+                        "cannot be read); if they were only slow, raise timeout_s or num_workers; with num_workers=0 errors show"
+                    ) from error
                 if "DataLoader worker" not in str(error):
                     raise
                 raise DataError(f"a loader process died: {error} (out of memory? try fewer num_workers)") from error

@@ -37,13 +37,18 @@ def check_optimizer(optimizer: Any, trainable: Iterable[tuple[str, nn.Parameter]
             "SparseAdam needs sparse gradients, and gradients are dense once they are summed over workers: use Adam or Adagrad"
         )
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    known = {id(parameter) for parameter in model.parameters()}
+    if held and not held & known:
+        raise ConfigurationError(
+            "the optimizer holds no parameter of the model: it was made from another model, or from a copy. Make it from this "
+            "very model's parameters"
+        )
     missing = [name for name, parameter in trainable if id(parameter) not in held]
     if missing:
         raise ConfigurationError(
             f"the optimizer misses {len(missing)} trainable parameter{'s'[: len(missing) != 1]}: {_some(missing)}. Pass "
             "model.parameters(), or freeze them with requires_grad_(False)"
         )
-    known = {id(parameter) for parameter in model.parameters()}
     foreign = [
         f"group {number}, shape {tuple(parameter.shape)}"
         for number, group in enumerate(optimizer.param_groups)

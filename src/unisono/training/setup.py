@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from unisono.elastic.link import Link
 from unisono.errors import ConfigurationError, FingerprintMismatch
 from unisono.layout import Layout
 from unisono.sync import Sync
+from unisono.training.callbacks import Callback
+from unisono.training.loader import check_loader
 from unisono.training.memory import keep_freed_memory
 from unisono.training.optimizer import hyperparameters
 from unisono.world import World
@@ -37,6 +40,10 @@ def check_arguments(
     Raises:
         ConfigurationError: One is not; the message names it.
     """
+    whole = {"batch_size": batch_size, "microbatches": microbatches, "checkpoint_every": checkpoint_every}
+    for name, value in whole.items():
+        if not isinstance(value, Integral | None):
+            raise ConfigurationError(f"{name} must be a whole number, got {value!r}")
     if microbatches < 1:
         raise ConfigurationError(f"microbatches must be 1 or more, got {microbatches}")
     if batch_size < microbatches:
@@ -66,6 +73,27 @@ def check_policies(on_nonfinite: str, on_desync: str, compare_every: int | None,
         raise ConfigurationError(f"compare_every must be 1 or more steps, got {compare_every}")
     if not 1 <= timeout_s < math.inf:
         raise ConfigurationError(f"timeout_s must be 1 or more seconds, got {timeout_s}")
+
+
+def check_helpers(callbacks: Sequence[Any], loader: Any, scheduler: Any, optimizer: Any) -> None:
+    """*local*. Whether what is given beside the model is of the right kind.
+
+    Raises:
+        ConfigurationError: It is not; the message says what is wanted.
+    """
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise ConfigurationError(
+                f"callbacks holds {callback!r}, which is no unisono.Callback: derive a class from it that overrides on_step, "
+                "on_epoch or on_evaluate"
+            )
+    check_loader(loader)
+    other = getattr(scheduler, "optimizer", optimizer)
+    if other is not optimizer:
+        raise ConfigurationError(
+            f"scheduler is a {type(scheduler).__name__} over another optimizer ({type(other).__name__}), whose learning rates "
+            "nobody uses: make it over the optimizer that is given to the Trainer"
+        )
 
 
 def check_model(model: Any) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -74,6 +74,12 @@ class Batch:
     """Each worker's microbatches of this batch, by rank; empty: those of the batch before."""
     made_for: object = None
     """The team among whose workers it is divided so; None: the batch does not tell."""
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError(
+            "a Batch holds this worker's microbatches and is given to trainer.step(batch) as it is: the loss function unpacks "
+            "microbatches"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

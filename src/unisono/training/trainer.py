@@ -37,7 +37,7 @@ from unisono.training.callbacks import Callback
 from unisono.training.evaluation import MetricFunction, evaluate
 from unisono.training.header import Signals
 from unisono.training.history import History
-from unisono.training.loader import Loader, dataset_length, read_sample
+from unisono.training.loader import Loader, check_loader, dataset_length, read_sample
 from unisono.training.optimizer import (
     check_optimizer,
     settle_state,
@@ -50,6 +50,7 @@ from unisono.training.screen import Screen
 from unisono.training.setup import (
     check_alike,
     check_arguments,
+    check_helpers,
     check_identity,
     check_model,
     check_policies,
@@ -86,7 +87,8 @@ class Trainer:
             another M sum in another order.
         seed: Of the sample order, augmentation and dropout. (The model's initial weights are yours: seed before making it.)
         run_dir: Where checkpoints, metrics and weights go: a path or any fsspec address. None: nothing is written.
-        scheduler: An LR scheduler over ``optimizer``; stepped once per optimizer step, by the trainer alone.
+        scheduler: An LR scheduler over ``optimizer``; stepped once per optimizer step, by the trainer alone
+            (``ReduceLROnPlateau`` with that step's loss, so that its patience counts steps).
         max_grad_norm: Clip the L2 norm of the whole gradient to this.
         precision: "fp32" or "bf16" (autocast; weights and sums stay as they are).
         sync: How replicas are kept together.
@@ -142,11 +144,13 @@ class Trainer:
     ) -> None:
         check_arguments(batch_size, microbatches, max_grad_norm, precision, checkpoint_every)
         check_policies(on_nonfinite, on_desync, compare_every, timeout_s)
+        check_helpers(callbacks, loader, scheduler, optimizer)
         self.batch_size, self.microbatches, self.seed = batch_size, microbatches, seed
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.callbacks = (*callbacks, *trace.from_environment())
         self._loader = loader or Loader()
         self._sync = sync or Exact()
+        self._timeout_s = timeout_s
         self._stop: StopRequest | None = None
         self._screen = Screen(batch_size)
         self._feed: Feed | None = None
@@ -279,6 +283,7 @@ class Trainer:
             DataError: A sample cannot be read, or a loss or gradient is not finite; the last step stands.
             SystemExit: With status 128 + signal number, after a checkpoint, when asked to stop.
         """
+        check_loader(loader)
         earlier = self._catch_up(dataset, own_loop=False)
         if earlier:
             return Summary(**earlier[0])
@@ -321,6 +326,7 @@ class Trainer:
         Pass each to ``step``. Leaving early is fine: the next call goes on after the last batch that was stepped. When the
         last one is done the run is finished and its files are written.
         """
+        check_loader(loader)
         if self._catch_up(dataset, own_loop=True):
             return iter(())
         samples = self._make_order(dataset, order, drop_last, epochs)
@@ -395,6 +401,7 @@ class Trainer:
                     {"loss": self._replica.loss} if metrics is None else metrics,
                     microbatch_size=size,
                     loader=loader or self._loader,
+                    timeout_s=self._timeout_s,
                     seed=self.seed,
                 )
             finally:
@@ -485,6 +492,7 @@ class Trainer:
             seed=self.seed,
             device=self.device,
             clock=self._clock,
+            timeout_s=self._timeout_s,
             made_for=self._team.token,
         )
 
@@ -615,7 +623,9 @@ class Trainer:
     def _stop_all(self, stop: int) -> None:
         note = f"stopped by {signal.Signals(stop).name} after step {self.position.step}"
         self._run.stop()
-        if self._run.is_kept:
+        if not self._run.is_kept:
+            note += "; nothing is saved, since the Trainer has no run_dir"
+        else:
             note += f"; checkpoint written to {self._run.url}. Start the same command again to go on, on any number of workers"
         if self.collective.rank == 0:
             self._screen.tell(note)
