@@ -39,6 +39,11 @@ class Process:
             return True
         return started != self.started or state in "ZX"
 
+    @property
+    def lives_here(self) -> bool:
+        """Whether it surely runs, on this machine."""
+        return bool(self.place) and self.place == _here().place and not self.is_dead
+
     def kill(self, *, patience_s: float = 5.0) -> bool:
         """Ends it for good, whatever state it is in; whether it is gone. A stopped process, too, dies of this."""
         if not self.place or self.place != _here().place:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -77,12 +78,13 @@ def test_a_job_that_exits_does_not_leave_the_owner_waiting(writer: BackgroundWri
 
 
 def test_closing_finishes_the_job_and_ends_the_thread() -> None:
+    before = set(threading.enumerate())
     writer: BackgroundWriter[str] = BackgroundWriter()
     writer.submit(1, lambda: "last")
     writer.close()
     writer.close()
     assert writer.done() == [(1, "last")]
-    assert not any(thread.name == "unisono-checkpoint" for thread in threading.enumerate())
+    assert not set(threading.enumerate()) - before
     with pytest.raises(RuntimeError, match="closed"):
         writer.submit(2, lambda: "never")
 
@@ -95,3 +97,14 @@ def test_a_stuck_job_does_not_keep_a_failing_process_alive() -> None:
         "started.wait(); raise SystemExit(7)"
     )
     assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 7
+
+
+def test_a_process_that_ends_finishes_what_it_is_writing(tmp_path: Path) -> None:
+    script = (
+        "import sys, threading, time; from pathlib import Path; from unisono.checkpoint.writer import BackgroundWriter\n"
+        "writer = BackgroundWriter()\n"
+        "writer.submit(1, lambda: (time.sleep(0.5), Path(sys.argv[1]).write_text('whole')))\n"
+    )
+    file = tmp_path / "file"
+    assert subprocess.run([sys.executable, "-c", script, str(file)], timeout=60, check=False).returncode == 0
+    assert file.read_text() == "whole"

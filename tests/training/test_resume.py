@@ -447,7 +447,27 @@ def test_between_epochs_the_data_may_grow(tmp_path: Path) -> None:
         trainer.fit(Augmented(48), 2)
         return trainer.position.samples
 
-    assert run_threads(2, work) == [32 + 48] * 2
+    with pytest.warns(UserWarning, match="trained on other data so far .*'samples': 32.* than is given now .*'samples': 48"):
+        assert run_threads(2, work) == [32 + 48] * 2
+
+
+@pytest.mark.parametrize("stop_after", [3, 5])
+def test_a_script_that_goes_on_with_other_data_can_be_stopped_anywhere(tmp_path: Path, stop_after: int) -> None:
+    def work(stop: int | None, run_dir: Path) -> unisono.Trainer:
+        trainer = make_trainer(run_dir=run_dir, checkpoint_every=1)
+        for data, epochs in ((Augmented(), 1), (Augmented(48), 2)):
+            for batch in trainer.batches(data, epochs):
+                trainer.step(batch)
+                if trainer.position.step == stop:
+                    return trainer
+        return trainer
+
+    whole = work(None, tmp_path / "whole")
+    assert work(stop_after, tmp_path / "parts").position.step == stop_after
+    parts = work(None, tmp_path / "parts")
+    assert parts.position == whole.position
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(parts.model.state_dict()[name], value), name
 
 
 @pytest.fixture

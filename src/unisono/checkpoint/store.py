@@ -118,6 +118,15 @@ class Store:
         with self._errors("remove", _checked(path)):
             self._files.remove(path)
 
+    def prepare(self) -> None:
+        """Makes the directory, if it is not there.
+
+        Raises:
+            CheckpointError: It cannot be made, or this user may not write to it.
+        """
+        with self._errors("write to", ""):
+            self._files.prepare()
+
     def clean(self) -> None:
         """Removes temporary files that a killed process left. One worker calls this before any worker writes."""
         with self._errors("clean", ""):
@@ -232,6 +241,11 @@ class _LocalFiles:
             # What is gone stays gone, before whatever is removed or written next.
             _sync_folder(target.parent)
 
+    def prepare(self) -> None:
+        _make_folder(self.root)
+        if not os.access(self.root, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
     def clean(self) -> None:
         for folder, _, names in os.walk(self.root):
             for name in names:
@@ -279,6 +293,9 @@ class _RemoteFiles:
         self.system.invalidate_cache()
         with suppress(FileNotFoundError):
             self.system.rm(self._full(path), recursive=True)
+
+    def prepare(self) -> None:
+        """Folders come with the files in them."""
 
     def clean(self) -> None:
         """A put leaves nothing behind."""

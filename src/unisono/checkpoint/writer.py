@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
+import weakref
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from unisono.errors import CheckpointError, UnisonoError
 
 T = TypeVar("T")
 
+AT_EXIT_S = 5.0
+"""How long a process that ends waits for what it is still writing, in seconds."""
+
 
 class BackgroundWriter(Generic[T]):
     """Runs jobs, one after the other, in a daemon thread. All methods are *local* and meant for one owner thread.
 
-    At most one job is in flight. The thread is a daemon, so a failing process never waits for it: an owner that wants
-    its job finished calls `wait` before it ends. A job must not touch what training changes meanwhile: hand it a
-    snapshot.
+    At most one job is in flight. The thread is a daemon, and a process that ends gives it `AT_EXIT_S` seconds: an owner that
+    wants its job finished calls `wait` before it ends. A job must not touch what training changes meanwhile: hand it a snapshot.
     """
 
     def __init__(self) -> None:
@@ -43,6 +47,7 @@ class BackgroundWriter(Generic[T]):
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="unisono-checkpoint", daemon=True)
                 self._thread.start()
+                atexit.register(_at_exit, weakref.ref(self))
             self._changed.notify_all()
 
     def done(self) -> list[tuple[int, T]]:
@@ -63,6 +68,11 @@ class BackgroundWriter(Generic[T]):
         with self._changed:
             self._changed.wait_for(lambda: self._job is None)
             return self.done()
+
+    def settle(self, timeout_s: float) -> None:
+        """Waits until no job is in flight, at most so many seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._job is None, timeout=timeout_s)
 
     def close(self) -> None:
         """Waits for the job in flight, then ends the thread. Results and errors stay for `done`."""
@@ -94,6 +104,12 @@ class BackgroundWriter(Generic[T]):
                     self._failed.append((step, failure))
                 self._job = None
                 self._changed.notify_all()
+
+
+def _at_exit(writer: weakref.ref[BackgroundWriter[Any]]) -> None:
+    """A daemon thread that is within C++ code when the interpreter goes takes the process with it, by SIGABRT."""
+    if (alive := writer()) is not None:
+        alive.settle(AT_EXIT_S)
 
 
 def _as_checkpoint_error(step: int, error: BaseException) -> UnisonoError:

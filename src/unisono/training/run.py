@@ -40,6 +40,7 @@ class Run:
         position: How far it has come.
         record: What this worker has noted since it started.
         data: Samples, order and ``drop_last`` of the data that it trains on, once that is known.
+        resumed: ``data`` as the checkpoint had it, until steps are taken or it is known to be what it should.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Run:
         self.position = Position()
         self.record = Record()
         self.data: dict[str, Any] | None = None
+        self.resumed: dict[str, Any] | None = None
         self._model = model
         self._team = team
         self._directory = directory
@@ -164,9 +166,12 @@ class Run:
             self._directory.begin(self.position.step, epochs=epochs, steps=steps)
 
     def end_log(self) -> None:
-        """*local*. No steps follow; what cannot be written is left, since an error on its way is more important."""
+        """*local*. No steps follow for now; what cannot be written is left, since an error on its way is more important."""
         with contextlib.suppress(CheckpointError):
             self.flush_log()
+        with contextlib.suppress(CheckpointError):
+            if self._directory is not None:
+                self._directory.rest()
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -187,10 +192,20 @@ class Run:
             return
         self._team.state.restore(checkpoint)
         self.position = Position(**checkpoint.info["position"])
-        self.data = checkpoint.info["data"]
+        self.data = self.resumed = checkpoint.info["data"]
         last = checkpoint.info["last"]
         self.record.last = StepResult(**{**last, "learning_rates": tuple(last["learning_rates"])}) if last else None
         logger.info("resumed from step %d of %s", self.position.step, self.url)
+
+    def prepare(self) -> None:
+        """*collective*. Steps will follow: whether they can be kept.
+
+        Raises:
+            CheckpointError: The run directory cannot be made or written to.
+            ConfigurationError: Another process trains there.
+        """
+        if self._directory is not None:
+            self._directory.prepare()
 
     def complete_checkpoint(self, told: Sequence[Signals]) -> None:
         """*collective*, after each step. Completes the checkpoint under way if all have written their parts of it."""

@@ -6,6 +6,8 @@ written; when all are, worker 0 makes the checkpoint complete. All workers take 
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -27,6 +29,7 @@ from unisono.errors import CheckpointError, ConfigurationError, UnisonoError
 from unisono.observe.metrics import MetricsLog
 from unisono.observe.strict_json import Scalar
 from unisono.observe.summary import SUMMARY_FILE, Summary
+from unisono.process import Process
 from unisono.training.header import Signals
 from unisono.version import __version__
 
@@ -74,6 +77,7 @@ class RunDirectory:
         self.notes: list[str] = []
         self.saved_step: int | None = None
         self.log = MetricsLog(self._store)
+        self._manifest: dict[str, Any] | None = None  # while steps are taken
         self._recent: deque[Mapping[str, Scalar]] = deque(maxlen=_RECENT_LINES)
 
     # ------------------------------------------------------------------ start
@@ -102,21 +106,58 @@ class RunDirectory:
             epochs: Of the whole run.
             steps: Of the whole run, as far as can be said: a batch sampler's epochs may differ.
         """
+        self._manifest = {
+            "unisono": __version__,
+            "settings": self._settings,
+            "fingerprint": self._fingerprint,
+            "command": sys.argv,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "workers": self._collective.size,
+            "resumed_from_step": step or None,
+            "planned": {"epochs": epochs, "steps": steps},
+        }
         if self._collective.rank == 0:
             self.log.resume(step)
-            manifest: dict[str, Any] = {
-                "unisono": __version__,
-                "settings": self._settings,
-                "fingerprint": self._fingerprint,
-                "command": sys.argv,
-                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                "workers": self._collective.size,
-                "resumed_from_step": step or None,
-                "planned": {"epochs": epochs, "steps": steps},
-            }
-            self._store.write(MANIFEST_FILE, to_json(manifest, indent=1))
+            self._write_manifest(Process.this())
+
+    def _write_manifest(self, process: Process | None) -> None:
+        """Args:
+        process: Who writes here at the moment.
+        """
+        owner = None if process is None else dataclasses.asdict(process)
+        self._store.write(MANIFEST_FILE, to_json({**(self._manifest or {}), "process": owner}, indent=1))
+
+    def prepare(self) -> None:
+        """*collective*. Steps will follow: whether they can be kept here.
+
+        Raises:
+            CheckpointError: The directory cannot be made or written to.
+            ConfigurationError: Another process trains there.
+        """
+        self._from_main(self._prepare)
+
+    def _prepare(self) -> dict[str, Any]:
+        self._check_unused()
+        self._store.prepare()
+        return {}
+
+    def _check_unused(self) -> None:
+        """Two that write to one directory would spoil each other's log and checkpoints. (Other machines' cannot be seen.)"""
+        manifest: dict[str, Any] = {}
+        if self._store.exists(MANIFEST_FILE):
+            with contextlib.suppress(ValueError):
+                manifest = json.loads(self._store.read(MANIFEST_FILE))
+        if not isinstance(manifest, dict) or not manifest.get("process"):
+            return
+        owner = Process(**manifest["process"])
+        if owner.lives_here and owner.pid != os.getpid():
+            raise ConfigurationError(
+                f"run_dir {self.url!r} is in use: process {owner.pid} trains there since {manifest.get('started')}. Wait for its "
+                "end or stop it, or choose another run_dir"
+            )
 
     def _find(self) -> dict[str, Any]:
+        self._check_unused()
         self._store.clean()
         checkpoint = self._checkpoints.newest()
         return {"step": checkpoint.step if checkpoint else None, "notes": self._checkpoints.damaged}
@@ -154,6 +195,9 @@ class RunDirectory:
             self.log.take_over(self._recent)
         if collective.rank == 0:
             self._recent.clear()
+            if self._manifest is not None:
+                with contextlib.suppress(CheckpointError):  # the next checkpoint will say so
+                    self._write_manifest(Process.this())
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -229,6 +273,19 @@ class RunDirectory:
         self._from_main(commit)
         self.saved_step = step
 
+    def rest(self) -> None:
+        """*local*. No steps follow for now, perhaps never: somebody may have left a loop of his own. A worker that is alone
+        completes the checkpoint under way; several cannot know whether the others are there.
+
+        Raises:
+            CheckpointError: It could not be written; the checkpoint before it is whole.
+        """
+        if self._collective.rank == 0 and self._manifest is not None:
+            self._write_manifest(None)
+        self._manifest = None
+        if self._collective.size == 1:
+            self.finish()
+
     def _look(self, *, wait: bool = False) -> None:
         try:
             for _, entries in self._writer.wait() if wait else self._writer.done():
@@ -285,12 +342,13 @@ class RunDirectory:
                 answer = {"ok": work()}
             except UnisonoError as error:
                 failure = error
-                answer = {"error": str(error)}
+                answer = {"error": str(error), "kind": type(error).__name__}
         answer = json.loads(self._collective.all_gather_bytes(json.dumps(answer).encode())[0])
         if failure is not None:
             raise failure
         if "error" in answer:
-            raise CheckpointError(answer["error"])
+            kinds = {kind.__name__: kind for kind in (CheckpointError, ConfigurationError)}
+            raise kinds.get(answer["kind"], CheckpointError)(answer["error"])
         result: dict[str, Any] = answer["ok"]
         return result
 

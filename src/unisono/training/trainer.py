@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import os
 import signal
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -557,7 +558,9 @@ class Trainer:
 
     def _planned(self, samples: Order, epochs: int) -> int:
         """Steps of the whole run, as far as can be said."""
-        return samples.epoch(min(self.position.epoch, epochs - 1)).batches * epochs
+        position = self.position
+        each = samples.epoch(min(position.epoch, epochs - 1)).batches
+        return position.step + max(0, epochs - position.epoch) * each - position.batch
 
     def _say_finished(self) -> Summary:
         summary = self._run.summary()
@@ -576,15 +579,34 @@ class Trainer:
     def _make_order(self, dataset: Any, order: OrderLike, drop_last: bool, epochs: int) -> Order:
         length = dataset_length(dataset)
         data = {"samples": length, "order": order if isinstance(order, str) else "given", "drop_last": drop_last}
+        made = make_order(order, length=length, batch_size=self.batch_size, seed=self.seed, drop_last=drop_last)
+        done = self._is_done(epochs)
+
+        def act() -> None:
+            check_alike(self.collective, {**data, "epochs": epochs})
+            if not done:
+                self._run.prepare()
+
         if not self._history.just_joined:  # the others have compared this already
-            self._team.act(lambda: check_alike(self.collective, {**data, "epochs": epochs}))
+            self._team.act(act)
+        if done:
+            if data == self._run.resumed:
+                self._run.resumed = None  # the next call may be about other data
+            return made
         if self.position.batch and self._run.data not in (None, data):
             raise ConfigurationError(
                 f"the run stopped in the middle of epoch {self.position.epoch + 1} over other data ({self._run.data}) than "
                 f"is given now ({data}): give it the same data, or choose another run_dir"
             )
+        if self._run.resumed not in (None, data) and self.collective.rank == 0:
+            warnings.warn(
+                f"the run was trained on other data so far ({self._run.resumed}) than is given now ({data}): its weights depend "
+                "on both, so this command alone, in a new run_dir, gives others",
+                stacklevel=4,
+            )
+        self._run.resumed = None
         self._run.data = data
-        return make_order(order, length=length, batch_size=self.batch_size, seed=self.seed, drop_last=drop_last)
+        return made
 
     def _check_batch(self, batch: Any) -> None:
         if not isinstance(batch, Batch):
