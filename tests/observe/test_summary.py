@@ -186,3 +186,8 @@ def test_a_summary_of_an_earlier_version_lacks_the_times_of_each_worker() -> Non
     values = json.loads(summary(data_s=[1.0, 2.0]).to_json())
     del values["data_s"]
     assert Summary.from_json(json.dumps(values)) == summary()
+
+
+def test_the_time_of_a_resumed_run_is_that_since_its_last_start() -> None:
+    assert "since the last start" in render_plain(summary(samples=90_000))
+    assert "since the last start" not in render_plain(summary())

@@ -15,6 +15,7 @@ from tests.training.small_run import Augmented, make_trainer, train
 from tests.training.test_bad_input import everybodys_errors
 from unisono.errors import ConfigurationError
 from unisono.process import Process, state_of
+from unisono.testing import run_threads
 
 
 def test_a_loop_of_ones_own_that_is_left_early_leaves_its_last_checkpoint_whole(tmp_path: Path) -> None:
@@ -62,3 +63,9 @@ def test_a_directory_that_cannot_be_made_is_refused_by_all_before_the_first_step
         "cannot write to /proc/nowhere/run: No such file or directory. Check that /proc/nowhere/run is there and that this user"
     )
     assert [str(error) for error in errors] == [f"{text} may use it."] * 3
+
+
+def test_without_a_run_directory_the_digest_of_the_weights_is_told_all_the_same(tmp_path: Path) -> None:
+    kept = make_trainer(run_dir=tmp_path).fit(Augmented(), 1)
+    told = run_threads(2, lambda collective: make_trainer(collective).fit(Augmented(), 1).weights_sha256)
+    assert told == [kept.weights_sha256] * 2

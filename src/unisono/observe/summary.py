@@ -45,7 +45,7 @@ class Summary:
     workers: int
     """Workers at the end."""
     weights_sha256: str
-    """SHA-256 of ``model.safetensors``, 64 hexadecimal digits."""
+    """SHA-256 of ``model.safetensors``, 64 hexadecimal digits; without a run directory, of the file that it would be."""
     loss: float
     """Loss of the last step."""
     metrics: dict[str, float]
@@ -157,6 +157,7 @@ def _rows(summary: Summary) -> list[tuple[str, str]]:
     """Label and value of everything but the digest."""
     shares = summary.microbatches
     uneven = bool(shares) and max(shares) - min(shares) > 1  # they need not divide evenly
+    resumed = summary.samples - summary.samples_per_second * summary.seconds > 0.5
     waiting = f", {formats.percent(summary.waiting_share)} waiting" if summary.workers > 1 else ""
     return [
         ("loss", formats.number(summary.loss)),
@@ -164,7 +165,7 @@ def _rows(summary: Summary) -> list[tuple[str, str]]:
         ("steps", f"{summary.steps:,} in {formats.count(summary.epochs, 'epoch')}"),
         ("samples", f"{summary.samples:,}"),
         ("samples/s", formats.rate(summary.samples_per_second)),
-        ("time", f"{formats.seconds(summary.seconds)}{waiting}"),
+        ("time", f"{formats.seconds(summary.seconds)}{waiting}{' (since the last start)' if resumed else ''}"),
         ("workers", str(summary.workers)),
         *([("microbatches", " + ".join(f"{share:.3g}" for share in shares))] if uneven else []),
         ("parameters", f"{summary.parameters:,}"),

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from unisono.checkpoint.format import digest, encode
 from unisono.errors import CheckpointError, ConfigurationError, Desync
 from unisono.guard.ledger import LOWER_HALVES, NOTHING, samples_of, whole
 from unisono.guard.stragglers import Block
@@ -300,7 +301,8 @@ class Run:
         directory, collective = self._directory, self._team.collective
         rates = self.record.rates(collective)
         weights = self._model.state_dict() if self.is_main else None
-        sha256 = directory.weights_digest(weights) if directory is not None else ""
+        mine = digest(encode(weights)).encode() if weights is not None else b""
+        sha256 = collective.all_gather_bytes(mine)[0].decode()
         earlier = directory.read_summary() if directory is not None else None
         if earlier is not None and (earlier.steps, earlier.weights_sha256) != (self.position.step, sha256):
             earlier = None

@@ -311,10 +311,6 @@ class RunDirectory:
         """*local*. The weights that ``publish`` has written, if it has."""
         return decode(self._store.read(MODEL_FILE)) if self._store.exists(MODEL_FILE) else None
 
-    def weights_digest(self, model: Mapping[str, Tensor] | None) -> str:
-        """*collective*. SHA-256 of the file that ``publish`` would write."""
-        return str(self._from_main(lambda: {"sha256": digest(encode(model or {}))})["sha256"])
-
     def read_summary(self) -> Summary | None:
         """*local*. The summary of an earlier start, if there is a readable one."""
         if not self._store.exists(SUMMARY_FILE):
