@@ -98,14 +98,15 @@ class Launch:
         """What is wrong with how it ended; "" if nothing is."""
         status, text = self.process.returncode, self.output.read_text(errors="replace")
         stopped = status == 128 + signal.SIGTERM and "stopped by SIGTERM" in text  # where nobody was there to leave
-        says_so = status == 1 and CUT_OFF in text and "Traceback" not in text
+        never_came = not self.has_worker and TOO_LATE in text
+        says_so = status == 1 and (CUT_OFF in text or never_came) and "Traceback" not in text
         fine = {
             Fate.NONE: status == 0,
             Fate.CUT_OFF: says_so or (run_is_over and status == 0),
             Fate.LOST: status == -signal.SIGKILL,
             Fate.TOLD: status == 0 or stopped or (status == 1 and "RuntimeError: planted" in text),
         }[self.fate]
-        late = run_is_over and not self.has_worker and status == 1 and (TOO_LATE in text or says_so)
+        late = run_is_over and not self.has_worker and says_so
         return "" if fine or late else f"host {self.host} ({self.fate.value}) ended with status {status} ({self.output.name})"
 
 
