@@ -34,6 +34,7 @@ def test_an_example_says_which_options_it_takes(
         runpy.run_path(str(example), run_name="__main__")
     assert end.value.code == 0
     shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: {example.name} ")
     assert all(option in shown for option in ("--epochs", "--seed", "--run-dir"))
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+import unisono as package
+from tests.launch.conftest import Launcher
 from unisono.launch import cli, runner
 from unisono.world import usable_cores
 
@@ -69,6 +73,39 @@ def test_more_threads_than_cores_are_allowed_and_said(script: str, runs: list[ru
 def test_options_behind_the_script_are_the_scripts(script: str, runs: list[runner.Run]) -> None:
     unisono("run", "--workers", "1", script, "--workers", "7", "--help", "-x")
     assert (runs[0].workers, runs[0].args) == (1, ("--workers", "7", "--help", "-x"))
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["SCRIPT", "--workers", "2"], "unisono: --workers after the script goes to the script; "),
+        (["SCRIPT", "--epochs", "3", "--workers=2"], "unisono: --workers after the script goes to the script; "),
+        (
+            ["SCRIPT", "--trace", "--threads=2", "--trace"],
+            "unisono: --trace, --threads after the script go to the script; ",
+        ),
+    ],
+)
+def test_an_option_of_unisono_behind_the_script_is_pointed_out(
+    script: str, runs: list[runner.Run], args: list[str], said: str
+) -> None:
+    result = unisono("run", *[script if arg == "SCRIPT" else arg for arg in args])
+    assert result.stderr == said + "options of unisono run come before it\n"
+    assert runs[0].args == tuple(args[1:])
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["SCRIPT", "--epochs", "3", "--help", "-x", "workers"],
+        ["--workers", "1", "SCRIPT", "--workers", "7"],
+        ["SCRIPT", "--", "--workers", "7"],
+        ["SCRIPT", "--wait", "3"],
+    ],
+)
+def test_an_option_that_is_meant_for_the_script_is_not_remarked_on(script: str, runs: list[runner.Run], args: list[str]) -> None:
+    Path(script).write_text('parser.add_argument("--wait")')
+    assert unisono("run", *[script if arg == "SCRIPT" else arg for arg in args]).stderr == ""
 
 
 @pytest.mark.parametrize(
@@ -136,6 +173,38 @@ def test_a_demo_runs_as_a_script_does(tmp_path: Path, runs: list[runner.Run], mo
     assert "there are: digits\n" in unisono("demo", "letters").stderr
 
 
+def test_the_demos_are_named_where_a_person_looks_for_them() -> None:
+    names = "digits, forecast, fraud, language, recommendation, vision"
+    for args in (["--help"], ["demo", "--help"], ["demo"]):
+        result = unisono(*args)
+        assert names in " ".join((result.stdout + result.stderr).split()), args
+
+
+@pytest.mark.parametrize("args", [["digits", "--help"], ["-h", "digits"], ["digits", "--workers", "2", "-h"]])
+def test_the_help_of_a_demo_is_its_own(args: list[str], runs: list[runner.Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["unisono"])
+    result = unisono("demo", *args)
+    assert (result.exit_code, runs) == (0, [])
+    assert result.stdout.startswith("usage: unisono demo digits [-h] [--epochs EPOCHS]")
+    assert result.stdout.endswith("unisono demo --help lists them.\n")
+
+
+def test_the_list_of_commands_has_whole_sentences() -> None:
+    listed = unisono("--help").stdout.partition("Commands:\n")[2]
+    assert "..." not in listed
+    assert listed.count(".\n") == len(cli.main.commands)
+
+
+def test_the_version_is_told() -> None:
+    assert unisono("--version").output == f"unisono {package.__version__}\n"
+
+
+def test_the_command_is_a_module_as_well() -> None:
+    done = subprocess.run([sys.executable, "-m", "unisono", "run"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "Missing argument 'SCRIPT'" in done.stderr
+
+
 def test_a_demo_is_copied_to_be_changed_and_no_file_is_overwritten(
     tmp_path: Path, runs: list[runner.Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,3 +227,61 @@ def test_ctrl_c_before_the_run_listens_for_it_ends_the_command_as_a_shell_expect
 
     monkeypatch.setattr(runner, "run", interrupted)
     assert unisono("run", script).exit_code == 130
+
+
+# ---- scripts that make no Trainer ----
+
+NOTE = "unisono: the script made no unisono.Trainer: each of the 2 workers ran all of it\n"
+GROUP = """
+import os, torch.distributed as dist
+dist.init_process_group("gloo", store=dist.FileStore(__file__ + ".store", 2), rank=int(os.environ["RANK"]), world_size=2)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["print('trained')", "import sys\ndef main():\n    print('trained')\nif __name__ == '__main__':\n    sys.exit(main())"],
+)
+def test_work_that_every_worker_did_is_pointed_out(launcher: Launcher, code: str) -> None:
+    assert plain(launcher, code) == (0, "trained\n", NOTE)
+
+
+def test_one_worker_that_did_all_the_work_is_not_remarked_on(launcher: Launcher) -> None:
+    assert plain(launcher, "print('trained')", workers=1) == (0, "trained\n", "")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param("from mine import *", id="torch.distributed in a module of one's own, ended before the script"),
+        pytest.param("import os; print('I am', os.environ['RANK'])", id="its rank"),
+        pytest.param("import unisono; print(unisono.World.from_environment().rank)", id="its world"),
+        pytest.param("import argparse; argparse.ArgumentParser().parse_args(['--help'])", id="help"),
+    ],
+)
+def test_a_script_that_knows_of_its_fellows_is_not_remarked_on(launcher: Launcher, code: str) -> None:
+    (launcher.folder / "mine.py").write_text(GROUP)
+    status, _, err = plain(launcher, code)
+    assert status == 0
+    assert "made no unisono.Trainer" not in err
+
+
+def test_a_script_with_a_trainer_is_not_remarked_on(launcher: Launcher) -> None:
+    code = """
+import torch, unisono
+model = torch.nn.Linear(2, 1)
+loss = lambda model, batch: model(batch[0]).square().sum()
+trainer = unisono.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), loss, batch_size=4, microbatches=2, run_dir="run")
+trainer.fit(torch.utils.data.TensorDataset(torch.ones(8, 2)), epochs=1)
+"""
+    status, _, err = plain(launcher, code)
+    assert status == 0, err
+    assert "made no unisono.Trainer" not in err
+
+
+def plain(launcher: Launcher, code: str, *, workers: int = 2) -> tuple[int, str, str]:
+    """Status and output of a script that stands in its file as it is."""
+    path = launcher.folder / "train.py"
+    path.write_text(code)
+    return launcher.command("-m", "unisono.launch", "run", "--workers", str(workers), str(path)).finish()

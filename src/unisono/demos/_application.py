@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -25,6 +27,12 @@ SETTINGS_FILE = "application.json"
 _MODEL_FILE = "model.safetensors"
 
 
+def program(name: str) -> str:
+    """*local*. What the person typed to run the demo: the command, or the file's name where that is run as a script."""
+    script = Path(sys.argv[0])
+    return f"unisono demo {name}" if script.parent == Path(__file__).parent else script.name
+
+
 def options(
     name: str, description: str, *, data: str, predict: str, epochs: int | None = None, batch_size: int | None = None
 ) -> argparse.ArgumentParser:
@@ -35,7 +43,7 @@ def options(
         data: What ``--data`` names.
         predict: What ``--predict`` names, and what is done with it.
     """
-    parser = argparse.ArgumentParser(prog=f"unisono demo {name}", description=description)
+    parser = argparse.ArgumentParser(prog=program(name), description=description)
     parser.add_argument("--epochs", type=_at_least_one, default=epochs, help=f"default: {epochs or 'by preset'}")
     parser.add_argument(
         "--batch-size", type=_at_least_one, default=batch_size, help=f"samples of a step; default: {batch_size or 'by preset'}"

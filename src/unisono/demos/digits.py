@@ -90,7 +90,7 @@ def accuracy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="unisono demo digits", description="Train a small convolutional net on digits.")
+    parser = argparse.ArgumentParser(prog=application.program("digits"), description="Train a small convolutional net on digits.")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", help="default: runs/digits-on-N, where N is the number of workers")

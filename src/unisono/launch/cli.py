@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import os
 import re
+import runpy
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,10 +17,16 @@ from typing import Any
 import click
 
 from unisono.errors import ConfigurationError, UnisonoError
+from unisono.version import __version__
 from unisono.world import World, room_for_workers, threads_from_environment, usable_cores
 
 _DEMOS = Path(__file__).parent.parent / "demos"
 _GRACE_S = 120.0
+
+
+def _demos() -> list[str]:
+    """Names of the examples that come with unisono."""
+    return sorted(file.stem for file in _DEMOS.glob("*.py") if not file.stem.startswith("_"))
 
 
 def _workers(context: click.Context, option: click.Parameter, value: str | None) -> tuple[int | None, int] | None:
@@ -132,34 +140,91 @@ def _interruptible() -> Iterator[None]:
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="unisono", message="%(prog)s %(version)s")
 def main() -> None:
     """Data-parallel PyTorch training with bit-identical weights for any number of workers."""
 
 
-@main.command(context_settings={"allow_interspersed_args": False})
+@main.command(
+    context_settings={"allow_interspersed_args": False},
+    short_help="Run a script on many workers of this host, or of several.",
+)
 @_launch_options
 @click.argument("script", type=click.Path(exists=True, dir_okay=False, readable=True))
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
-def run(script: str, args: tuple[str, ...], **options: Any) -> None:
+@click.pass_context
+def run(context: click.Context, /, script: str, args: tuple[str, ...], **options: Any) -> None:
     """Run SCRIPT with ARGS on many workers of this host, or with --meet of several. Options for unisono stand before SCRIPT."""
+    if astray := _options_astray(context, script, args):
+        goes = "goes" if len(astray) == 1 else "go"
+        click.echo(
+            f"unisono: {', '.join(astray)} after the script {goes} to the script; options of unisono run come before it", err=True
+        )
     sys.exit(_run(script, args, **options))
 
 
-@main.command(context_settings={"ignore_unknown_options": True})
+def _options_astray(context: click.Context, script: str, args: tuple[str, ...]) -> list[str]:
+    """Options of ours that stand behind a script which does not seem to have such options."""
+    ours = {
+        word: param.name
+        for param in context.command.params
+        if isinstance(param, click.Option)
+        for word in param.opts
+        if word.startswith("--")
+    }
+    words = itertools.takewhile(lambda word: word != "--", args)
+    found = dict.fromkeys(name for word in words if (name := word.partition("=")[0]) in ours)
+    if not found:
+        return []
+    text = Path(script).read_text(encoding="utf-8", errors="replace")
+    default = click.core.ParameterSource.DEFAULT
+    return [
+        name
+        for name in found
+        # Who gives it in its place as well, or wrote a script that knows it, means the script's.
+        if context.get_parameter_source(ours[name] or "") is default and not re.search(rf"""(["']){name}\1""", text)
+    ]
+
+
+@main.command(
+    context_settings={"ignore_unknown_options": True},
+    short_help=f"Run an example: {', '.join(_demos())}.",
+    help=f"""Run the example NAME that comes with unisono: {", ".join(_demos())}.
+
+    Options that unisono does not know go to the example; `unisono demo NAME --help` lists them.""",
+)
 @_launch_options
 @click.option("--copy", is_flag=True, help="Do not run it: copy its file into this folder, to change it.")
-@click.argument("name")
+@click.option("-h", "--help", "asks", is_flag=True, help="Show this message and exit; behind NAME: the options of the example.")
+@click.argument("name", metavar="NAME", required=False)
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
-def demo(name: str, args: tuple[str, ...], copy: bool, **options: Any) -> None:
-    """Run the example NAME that comes with unisono. Options that unisono does not know go to the example."""
-    names = sorted(file.stem for file in _DEMOS.glob("*.py") if not file.stem.startswith("_"))
-    if name not in names:
-        raise click.BadParameter(f"no demo {name!r}; there are: {', '.join(names) or 'none'}", param_hint="NAME")
+@click.pass_context
+def demo(context: click.Context, /, name: str | None, args: tuple[str, ...], copy: bool, asks: bool, **options: Any) -> None:
+    """Its help, which names the examples, stands above."""
+    if name is None and asks:
+        click.echo(context.get_help())
+        return
+    names = ", ".join(_demos()) or "none"
+    if name is None:
+        raise click.UsageError(f"Missing argument 'NAME'; there are: {names}")
+    if name not in _demos():
+        raise click.BadParameter(f"no demo {name!r}; there are: {names}", param_hint="NAME")
     file = _DEMOS / f"{name}.py"
+    if asks:
+        _show_options(file)
+        return
     if copy:
         _copy_here(file)
         return
     sys.exit(_run(str(file), args, **options))
+
+
+def _show_options(file: Path) -> None:
+    """The example's own help."""
+    sys.argv[:] = [str(file), "--help"]
+    with contextlib.suppress(SystemExit):  # argparse's, once it has shown them
+        runpy.run_path(str(file), run_name="__main__")
+    click.echo("\nOptions of unisono, such as --workers and --copy, are taken as well: unisono demo --help lists them.")
 
 
 def _copy_here(file: Path) -> None:
@@ -172,7 +237,7 @@ def _copy_here(file: Path) -> None:
     click.echo(f"{target} is yours to change; unisono run {target} runs it")
 
 
-@main.command()
+@main.command(short_help="Write one HTML file that shows a run, or compares several.")
 @click.option("--output", "-o", type=click.Path(dir_okay=False), help="The file to write.")
 @click.option("--open", "open_page", is_flag=True, help="Open it in the browser.")
 @click.argument("run_dirs", metavar="RUN_DIR [RUN_DIR...]", nargs=-1, required=True)
@@ -192,7 +257,7 @@ def report(run_dirs: tuple[str, ...], output: str | None, open_page: bool) -> No
         raise click.ClickException(f"no browser could be opened here; open {written} yourself")
 
 
-@main.command()
+@main.command(short_help="Show the report of a run live, in the browser.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, metavar="PORT", help="Where to listen; default: any free port.")
 @click.option("--open", "open_page", is_flag=True, help="Open it in the browser.")
 @click.argument("run_dir")
@@ -209,7 +274,7 @@ def watch(run_dir: str, port: int, open_page: bool) -> None:
         raise click.ClickException(str(error)) from None
 
 
-@main.command()
+@main.command(short_help="Look at what a run will stand on: fine, or what to do.")
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
@@ -237,7 +302,10 @@ def doctor(workers: int | None, threads: int | None, run_dir: str, json: bool) -
     sys.exit(doctor(world, workers=workers, threads=threads, run_dir=run_dir, json=json))
 
 
-@main.command(context_settings={"allow_interspersed_args": False})
+@main.command(
+    context_settings={"allow_interspersed_args": False},
+    short_help="Show that a script trains the same on any number of workers.",
+)
 @click.option("--workers", metavar="N,N,...", help="Numbers of workers to compare with one; default: 2, 3 and the usable cores.")
 @click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Optimizer steps to look at.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="T", help="Threads per worker; default: OMP_NUM_THREADS, or 1.")

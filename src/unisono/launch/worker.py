@@ -12,11 +12,13 @@ import atexit
 import contextlib
 import faulthandler
 import os
+import re
 import runpy
 import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 from unisono.launch.nursery import BLOCKED_SIGNALS
@@ -67,11 +69,14 @@ def _run(script: str) -> None:
         # Spawned loader workers import the main module again: run_path gives it the __file__ by which they find it.
         runpy.run_path(script, run_name="__main__")
         _say_over()
+        _say_if_all_did_the_same(script)
     except KeyboardInterrupt:
         raise
     except SystemExit as stop:
         if not stop.code:
             _say_over()
+            if _is_from_a_module(stop.__traceback__):
+                _say_if_all_did_the_same(script)
         # A status speaks for itself: the script has said what it had to say, or it stopped as it was asked to.
         if isinstance(stop.code, int | None):
             raise
@@ -85,6 +90,38 @@ def _say_over() -> None:
     link = sys.modules.get("unisono.elastic.link")
     if link is not None:  # else no Trainer was made
         link.say_over()
+
+
+def _is_from_a_module(trace: TracebackType | None) -> bool:
+    """Whether a script ended by `sys.exit(main())`; not, for instance, within an option such as --help."""
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_name == "<module>"
+
+
+def _say_if_all_did_the_same(script: str) -> None:
+    """A person who made no Trainer would not notice: each of several workers has done all of the work, and only one is heard."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if os.environ.get("RANK") == "0" and size != "1" and not _knows_of_others(script):
+        with contextlib.suppress(OSError, ValueError):  # the script may have closed it
+            print(
+                f"unisono: the script made no unisono.Trainer: each of the {size} workers ran all of it",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _knows_of_others(script: str) -> bool:
+    """Whether the script made a Trainer, used torch.distributed, or asked who it is among the workers."""
+    link, unisono = sys.modules.get("unisono.elastic.link"), sys.modules.get("unisono")
+    if (link is not None and link._links) or "World" in vars(unisono):  # there once it was asked for
+        return True
+    # Alone of what init_process_group() leaves behind, the name of the backend outlives destroy_process_group().
+    groups = sys.modules.get("torch.distributed.distributed_c10d")
+    if groups is not None and getattr(groups, "_backend", "unknown") is not None:
+        return True
+    text = Path(script).read_text(encoding="utf-8", errors="replace")
+    return re.search(r"RANK|WORLD_SIZE|\bWorld\b", text) is not None
 
 
 def _fail(error: BaseException) -> NoReturn:
