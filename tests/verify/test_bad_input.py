@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 import textwrap
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from unisono.verify.inquiry import Report, inquire
 from unisono.verify.nursery import Nurseries
+from unisono.verify.report import show
 
 PRELUDE = """
 import sys, torch, unisono
@@ -130,6 +133,20 @@ def test_more_workers_than_microbatches_are_not_compared(verify: Verifier, nurse
     report = inquire(str(verify.folder / "script.py"), workers=(2, 9), steps=1, nurseries=nurseries)
     assert report.verdict == "equal"
     assert "4 microbatches" in report.comparisons[-1].skipped
+    assert shown(report).splitlines()[-1].startswith("Equal: the same bits on 1 and 2 workers, and what a plain loop computes")
+
+
+def test_where_no_other_number_of_workers_can_be_compared_it_could_not_be_told(verify: Verifier, nurseries: Nurseries) -> None:
+    verify("trainer().fit(data, 1)")
+    report = inquire(str(verify.folder / "script.py"), workers=(8, 9), steps=1, nurseries=nurseries)
+    assert report.verdict == "unknown"
+    assert shown(report).splitlines()[-1].startswith("Could not tell: no other number of workers was compared")
+
+
+def shown(report: Report) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    show(report, console)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
 def test_two_faults_are_both_named(verify: Verifier) -> None:

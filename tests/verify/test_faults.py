@@ -26,6 +26,7 @@ EXPECTED = {
     "init_after_trainer": ("different", "own_seeding", "torch.manual_seed(trainer.world.rank)"),
     "init_by_rank": ("equal", "models_differ", "from_environment().rank"),
     "loss_divided_twice": ("different", "loss_divided_twice", "/ MICROBATCHES, len(labels)"),
+    "mean_with_count": ("different", "mean_with_count", 'reduction="sum"'),
     "metric_over_workers": ("different", "combined_over_workers", "workers.all_gather(hits"),
     "noise_by_loader_worker": ("different", "loader_worker", "num_workers=0"),
     "nondeterministic_kernel": ("different", "nondeterministic_kernel", "use_deterministic_algorithms(False)"),

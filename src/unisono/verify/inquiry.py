@@ -127,7 +127,10 @@ class _Inquiry:
             base = base.but(*(comparison.search.changes if comparison.search else ()))
         reference = examine(self._runs, base)
         return self._conclude(
-            _verdict(comparisons, reference, self._findings), steps, comparisons=comparisons, reference=reference
+            _verdict(comparisons, reference, self._findings, is_alone=not self._workers),
+            steps,
+            comparisons=comparisons,
+            reference=reference,
         )
 
     # ------------------------------------------------------------------ the first run
@@ -285,12 +288,15 @@ def _name(workers: int) -> str:
     return f"{workers} workers"
 
 
-def _verdict(comparisons: Sequence[Comparison], reference: ReferenceResult, findings: Sequence[Cause]) -> Verdict:
+def _verdict(
+    comparisons: Sequence[Comparison], reference: ReferenceResult, findings: Sequence[Cause], *, is_alone: bool
+) -> Verdict:
+    """What the comparisons come to; ``is_alone``: no other number of workers than one was asked for."""
     if any(comparison.difference is not None for comparison in comparisons):
         return "different"
     if any(cause.fault for cause in (*findings, *reference.causes)):
         return "different"
-    if reference.problem:
+    if reference.problem or not (is_alone or any(one.workers > 1 and not one.skipped for one in comparisons)):
         return "unknown"
     return "equal" if reference.explained else "different"
 

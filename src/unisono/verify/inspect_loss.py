@@ -54,7 +54,7 @@ class Inspection:
         """What is remarkable, by name: see the methods. What cannot be computed is left out."""
         found: dict[str, Any] = {}
         with self._aside():
-            for look in (self._weights, self._coupling, self._division):
+            for look in (self._repetition, self._weights, self._coupling, self._division):
                 try:
                     found.update(look())
                 except Exception as error:  # a loss may refuse single samples; then this look tells nothing
@@ -93,6 +93,25 @@ class Inspection:
         if isinstance(returned, (tuple, list)):
             return float(returned[0]), float(returned[1])
         return float(returned) * len(numbers), float(len(numbers))
+
+    def _repetition(self) -> dict[str, Any]:
+        """Whether the loss is a mean that comes with a count: of a sample that stands there several times the sum grows as the
+        count does, and the mean stays."""
+        probed = range(min(_PROBED, len(self._samples)))
+        told = []
+        for number in probed:
+            once, *more = (self._returned([number] * times) for times in (1, 2, 3))
+            if abs(once[0]) < 1e-12 or once[1] == 0:
+                continue  # tells nothing
+            means = all(math.isclose(value, once[0], rel_tol=_TOLERANCE) for value, _ in more)
+            counts = all(math.isclose(count, times * once[1], rel_tol=1e-6) for times, (_, count) in enumerate(more, start=2))
+            if not (means and counts):
+                return {}
+            told.append((number, once, more[0]))
+        if not told:
+            return {}
+        number, once, twice = told[0]
+        return {"mean": {"sample": self._indices[number], "values": [once[0], twice[0]], "counts": [once[1], twice[1]]}}
 
     def _weights(self) -> dict[str, Any]:
         """The weight of a sample in the mean of two should be its share of the count."""

@@ -192,6 +192,8 @@ def _composition(inspected: Run) -> Cause:
     """Cutting the batch into microbatches is what makes the difference: why."""
     cut = (Variant.PARTS.value,)
     for found in _findings(inspected):
+        if "mean" in found:
+            return _mean_with_count(found["mean"])
         if "count" in found:
             samples, counts = found["count"]["samples"], found["count"]["counts"]
             return Cause(
@@ -239,11 +241,25 @@ def _composition(inspected: Run) -> Cause:
     )
 
 
+def _mean_with_count(found: Mapping[str, Any]) -> Cause:
+    (one, two), counts = found["values"], found["counts"]
+    return Cause(
+        name="mean_with_count",
+        what=f"the loss returns a mean together with a count: {one:.6g} and {counts[0]:g} for sample {found['sample']}, "
+        f"{two:.6g} and {counts[1]:g} for the same sample twice. It is divided by the count once more, so loss and gradient come "
+        "out as many times too small as a microbatch has samples",
+        advice='return the sum and the count, for example (F.cross_entropy(..., reduction="sum"), len(labels)), or only the mean',
+        experiments=("repeated",),
+    )
+
+
 def _seen_directly(inspected: Run) -> list[Cause]:
     """Faults that both sides share, so that no distance shows them."""
     causes = []
     for trainer in inspected.trainers:
         found = trainer.findings
+        if "mean" in found:
+            causes.append(_mean_with_count(found["mean"]))
         for name, (whole, summed) in found.get("metrics", {}).items():
             causes.append(
                 Cause(

@@ -18,7 +18,7 @@ from unisono.verify.inquiry import EXIT_STATUS, Comparison, Report
 from unisono.verify.reference import ReferenceResult
 
 _VERDICTS = {
-    "equal": "Equal: the same bits on every number of workers, and what a plain loop computes",
+    "equal": "Equal",
     "different": "Different",
     "unknown": "Could not tell",
 }
@@ -92,11 +92,24 @@ def _plain(value: Any) -> Any:
 
 
 def _verdict(report: Report) -> str:
+    same = _same_bits(report)
     if report.verdict == "equal" and any(not cause.fault for cause in report.causes):
-        return "Equal: the same bits on every number of workers. Mind what is said above"
+        return f"Equal: {same}. Mind what is said above"
+    if report.verdict == "equal":
+        return f"Equal: {same}, and what a plain loop computes"
     if report.verdict == "unknown" and report.reference is not None:
-        return f"The same bits on every number of workers, but the plain loop could not tell: {report.reference.problem}"
+        if report.reference.problem:
+            return f"T{same[1:]}, but the plain loop could not tell: {report.reference.problem}"
+        return f"{_VERDICTS['unknown']}: no other number of workers was compared (see above)"
     return _VERDICTS[report.verdict]
+
+
+def _same_bits(report: Report) -> str:
+    """On which numbers of workers."""
+    *numbers, last = sorted({comparison.workers for comparison in report.comparisons if not comparison.skipped} | {1})
+    if not numbers:
+        return "the same bits again on 1 worker"
+    return f"the same bits on {', '.join(map(str, numbers))} and {last} workers"
 
 
 def _row(comparison: Comparison) -> tuple[str, str]:
