@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from torch.distributed import HashStore
 
+from unisono.collective import LostWorker
 from unisono.elastic.membership import Member, Membership
 from unisono.process import Process, state_of
 
@@ -46,6 +47,17 @@ def test_one_that_another_host_has_given_up_is_ended_by_those_of_its_own(silent:
     store.set("2/plan", json.dumps(["elsewhere", "mine"]))
     assert mine.meet().size == 2
     assert silent.poll() == -9
+
+
+def test_one_that_stands_still_when_a_generation_begins_is_silent_after_the_time_limit() -> None:
+    store = HashStore()
+    first, second = member("first"), member("second")
+    mine = Membership(store, first, ["first", "second"], timeout_s=0.2)
+    store.set("1/here/second", second.to_json())  # and not a word after that
+    generation = mine.meet()
+    with pytest.raises(LostWorker, match=r"worker 1 did not answer within 0.2 s when generation 1 began") as caught:
+        generation.introduce(b"data")
+    assert (caught.value.silent, caught.value.rank) == (True, 1)
 
 
 def test_one_that_leaves_is_not_ended(silent: subprocess.Popen[bytes]) -> None:

@@ -197,6 +197,94 @@ def test_when_all_are_told_to_leave_and_nobody_waits_the_run_stops_and_can_be_re
     assert found == {**undisturbed(), "seen": found["seen"]}
 
 
+def two_trainers(link: Link | None, replicate_kib: float) -> Found:
+    data, found = Augmented(), {}
+    for number in range(2):
+        torch.manual_seed(7)
+        model = Net()
+        trainer = unisono.Trainer(
+            model,
+            torch.optim.AdamW(model.parameters(), lr=0.01),
+            loss,
+            batch_size=BATCH_SIZE,
+            microbatches=MICROBATCHES,
+            seed=number,
+            sync=unisono.Exact(replicate_kib=replicate_kib),
+            collective=link,
+        )
+        trainer.fit(data, 1)
+        found |= {f"{number} {name}": digest(value) for name, value in model.state_dict().items()}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("replicate_kib", "calls"), [(0.0, range(42, 62)), (4096.0, range(12, 26))], ids=["owners", "everywhere"]
+)
+def test_a_worker_may_die_when_some_have_come_to_the_next_trainer_and_others_have_not(replicate_kib: float, calls: range) -> None:
+    work = functools.partial(two_trainers, replicate_kib=replicate_kib)
+    expected = two_trainers(None, replicate_kib)
+    for call in calls:
+        for victim in (0, 2):
+            lives = run_lives(3, work, {victim: Death(call, told=True)})
+            assert lives.results == dict.fromkeys({0, 1, 2} - {victim}, expected), (call, victim)
+
+
+class LooksAway(unisono.Callback):
+    """Keeps the members in the first call until the one that waits to join does not look any more; lets nobody in there."""
+
+    edits_weights = False
+
+    def __init__(self, link: Link, asleep: list[bool]) -> None:
+        self.link, self.asleep = link, asleep
+        self.applicants = link.membership.applicants
+        self.epoch = 0
+        link.membership.applicants = lambda **settings: self.applicants(**settings) if self.epoch else []  # type: ignore[method-assign]
+
+    def on_step(self, trainer: unisono.Trainer, result: unisono.StepResult) -> None:
+        self.epoch = trainer.position.epoch
+        for _ in range(300 if result.step <= 3 else 0):
+            if not self.asleep:
+                self.link.pause(0.01)
+
+
+def comes_late(link: Link, asleep: list[bool]) -> Found:
+    """Three calls; who joins waits in the first one, sleeps, and looks again when it is let in, in the second."""
+    store, key, pause = link.membership.store, f"admitted/{link.membership.me.uid}", link.membership.pause
+
+    def sleep(seconds: float) -> None:
+        pause(seconds)
+        if store.check(["applicant/0"]):
+            asleep.append(True)
+            for _ in range(4000):
+                if not store.check([key]):
+                    pause(0.001)
+
+    callbacks = [LooksAway(link, asleep)] if link.membership.is_founder else []
+    if not callbacks:
+        link.membership.pause = sleep
+    torch.manual_seed(7)
+    model = Net()
+    trainer = unisono.Trainer(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=0.01),
+        loss,
+        batch_size=BATCH_SIZE,
+        microbatches=MICROBATCHES,
+        sync=unisono.Exact(replicate_kib=0.0),
+        collective=link,
+        callbacks=callbacks,
+    )
+    for epochs in (1, 2, 3):
+        trainer.fit(Augmented(), epochs)
+    return {name: digest(value) for name, value in model.state_dict().items()}
+
+
+def test_one_that_is_let_in_when_the_others_have_come_to_another_call_declines_and_asks_again() -> None:
+    results = run_lives(2, functools.partial(comes_late, asleep=[]), {}, joiners=1, timeout_s=10.0).results
+    assert sorted(results) == [0, 1, 2]
+    assert results[0] == results[1] == results[2]
+
+
 class Tells(unisono.Callback):
     edits_weights = False
 

@@ -57,6 +57,7 @@ class Link:
         wait_s: How long fewer than that wait for more, in seconds.
         device: Where this worker computes.
         trainers: How many trainers of this process have used it.
+        part: *collective*. Returns once all workers have done everything with the trainer that uses it now.
         leaves: Whether this worker leaves before the script's end.
     """
 
@@ -71,6 +72,7 @@ class Link:
         self._connect = connect
         self.device = torch.device("cpu")
         self.trainers = 0
+        self.part: Callable[[], None] | None = None
         self.leaves = False
         self._memory = Memory()
         self._terminal: tuple[int, int] | None = None
@@ -124,6 +126,9 @@ class Link:
             SystemExit: With status 0, on a worker that came for the trainer before this one.
         """
         if not keep:
+            if self.part is not None and self.generation is not None:
+                self.part()
+            self.part = None
             self.trainers += 1
             self._memory = Memory()  # that of an earlier trainer stays with its model
         if not self.membership.is_founder and self.generation is None:

@@ -113,10 +113,21 @@ class Generation:
         store = self._membership.store
         keys = [f"{self.number}/told/{self._told}/{rank}" for rank in range(self.size)]
         store.set(keys[self.rank], data or b"-")
+        began_s = time.monotonic()
         while not store.check(keys):
             self.check()
+            if time.monotonic() - began_s > self._membership.timeout_s:
+                silent = next(rank for rank, key in enumerate(keys) if not store.check([key]))
+                raise self._silence(silent)
             self._membership.pause(_POLL_S)
         return [b"" if data == b"-" else data for data in store.multi_get(keys)]
+
+    def _silence(self, rank: int) -> LostWorker:
+        failure = LostWorker(
+            f"worker {rank} did not answer within {self._membership.timeout_s:g} s when generation {self.number} began", rank=rank
+        )
+        failure.silent = True
+        return failure
 
     def check(self) -> None:
         """*local*. Raises LostWorker if this generation is over already."""
@@ -215,7 +226,8 @@ class Membership:
         while not self.store.check([f"{number}/plan"]):
             waited_s = time.monotonic() - began
             here.update(uid for uid in (*expected, *joiners) if uid not in here and self.store.check([f"{number}/here/{uid}"]))
-            alive = [uid for uid in (*expected, *joiners) if not self._is_dead(uid)]
+            coming = [uid for uid in joiners if uid in here or not self.store.check([f"{number}/declined/{uid}"])]
+            alive = [uid for uid in (*expected, *coming) if not self._is_dead(uid)]
             present = [uid for uid in alive if uid in here]
             if present and present[0] == self.me.uid:
                 missing = [uid for uid in alive if uid not in here and (uid in expected or waited_s < joiner_s)]
@@ -340,6 +352,9 @@ class Membership:
                     self.check_members()
                     self.pause(_SLOW_POLL_S)
                 last = told["number"]
+                if over():  # the others have come to another call meanwhile
+                    self.store.set(f"{last}/declined/{self.me.uid}", "1")
+                    return None
                 self.store.set(f"{last}/here/{self.me.uid}", self.me.to_json())
                 plan = self._plan(last, told["expected"], told["joiners"])
                 if self.me.uid in plan:

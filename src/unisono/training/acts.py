@@ -14,6 +14,10 @@ NEW = -1
 """Acts of a worker that has not been there before."""
 
 
+class Parted(Exception):
+    """Another worker has come to the script's next trainer: all have done everything that there was to do with this one."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """What steps are computed by, the same on all workers and for the whole run."""
@@ -45,6 +49,8 @@ class Taken:
 class Report:
     """What a worker says of itself when a generation begins."""
 
+    trainer: int
+    """Which of the script's trainers it is at, from 1."""
     acts: int
     reached: int
     """The last step that it has completed."""

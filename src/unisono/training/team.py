@@ -15,6 +15,7 @@ The state after the last act is one of these:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -38,7 +39,7 @@ from unisono.layout import Layout
 from unisono.observe.timing import StepClock
 from unisono.sync import Reduction, Sync
 from unisono.sync.exact import host_sizes
-from unisono.training.acts import NEW, Part, Report, Settings, Taken
+from unisono.training.acts import NEW, Part, Parted, Report, Settings, Taken
 from unisono.training.balance import Balance
 from unisono.training.buffers import Buffers
 from unisono.training.header import Signals
@@ -110,6 +111,7 @@ class Team:
         self._last: Any = None
         self._repeats = Repeats()
         self.silence: str | None = None
+        self._number = link.trainers if link is not None else 1
         self._stepping = False
         self._changing = False
         self._has_all = False  # of the state, in its own optimizer; else the host's workers hold it in common
@@ -175,11 +177,15 @@ class Team:
         while True:
             try:
                 self.muster(collective, Watch.begin(collective, self._settings.timeout_s, self._board))
-                reports = self._reports(collective) if again else []
+                reports = self._reports(collective) if again or self._number > 1 else []
+                if any(report.trainer < self._number for report in reports):
+                    raise LostWorker("another worker has still to come from the trainer before this one")
                 if any(report.acts != NEW for report in reports):
                     self._gather_from(collective, reports, "")  # the others had heard all that they needed
                 else:
                     self._hold(body())
+                if self._link is not None:
+                    self._link.part = self._part_from_others
                 return
             except LostWorker as failure:
                 if self._link is None or self._link.generation is None:
@@ -188,6 +194,11 @@ class Team:
                 again = True
                 collective.close()
                 collective = self._link.first(keep=self._weights.flats)
+
+    def _part_from_others(self) -> None:
+        """*collective*. The script comes to another trainer: once this returns all have done everything with this one."""
+        with contextlib.suppress(Parted):
+            self.act(lambda: self.collective.barrier())
 
     def _hold(self, step: int) -> None:
         self.reached = self.committed = step
@@ -443,6 +454,9 @@ class Team:
         self._gather_from(collective, reports, reason, watch)
 
     def _gather_from(self, collective: Collective, reports: Sequence[Report], reason: str, watch: Watch | None = None) -> None:
+        if any(report.trainer > self._number for report in reports):
+            collective.close()
+            raise Parted("another worker has come to the next trainer already")
         ahead = max(report.acts for report in reports)
         if ahead == NEW:
             raise StateLost("all workers that held the run's state were lost")
@@ -475,6 +489,7 @@ class Team:
 
     def _reports(self, collective: Collective) -> list[Report]:
         mine = Report(
+            trainer=self._number,
             acts=self.acts,
             reached=self.reached,
             committed=self.committed,
