@@ -197,23 +197,19 @@ def test_when_all_are_told_to_leave_and_nobody_waits_the_run_stops_and_can_be_re
     assert found == {**undisturbed(), "seen": found["seen"]}
 
 
+def plain_trainer(link: Link | None, **settings: Any) -> unisono.Trainer:
+    torch.manual_seed(7)
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    return unisono.Trainer(model, optimizer, loss, batch_size=BATCH_SIZE, microbatches=MICROBATCHES, collective=link, **settings)
+
+
 def two_trainers(link: Link | None, replicate_kib: float) -> Found:
     data, found = Augmented(), {}
     for number in range(2):
-        torch.manual_seed(7)
-        model = Net()
-        trainer = unisono.Trainer(
-            model,
-            torch.optim.AdamW(model.parameters(), lr=0.01),
-            loss,
-            batch_size=BATCH_SIZE,
-            microbatches=MICROBATCHES,
-            seed=number,
-            sync=unisono.Exact(replicate_kib=replicate_kib),
-            collective=link,
-        )
+        trainer = plain_trainer(link, seed=number, sync=unisono.Exact(replicate_kib=replicate_kib))
         trainer.fit(data, 1)
-        found |= {f"{number} {name}": digest(value) for name, value in model.state_dict().items()}
+        found |= {f"{number} {name}": digest(value) for name, value in trainer.model.state_dict().items()}
     return found
 
 
@@ -262,21 +258,10 @@ def comes_late(link: Link, asleep: list[bool]) -> Found:
     callbacks = [LooksAway(link, asleep)] if link.membership.is_founder else []
     if not callbacks:
         link.membership.pause = sleep
-    torch.manual_seed(7)
-    model = Net()
-    trainer = unisono.Trainer(
-        model,
-        torch.optim.AdamW(model.parameters(), lr=0.01),
-        loss,
-        batch_size=BATCH_SIZE,
-        microbatches=MICROBATCHES,
-        sync=unisono.Exact(replicate_kib=0.0),
-        collective=link,
-        callbacks=callbacks,
-    )
+    trainer = plain_trainer(link, sync=unisono.Exact(replicate_kib=0.0), callbacks=callbacks)
     for epochs in (1, 2, 3):
         trainer.fit(Augmented(), epochs)
-    return {name: digest(value) for name, value in model.state_dict().items()}
+    return {name: digest(value) for name, value in trainer.model.state_dict().items()}
 
 
 def test_one_that_is_let_in_when_the_others_have_come_to_another_call_declines_and_asks_again() -> None:
