@@ -169,8 +169,8 @@ class IsToldToLeave(unisono.Callback):
 
     def on_step(self, trainer: unisono.Trainer, result: unisono.StepResult) -> None:
         if result.step == 2:
-            assert trainer._stop is not None
-            trainer._stop.requested = signal.SIGTERM
+            assert trainer._loop.stop is not None
+            trainer._loop.stop.requested = signal.SIGTERM
 
 
 def ended(link: Link, **settings: Any) -> Found | int:

@@ -54,8 +54,8 @@ class Hears(unisono.Callback):
 
     def on_step(self, trainer: unisono.Trainer, result: unisono.StepResult) -> None:
         if result.step == self.step and trainer.collective.rank == self.rank:
-            assert trainer._stop is not None
-            trainer._stop.requested = signal.SIGTERM
+            assert trainer._loop.stop is not None
+            trainer._loop.stop.requested = signal.SIGTERM
 
 
 def disturbed(workers: int, run_dir: Any, error: type[BaseException], make: Make, **settings: Any) -> None:

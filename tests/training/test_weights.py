@@ -55,7 +55,7 @@ class Halves(Callback):
 
 
 def weights_of(trainer: Trainer) -> Weights:
-    return trainer._weights
+    return trainer._own.weights
 
 
 def fit(collective: Collective, callback: Callback, **settings: Any) -> Trainer:

@@ -1,4 +1,4 @@
-"""What the workers of a team say to each other and to the rest of the trainer: settings, reports, results of steps. *Local.*"""
+"""What the workers of a team say to each other and to the rest of the trainer, and what follows from it. *Local.*"""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from unisono.elastic.membership import StateLost
 from unisono.guard.replicas import OnDesync
 from unisono.training.header import Signals
 from unisono.training.step import Batch, OnNonfinite, StepResult
@@ -74,6 +75,81 @@ class Report:
     def is_like(self, other: Report) -> bool:
         """Whether this worker has all of the same state."""
         return self.has_all and (self.acts, self.reached) == (other.acts, other.reached)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What follows from the reports of all workers of a generation; the same on each of them."""
+
+    reports: Sequence[Report]
+    """By rank."""
+    source: int
+    """Rank of a worker whose state the others can go on from: the furthest, and of these one that has all of it, if any, or
+    else a part."""
+    acts: int
+    """Acts that are done once all have what the source has."""
+    meeting_was_act: bool
+    """Whether the last of these was to meet those who come."""
+
+    @classmethod
+    def of(cls, reports: Sequence[Report], *, trainer: int) -> Findings:
+        """Args:
+            trainer: Which of the script's trainers this worker is at.
+
+        Raises:
+            Parted: Another worker has come to the next one.
+            StateLost: None of these workers has any state.
+        """
+        if any(report.trainer > trainer for report in reports):
+            raise Parted("another worker has come to the next trainer already")
+        acts = max(report.acts for report in reports)
+        if acts == NEW:
+            raise StateLost("all workers that held the run's state were lost")
+        places = [(report.acts, report.has_all, report.has_part, report.reached if report.has_all else 0) for report in reports]
+        source = places.index(max(places))
+        meeting_was_act = reports[source].changing and any(report.acts == NEW for report in reports)
+        return cls(reports=reports, source=source, acts=acts + meeting_was_act, meeting_was_act=meeting_was_act)
+
+    @property
+    def ahead(self) -> Report:
+        """The source's."""
+        return self.reports[self.source]
+
+    @property
+    def behind(self) -> set[int]:
+        """Ranks of those who lack the result of the last act."""
+        return {rank for rank, report in enumerate(self.reports) if report.acts < self.ahead.acts}
+
+    @property
+    def unlike(self) -> list[int]:
+        """Ranks of those who do not have all of the state that the source has."""
+        return [rank for rank, report in enumerate(self.reports) if not report.is_like(self.ahead)]
+
+    @property
+    def committed(self) -> int:
+        """The last step of the run."""
+        return max(report.committed for report in self.reports)
+
+    @property
+    def tracked(self) -> bytes:
+        """Buffers that some forward has changed, as flags."""
+        flags = [bytes.fromhex(report.tracked) for report in self.reports]
+        return bytes(map(max, *flags)) if len(flags) > 1 else flags[0]
+
+    @property
+    def dense(self) -> list[int]:
+        """Slots whose gradients were to have few rows, and had not."""
+        return sorted({slot for report in self.reports for slot in report.dense})
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether a checkpoint was under way."""
+        return any(report.unsaved for report in self.reports)
+
+    @property
+    def may_share(self) -> bool:
+        """Whether all are where workers may have the weights in common."""
+        return all(report.may_share for report in self.reports)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -126,11 +126,11 @@ class Run:
             block: What stragglers are looked for in, if the step has completed it.
             moved: Everybody's microbatches from now on, if they have changed.
         """
-        lo, hi = self._team.reduction.ranges[self._team.collective.rank]
+        lo, hi = self._team.crew.reduction.ranges[self._team.collective.rank]
         seconds = self.record.add(result, self._clock, bytes_sent, hi - lo)
         if self._directory is not None and self._keeps_log:
             self._directory.note(log_line(result, self.position, self._clock, seconds, block, moved))
-            for straggler in self._team.stragglers.found if block is not None else ():
+            for straggler in self._team.crew.stragglers.found if block is not None else ():
                 self._directory.note(straggler_line(result.step, straggler))
 
     @property
@@ -191,7 +191,7 @@ class Run:
                 warnings.warn(note, stacklevel=4)
         if checkpoint is None:
             return
-        self._team.state.restore(checkpoint)
+        self._team.crew.state.restore(checkpoint)
         self.position = Position(**checkpoint.info["position"])
         self.data = self.resumed = checkpoint.info["data"]
         last = checkpoint.info["last"]
@@ -207,6 +207,29 @@ class Run:
         """
         if self._directory is not None:
             self._directory.prepare()
+
+    def goes_over(self, data: dict[str, Any], *, done: bool) -> None:
+        """*local*. Steps will be taken over these data, unless the run is ``done``.
+
+        Raises:
+            ConfigurationError: The run has stopped in the middle of an epoch over others.
+        """
+        if done:
+            if data == self.resumed:
+                self.resumed = None  # the next call may be about other data
+            return
+        if self.position.batch and self.data not in (None, data):
+            raise ConfigurationError(
+                f"the run stopped in the middle of epoch {self.position.epoch + 1} over other data ({self.data}) than "
+                f"is given now ({data}): give it the same data, or choose another run_dir"
+            )
+        if self.resumed not in (None, data) and self.is_main:
+            warnings.warn(
+                f"the run was trained on other data so far ({self.resumed}) than is given now ({data}): its weights depend "
+                "on both, so this command alone, in a new run_dir, gives others",
+                stacklevel=5,
+            )
+        self.resumed, self.data = None, data
 
     def complete_checkpoint(self, told: Sequence[Signals]) -> None:
         """*collective*, after each step. Completes the checkpoint under way if all have written their parts of it."""
@@ -239,13 +262,13 @@ class Run:
     def _copy_state(self) -> None:
         """The current state; it is written while training goes on, and complete a few steps later."""
         assert self._directory is not None
-        self._team.guard.check_all(self.position.step)
+        self._team.crew.guard.check_all(self.position.step)
         main = self.is_main
         self._directory.save(
             self.position.step,
-            part={"state": self._team.state.own()},
+            part={"state": self._team.crew.state.own()},
             model=self._model.state_dict() if main else None,
-            trainer=self._team.state.common() if main else None,
+            trainer=self._team.crew.state.common() if main else None,
             info={
                 "position": dataclasses.asdict(self.position),
                 "data": self.data,
@@ -318,7 +341,7 @@ class Run:
             loss=self.record.last.loss if self.record.last else float("nan"),
             metrics=earlier.metrics if earlier is not None else {},
             finished=finished,
-            parameters=sum(parameter.numel() for parameter in self._team.state.layout.parameters),
+            parameters=sum(parameter.numel() for parameter in self._team.crew.state.layout.parameters),
             run_dir=self.url or "",
             **rates,
         )

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import os
 import signal
-import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,25 +19,24 @@ from unisono.checkpoint.fingerprint import fingerprint
 from unisono.collective import Collective, InProcess, Meeting
 from unisono.elastic.link import Link
 from unisono.errors import ConfigurationError
-from unisono.guard.data import check_same_data, probe
+from unisono.guard.data import probe
 from unisono.guard.replicas import OnDesync
 from unisono.guard.silence import Board
-from unisono.guard.stragglers import Block, Machine
+from unisono.guard.stragglers import Machine
 from unisono.layout import Layout
 from unisono.observe import trace
 from unisono.observe.summary import Summary, show_summary
 from unisono.observe.timing import StepClock
-from unisono.order import Order, OrderLike, make_order
-from unisono.signals import StopRequest
+from unisono.order import Order, OrderLike
 from unisono.sync import Exact, Sync
 from unisono.training.acts import Part, Settings, Taken
-from unisono.training.batches import BatchStream, Feed, following
 from unisono.training.buffers import Buffers
 from unisono.training.callbacks import Callback
+from unisono.training.crew import Equipment
 from unisono.training.evaluation import MetricFunction, evaluate
-from unisono.training.header import Signals
 from unisono.training.history import History
 from unisono.training.loader import Loader, check_loader, dataset_length, read_sample
+from unisono.training.loop import Loop
 from unisono.training.optimizer import (
     check_optimizer,
     settle_state,
@@ -55,7 +53,6 @@ from unisono.training.setup import (
     check_identity,
     check_model,
     check_policies,
-    check_unchanged,
     choose_device,
     connect,
     describe_settings,
@@ -67,7 +64,6 @@ from unisono.training.setup import (
 from unisono.training.step import Batch, OnNonfinite, StepResult
 from unisono.training.team import Team
 from unisono.training.weights import Weights
-from unisono.tree import Span
 from unisono.world import World
 
 
@@ -150,11 +146,8 @@ class Trainer:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.callbacks = (*callbacks, *trace.from_environment())
         self._loader = loader or Loader()
-        self._sync = sync or Exact()
         self._timeout_s = timeout_s
-        self._stop: StopRequest | None = None
         self._screen = Screen(batch_size)
-        self._feed: Feed | None = None
 
         check_model(model)
         trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -162,8 +155,7 @@ class Trainer:
         self.world = enter(world or World.from_environment(), microbatches)
         self.device = choose_device(device, self.world, model)
         prepare_process(self.world, self.device)
-        self._machine = Machine(self.world)
-        self._troubles = self._machine.troubles()
+        machine = Machine(self.world)
         model.to(self.device)
         self._link = link_of(self.world, self.device, collective, timeout_s)
         if isinstance(collective, Collective):
@@ -176,22 +168,34 @@ class Trainer:
                 "raise microbatches"
             )
         self._history = History(self._link, joins=self._link is not None and self._link.generation is None)
-        self._layout = Layout(trainable)
-        self._weights = Weights(self._layout, met)
-        self._replica = TorchReplica(model, loss, device=self.device, precision=precision)
-        self._buffers = Buffers(model, microbatches)
         board = None if met.size == 1 and self._link is None else Board.make()
-        self._clock = StepClock(shown=None if board is None else board.cells)
-        self._team = Team(
+        layout = Layout(trainable)
+        self._own = Equipment(
             model=model,
             optimizer=optimizer,
             scheduler=scheduler,
-            layout=self._layout,
-            weights=self._weights,
-            buffers=self._buffers,
-            replica=self._replica,
-            sync=self._sync,
-            settings=Settings(
+            layout=layout,
+            weights=Weights(layout, met),
+            buffers=Buffers(model, microbatches),
+            replica=TorchReplica(model, loss, device=self.device, precision=precision),
+            sync=sync or Exact(),
+            clock=StepClock(shown=None if board is None else board.cells),
+        )
+        self._loop = Loop(
+            self._own,
+            batch_size=batch_size,
+            microbatches=microbatches,
+            seed=seed,
+            device=self.device,
+            timeout_s=timeout_s,
+            edits_weights=lambda: any(callback.edits_weights for callback in self.callbacks),
+            machine=machine,
+            link=self._link,
+            history=self._history,
+        )
+        self._team = self._loop.team = Team(
+            self._own,
+            Settings(
                 microbatches=microbatches,
                 seed=seed,
                 max_grad_norm=max_grad_norm,
@@ -199,24 +203,23 @@ class Trainer:
                 on_desync=on_desync,
                 compare_every=compare_every,
                 timeout_s=timeout_s,
-                overlap=self._sync.overlaps(self.device),
+                overlap=self._own.sync.overlaps(self.device),
             ),
-            clock=self._clock,
-            board=board,
-            link=self._link,
             part=Part(
-                batch=self._batch_at,
+                batch=self._loop.batch_at,
                 regrouped=self._regrouped,
                 unsaved=lambda: self._run.pending,
                 describe=self._describe,
                 adopt=self._adopt,
             ),
+            board=board,
+            link=self._link,
         )
-        settings = describe_settings(self, trainable, max_grad_norm, precision, self._sync, on_nonfinite)
+        settings = describe_settings(self, trainable, max_grad_norm, precision, self._own.sync, on_nonfinite)
         ground = fingerprint(threads=self.world.threads, device=self.device)
         if self._link is not None:
             check_identity(self._link, settings, ground, joins=self._history.outside)
-        self._run = Run(
+        self._run = self._loop.run = Run(
             model=model,
             team=self._team,
             directory=(
@@ -224,7 +227,7 @@ class Trainer:
                 if run_dir is None
                 else RunDirectory(run_dir, met, settings=settings, fingerprint=ground, keep=keep, strict=strict)
             ),
-            clock=self._clock,
+            clock=self.clock,
             checkpoint_every=checkpoint_every,
         )
 
@@ -233,8 +236,8 @@ class Trainer:
             alike = {**settings, "checkpoint_every": checkpoint_every, "run_dir": None if run_dir is None else "given"}
             check_alike(others, alike)
             unify_replicas(model, others)
-            updates = [self._team.reduction.updated_by(rank) for rank in range(others.size)]
-            settle_state(optimizer, self._layout, updates, others)
+            updates = [self._team.crew.reduction.updated_by(rank) for rank in range(others.size)]
+            settle_state(optimizer, layout, updates, others)
             if not self._history.outside:
                 self._run.resume()
             return self.position.step
@@ -255,7 +258,7 @@ class Trainer:
     @property
     def clock(self) -> StepClock:
         """Measures where this worker's time goes."""
-        return self._clock
+        return self._own.clock
 
     # ------------------------------------------------------------------ training
 
@@ -289,8 +292,8 @@ class Trainer:
         if earlier:
             return Summary(**earlier[0])
         with self._history.call():
-            samples = self._make_order(dataset, order, drop_last, epochs)
-            if self._is_done(epochs):
+            samples = self._loop.order(dataset, order, drop_last=drop_last, epochs=epochs)
+            if self._loop.is_done(epochs):
                 self._run.complete(epochs)
                 summary = self._say_finished()
             else:
@@ -300,7 +303,7 @@ class Trainer:
 
     def _train(self, dataset: Any, samples: Order, epochs: int, loader: Loader) -> Summary:
         # Before the look at the rank: a sampler that counts how often it is read must count alike on all workers.
-        total_steps = self._planned(samples, epochs)
+        total_steps = self._loop.planned(samples, epochs)
         with self._screen.planned(total_steps, epochs):
             if self.collective.rank == 0:
                 self._screen.begin(self._run, self.collective.size)
@@ -330,7 +333,7 @@ class Trainer:
         check_loader(loader)
         if self._catch_up(dataset, own_loop=True):
             return iter(())
-        samples = self._make_order(dataset, order, drop_last, epochs)
+        samples = self._loop.order(dataset, order, drop_last=drop_last, epochs=epochs)
         return self._own_batches(dataset, samples, epochs, loader or self._loader)
 
     def step(self, batch: Batch) -> StepResult:
@@ -348,17 +351,17 @@ class Trainer:
         self._check_batch(batch)
         self._team.await_more()
         others, sent = self.collective, self.collective.bytes_sent
-        taken = self._team.step(batch, self.position.step + 1, self._signals)
+        taken = self._team.step(batch, self.position.step + 1, self._loop.signals)
         result, told = taken.result, taken.told
         self._run.advance(batch, result)
         self._step_scheduler(result)
         alike = self.collective is others
         sent = self.collective.bytes_sent - (sent if alike else 0)
-        block = self._team.stragglers.add(told, batch.filled) if alike else None
-        moved = self._look_at_times(block) if block is not None else None
+        block = self._team.crew.stragglers.add(told, batch.filled) if alike else None
+        moved = self._loop.balance(block) if block is not None else None
         self._run.note(result, bytes_sent=sent, block=block, moved=moved)
         if self.collective.rank == 0:
-            self._screen.step(result, self._clock)
+            self._screen.step(result, self.clock)
         for callback in self.callbacks:
             callback.on_step(self, result)
         self._run.complete_checkpoint(told)
@@ -393,22 +396,22 @@ class Trainer:
 
         def act() -> dict[str, float]:
             check_alike(self.collective, {"samples": dataset_length(dataset), "batch_size": size})
-            self._buffers.begin()
+            self._own.buffers.begin()
             try:
                 return evaluate(
-                    self._replica,
+                    self._own.replica,
                     self.collective,
                     dataset,
-                    {"loss": self._replica.loss} if metrics is None else metrics,
+                    {"loss": self._own.replica.loss} if metrics is None else metrics,
                     microbatch_size=size,
                     loader=loader or self._loader,
                     timeout_s=self._timeout_s,
                     seed=self.seed,
                 )
             finally:
-                self._buffers.put_back()
+                self._own.buffers.put_back()
 
-        with self._history.call(), self._clock.pause():
+        with self._history.call(), self.clock.pause():
             results = self._team.act(act)
             self._run.keep_metrics(results)
             for callback in self.callbacks:
@@ -439,106 +442,14 @@ class Trainer:
 
     # ------------------------------------------------------------------ the parts of a step
 
+    def _batches(self, dataset: Any, samples: Order, epochs: int, loader: Loader, *, own_loop: bool) -> Generator[Batch]:
+        """All batches that are trained come by here (``unisono verify`` looks at them)."""
+        return self._loop.batches(dataset, samples, epochs, loader, own_loop=own_loop)
+
     def _own_batches(self, dataset: Any, samples: Order, epochs: int, loader: Loader) -> Iterator[Batch]:
         with self._history.call():
             yield from self._batches(dataset, samples, epochs, loader, own_loop=True)
         self._history.done(None, main=self.collective.rank == 0)
-
-    def _batches(self, dataset: Any, samples: Order, epochs: int, loader: Loader, *, own_loop: bool) -> Generator[Batch]:
-        if self._is_done(epochs):
-            self._run.complete(epochs)
-            return
-        check_unchanged(self.model, self._layout)
-        self._clock.at(self.position.step + 1)
-        self._run.begin_log(epochs=epochs, steps=self._planned(samples, epochs))
-        feed = self._feed = Feed(lambda: self._stream(dataset, samples, loader), epochs)
-        with StopRequest() as self._stop, self._weights.in_common(self._may_share(own_loop)):
-            try:
-                self._begin_steps(dataset, replay=self._may_repeat(own_loop))
-                batch = feed.at(self.position.epoch, self.position.batch)
-                while batch is not None:
-                    yield batch
-                    batch = feed.at(*following(batch))
-            finally:
-                self._stop = None
-                feed.drop()
-                self._feed = None
-                self._run.end_log()
-        self._run.finish()
-
-    def _begin_steps(self, dataset: Any, *, replay: bool) -> None:
-        if self._history.just_joined:
-            self._history.just_joined = False
-            return  # the others are in the middle of it
-        length = dataset_length(dataset)
-        read = functools.partial(read_sample, dataset, seed=self.seed)
-
-        def act() -> None:
-            check_same_data(read, length, self.collective)
-            self._team.begin(replay=replay)
-
-        self._team.act(act)
-        if self._link is not None:
-            self._history.begin_loop(probe(read, length), main=self.collective.rank == 0)
-
-    def _stream(self, dataset: Any, samples: Order, loader: Loader) -> BatchStream:
-        return BatchStream(
-            dataset,
-            samples,
-            ranges=self._team.balance.ranges,
-            rank=self.collective.rank,
-            batch_size=self.batch_size,
-            microbatches=self.microbatches,
-            loader=loader,
-            seed=self.seed,
-            device=self.device,
-            clock=self._clock,
-            timeout_s=self._timeout_s,
-            made_for=self._team.token,
-        )
-
-    def _batch_at(self, epoch: int, number: int) -> Batch:
-        batch = self._feed.at(epoch, number) if self._feed is not None else None
-        if batch is None:
-            raise ConfigurationError(
-                f"batch {number} of epoch {epoch} is stepped outside the loop over batches(...) that yielded it: step each batch "
-                "before the loop ends"
-            )
-        return batch
-
-    def _may_share(self, own_loop: bool) -> bool:
-        """Whether nobody but the trainer writes to the weights while it trains."""
-        if self._sync.share_weights is not None:
-            return self._sync.share_weights
-        return not own_loop and not any(callback.edits_weights for callback in self.callbacks)
-
-    def _may_repeat(self, own_loop: bool) -> bool:
-        """Whether steps may be done again in between: nothing that a user has written would be left out then."""
-        return not own_loop and not any(callback.edits_weights for callback in self.callbacks)
-
-    def _signals(self) -> Signals:
-        """What the others are told with the next step."""
-        stop = int(self._stop.requested or 0) if self._stop is not None else 0
-        # Whoever gets the signal alone is to leave; a stop of all is announced by the launcher first.
-        leaves = stop == signal.SIGTERM and self._link is not None and self._link.ask("stop") is None
-        if leaves:
-            stop = 0
-        return self._run.signals(stop)._replace(
-            seconds=self._run.record.phases_s,
-            work_s=self._team.stepper.work_s,
-            troubles=self._troubles,
-            leaves=leaves,
-            admits=self._team.applicants(),
-            grown=self._team.grown,
-        )
-
-    def _look_at_times(self, block: Block) -> tuple[Span, ...] | None:
-        """Everybody's microbatches from the next batch on, if they change."""
-        self._troubles = self._machine.troubles()
-        moved = self._team.balance.add(block) if self._feed is not None else None
-        if moved is not None and self._feed is not None:
-            self._feed.reassign(moved)
-        return moved
 
     def _step_scheduler(self, result: StepResult) -> None:
         if result.skipped:
@@ -549,18 +460,6 @@ class Trainer:
             self.scheduler.step()
 
     # ------------------------------------------------------------------ end of a run
-
-    def _is_done(self, epochs: int) -> bool:
-        if epochs < 1:
-            raise ConfigurationError(f"epochs must be 1 or more, got {epochs}")
-        # Whoever joined the others in their last step ends the call as they do.
-        return self.position.epoch >= epochs and not self._history.just_joined
-
-    def _planned(self, samples: Order, epochs: int) -> int:
-        """Steps of the whole run, as far as can be said."""
-        position = self.position
-        each = samples.epoch(min(position.epoch, epochs - 1)).batches
-        return position.step + max(0, epochs - position.epoch) * each - position.batch
 
     def _say_finished(self) -> Summary:
         summary = self._run.summary()
@@ -575,38 +474,6 @@ class Trainer:
         return summary
 
     # ------------------------------------------------------------------ checks
-
-    def _make_order(self, dataset: Any, order: OrderLike, drop_last: bool, epochs: int) -> Order:
-        length = dataset_length(dataset)
-        data = {"samples": length, "order": order if isinstance(order, str) else "given", "drop_last": drop_last}
-        made = make_order(order, length=length, batch_size=self.batch_size, seed=self.seed, drop_last=drop_last)
-        done = self._is_done(epochs)
-
-        def act() -> None:
-            check_alike(self.collective, {**data, "epochs": epochs})
-            if not done:
-                self._run.prepare()
-
-        if not self._history.just_joined:  # the others have compared this already
-            self._team.act(act)
-        if done:
-            if data == self._run.resumed:
-                self._run.resumed = None  # the next call may be about other data
-            return made
-        if self.position.batch and self._run.data not in (None, data):
-            raise ConfigurationError(
-                f"the run stopped in the middle of epoch {self.position.epoch + 1} over other data ({self._run.data}) than "
-                f"is given now ({data}): give it the same data, or choose another run_dir"
-            )
-        if self._run.resumed not in (None, data) and self.collective.rank == 0:
-            warnings.warn(
-                f"the run was trained on other data so far ({self._run.resumed}) than is given now ({data}): its weights depend "
-                "on both, so this command alone, in a new run_dir, gives others",
-                stacklevel=4,
-            )
-        self._run.resumed = None
-        self._run.data = data
-        return made
 
     def _check_batch(self, batch: Any) -> None:
         if not isinstance(batch, Batch):
@@ -625,8 +492,11 @@ class Trainer:
         if self._link.generation is None:
             self.world = dataclasses.replace(self.world, rank=1, size=2)  # it speaks for nobody until it has joined
             return
-        rank, size = self._team.collective.rank, self._team.collective.size
-        self.world = dataclasses.replace(self.world, rank=rank, size=size, local_rank=rank, local_size=size)
+        members, rank = self._link.generation.members, self._link.generation.rank
+        near = [number for number, member in enumerate(members) if member.machine == members[rank].machine]
+        self.world = dataclasses.replace(
+            self.world, rank=rank, size=len(members), local_rank=near.index(rank), local_size=len(near)
+        )
 
     def _let_come_and_go(self, taken: Taken) -> None:
         """*collective*, after a step. All stop if one was asked to; else those leave who were told to, and others may come."""
@@ -657,8 +527,7 @@ class Trainer:
         assert self._link is not None
         assert self._link.generation is not None
         self._place_in_world()
-        if self._feed is not None:
-            self._feed.drop()
+        self._loop.regroup()
         main = self._team.collective.rank == 0
         self._run.regroup(unsaved=unsaved)
         self._history.publish(main=main)
@@ -676,7 +545,7 @@ class Trainer:
         """What the others had from this call, if they had finished it before this worker came; else it takes part from now."""
         if not self._history.outside:
             return []
-        self._weights.want(self._may_share(own_loop))
+        self._own.weights.want(self._loop.may_share(own_loop))
         read = functools.partial(read_sample, dataset, seed=self.seed)
         earlier = self._history.enter(self._team.join, probe(read, dataset_length(dataset)))
         if earlier and (weights := self._run.read_model()) is not None:
@@ -689,4 +558,4 @@ class Trainer:
     def _adopt(self, description: dict[str, Any]) -> None:
         self._run.adopt(description["run"])
         self._history.adopt(description["history"])
-        self._clock.at(self.position.step + 1)
+        self.clock.at(self.position.step + 1)

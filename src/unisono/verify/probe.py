@@ -12,7 +12,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -188,9 +188,7 @@ class ProbeTrainer(Trainer):
 
     # ------------------------------------------------------------------ few steps
 
-    def _batches(  # type: ignore[override]
-        self, dataset: Any, samples: Any, epochs: int, loader: Loader, *, own_loop: bool
-    ) -> Iterator[Any]:
+    def _batches(self, dataset: Any, samples: Any, epochs: int, loader: Loader, *, own_loop: bool) -> Generator[Any]:
         bench = self.bench
         if Change.NO_LOADER_WORKERS in bench.changes:
             loader = _without_workers(loader)
@@ -210,7 +208,7 @@ class ProbeTrainer(Trainer):
                 yield batch
         if snapshot is not None and Change.FRESH_DATA not in bench.changes:
             add(bench.record.data_state, snapshot.changed())
-        if self.position.step >= bench.steps and not self._is_done(epochs):
+        if self.position.step >= bench.steps and not self._loop.is_done(epochs):
             self._run.finish()
 
     def step(self, batch: Any) -> Any:
