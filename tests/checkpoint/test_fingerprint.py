@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +45,18 @@ def test_variables_that_choose_kernels_count_when_set(monkeypatch: pytest.Monkey
     plain = fingerprint(threads=1, device=CPU)
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
     assert compare(plain, fingerprint(threads=1, device=CPU)) == ["MKL_CBWR: not set at the checkpoint, COMPATIBLE now"]
+
+
+def test_another_script_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "train.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--epochs", "3"])
+    assert fingerprint(threads=1, device=CPU)["script"] == ""  # as in a notebook
+    script.write_text("rate = 1\n")
+    before = fingerprint(threads=1, device=CPU)
+    assert fingerprint(threads=1, device=CPU) == before
+    script.write_text("rate = 2\n")
+    (difference,) = compare(before, fingerprint(threads=1, device=CPU))
+    assert difference.startswith("script: ")
 
 
 def test_differences_read_as_sentences() -> None:

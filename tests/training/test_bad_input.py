@@ -69,7 +69,7 @@ def test_more_workers_than_microbatches() -> None:
     [
         ({"batch_size": 3}, ["batch_size 3 is smaller than microbatches 4", "Raise batch_size or lower microbatches"]),
         ({"microbatches": 0}, ["microbatches must be 1 or more, got 0"]),
-        ({"precision": "fp16"}, ['precision must be "fp32" or "bf16", got \'fp16\'']),
+        ({"precision": "fp16"}, ['precision must be "fp32" or "bf16", got \'fp16\'', "float16 would need its loss scaled"]),
         ({"max_grad_norm": 0.0}, ["max_grad_norm must be positive, got 0.0"]),
         ({"max_grad_norm": float("nan")}, ["max_grad_norm must be positive, got nan"]),
         ({"checkpoint_every": 0}, ["checkpoint_every must be 1 or more steps, got 0"]),
@@ -386,6 +386,21 @@ def test_a_count_that_counts_nothing(workers: int, count: float) -> None:
         make(Net(), loss=lambda model, batch: (model(batch[0]).sum(), count), collective=collective).fit(Augmented(), 1)
 
     all_refuse(workers, ConfigurationError, [f"count is {float(count)}", "finite and not negative"], work)
+
+
+@WORKERS
+@pytest.mark.parametrize("keeps_graph", [False, True])
+def test_a_loss_that_calls_backward(workers: int, keeps_graph: bool) -> None:
+    def trains_by_itself(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        total, count = loss(model, batch)
+        total.backward(retain_graph=keeps_graph)
+        return total, count
+
+    def work(collective: Collective) -> None:
+        torch.manual_seed(0)
+        make(Net(), loss=trains_by_itself, collective=collective).fit(Augmented(), 1)
+
+    all_refuse(workers, ConfigurationError, ["the loss function calls backward()", "return the loss"], work)
 
 
 @WORKERS

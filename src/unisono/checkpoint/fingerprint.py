@@ -1,4 +1,4 @@
-"""What the bits of a run stand on, apart from code, data and settings: builds, instruction sets, threads, device.
+"""What the bits of a run depend on, apart from data and settings: the script, builds, instruction sets, threads, device.
 
 It is stored with each checkpoint and compared on resume. Equal fingerprints do not prove equal bits; different ones are
 the first thing to look at when bits differ.
@@ -6,9 +6,11 @@ the first thing to look at when bits differ.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,6 +53,7 @@ def fingerprint(*, threads: int, device: torch.device) -> Fingerprint:
         device: The worker's device; only its type and model count, not its number.
     """
     return {
+        "script": _script(),
         "algorithm": ALGORITHM,
         "torch": str(torch.__version__),  # a subclass of str
         "torch_git": str(torch.version.git_version),
@@ -65,6 +68,14 @@ def fingerprint(*, threads: int, device: torch.device) -> Fingerprint:
         **(_cuda(device) if device.type == "cuda" else {}),
         **{name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
     }
+
+
+def _script() -> str:
+    """Digest of the script that runs, as far as there is a file; modules that it imports are not looked at."""
+    try:
+        return hashlib.blake2b(Path(sys.argv[0]).read_bytes(), digest_size=16).hexdigest()
+    except OSError:
+        return ""
 
 
 def compare(old: Mapping[str, str | int], new: Mapping[str, str | int]) -> list[str]:

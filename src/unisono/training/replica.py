@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -62,11 +62,15 @@ class TorchReplica:
         self.tables = Tables(model)
         self._autocast = precision == "bf16"
         self._parameters = list(model.named_parameters())
+        self._is_first = True
 
     def gradient(self, data: Any, *, samples: int, seed: int) -> Leaf:
         versions = [parameter._version for _, parameter in self._parameters]
+        before = self._gradients() if self._is_first else []
         with self.tables.switched():
             total, count = self._evaluate(data, samples=samples, seed=seed)
+            if self._is_first:
+                self._check_no_backward(before)
             if total.requires_grad:
                 total.backward()  # type: ignore[no-untyped-call]
         if count and not total.requires_grad:
@@ -76,6 +80,19 @@ class TorchReplica:
             )
         self._check_parameters(versions)
         return Leaf(total.detach(), count)
+
+    def _gradients(self) -> list[tuple[int, int] | None]:
+        """What tells whether a gradient has changed: identity and version."""
+        gradients = [parameter.grad for _, parameter in self._parameters]
+        return [None if gradient is None else (id(gradient), gradient._version) for gradient in gradients]
+
+    def _check_no_backward(self, before: Sequence[tuple[int, int] | None]) -> None:
+        self._is_first = False
+        if self._gradients() != before:
+            raise ConfigurationError(
+                "the loss function calls backward(), and every gradient would count twice: return the loss (its sum over the "
+                "microbatch, and the count); the trainer calls backward() and steps the optimizer"
+            )
 
     def _check_parameters(self, versions: list[int]) -> None:
         for (name, parameter), version in zip(self._parameters, versions, strict=True):

@@ -6,11 +6,9 @@ import hashlib
 import json
 import math
 import os
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,7 +52,9 @@ def check_arguments(
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ConfigurationError(f"max_grad_norm must be positive, got {max_grad_norm}")
     if precision not in ("fp32", "bf16"):
-        raise ConfigurationError(f'precision must be "fp32" or "bf16", got {precision!r}')
+        raise ConfigurationError(
+            f'precision must be "fp32" or "bf16", got {precision!r} (float16 would need its loss scaled, which unisono does not do)'
+        )
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ConfigurationError(f"checkpoint_every must be 1 or more steps, got {checkpoint_every}")
 
@@ -223,7 +223,8 @@ def check_identity(link: Link, settings: Mapping[str, Any], fingerprint: Mapping
         SystemExit: With status 0: the run was finished before.
     """
     key = f"identity/{link.trainers}"
-    mine = {"script": _script(), **{f"fingerprint {name}": value for name, value in fingerprint.items()}, **settings}
+    ground = {name if name == "script" else f"fingerprint {name}": value for name, value in fingerprint.items()}
+    mine = {**ground, **settings}
     if not joins:
         link.tell(key, json.dumps(mine))
         return
@@ -240,14 +241,6 @@ def check_identity(link: Link, settings: Mapping[str, Any], fingerprint: Mapping
                 f"{_short(theirs.get(name))}. Start it with the same script, settings and builds; the run goes on without it",
                 fields=[name],
             )
-
-
-def _script() -> str:
-    """Digest of the script, as far as there is a file."""
-    try:
-        return hashlib.blake2b(Path(sys.argv[0]).read_bytes(), digest_size=16).hexdigest()
-    except OSError:
-        return ""
 
 
 def _short(value: Any) -> str:
