@@ -111,6 +111,7 @@ class Striker:
         self._run = run
         self._rng = rng
         self._wakings: list[tuple[float, int]] = []
+        self._stopped: set[int] = set()
         self._left_s = 0.0
 
     def strike(self, fault: Fault) -> bool:
@@ -124,6 +125,9 @@ class Striker:
                 case Fault.KILL:
                     os.kill(victim, signal.SIGKILL)
                 case Fault.STOP:
+                    if self._stopped.issuperset(set(alive) - {victim}):
+                        return False  # a run that stands still as a whole waits to be let go on, for as long as it takes
+                    self._stopped.add(victim)
                     os.kill(victim, signal.SIGSTOP)
                 case Fault.PAUSE:
                     os.kill(victim, signal.SIGSTOP)

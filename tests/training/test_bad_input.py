@@ -69,7 +69,10 @@ def test_more_workers_than_microbatches() -> None:
     [
         ({"batch_size": 3}, ["batch_size 3 is smaller than microbatches 4", "Raise batch_size or lower microbatches"]),
         ({"microbatches": 0}, ["microbatches must be 1 or more, got 0"]),
-        ({"precision": "fp16"}, ['precision must be "fp32" or "bf16", got \'fp16\'', "float16 would need its loss scaled"]),
+        (
+            {"precision": "fp16"},
+            ['precision must be "fp32" or "bf16", got \'fp16\'', "float16 would need its loss scaled: not supported"],
+        ),
         ({"max_grad_norm": 0.0}, ["max_grad_norm must be positive, got 0.0"]),
         ({"max_grad_norm": float("nan")}, ["max_grad_norm must be positive, got nan"]),
         ({"checkpoint_every": 0}, ["checkpoint_every must be 1 or more steps, got 0"]),

@@ -53,7 +53,7 @@ def check_arguments(
         raise ConfigurationError(f"max_grad_norm must be positive, got {max_grad_norm}")
     if precision not in ("fp32", "bf16"):
         raise ConfigurationError(
-            f'precision must be "fp32" or "bf16", got {precision!r} (float16 would need its loss scaled, which unisono does not do)'
+            f'precision must be "fp32" or "bf16", got {precision!r} (float16 would need its loss scaled: not supported)'
         )
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ConfigurationError(f"checkpoint_every must be 1 or more steps, got {checkpoint_every}")
