@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from unisono.observe.live import LiveView, Picture
-from unisono.observe.progress import Progress, ProgressDisplay, Reading, SilentProgress, standard_output
+from unisono.observe.progress import Progress, ProgressDisplay, SilentProgress, standard_output
+from unisono.observe.reading import Reading
 
 
 class Clock:

@@ -6,6 +6,8 @@ again through a store that the launcher serves, and begin the next one.
 ::
 
     membership  the meeting: who is in the next generation
-    recovery    what a trainer does between two generations, so that no step is lost
-    holdings    what the workers of a host hold in common, and a copy of it for the worst case
+    link        a process's tie to the run: its membership, and the transport of each generation
+
+What a trainer does between two generations, so that no step is lost, is in ``training/team.py``; where the state of a lost
+worker is found, in ``training/holdings.py``.
 """

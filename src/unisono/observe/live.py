@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unisono.observe import formats
-from unisono.observe.progress import Reading
+from unisono.observe.reading import Reading
 
 _REFRESH_PER_SECOND = 8
 _MIN_BAR_WIDTH = 8
