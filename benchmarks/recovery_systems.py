@@ -161,7 +161,7 @@ SYSTEMS = {
             start=lambda job: Replicas(job, quorum_tick_ms=100, join_timeout_ms=10_000),
             steps_a_kill=150,
             module="torchft",
-            note="as its README and train_ddp.py: dead after 5 s without heartbeat; its hook mended as in `torchft_script.py`",
+            note="as its README and train_ddp.py: dead after 5 s without heartbeat; its hook fixed as in `torchft_script.py`",
         ),
         System(
             name="torchft, 1 s",

@@ -8,7 +8,7 @@
     ├── Desync               replicas differ: step, tensor, ranks
     ├── DataError            a sample or batch cannot be used: sample index
     ├── CheckpointError      a file of the run directory is damaged, missing or cannot be written
-    └── FingerprintMismatch  this machine or build differs from the one that wrote the checkpoint
+    └── FingerprintMismatch  this machine or build differs from the one that wrote the checkpoint, or from the run to join
 
 Each message says what happened, with values; then what to do.
 """
@@ -80,7 +80,8 @@ class CheckpointError(UnisonoError):
 
 
 class FingerprintMismatch(UnisonoError):
-    """What the run stands on (builds, threads, device type, ...) is not what it stood on before."""
+    """What the run depends on (builds, threads, device type, ...) is not what it was; or a worker does not belong to the run
+    that it wants to join."""
 
     def __init__(self, message: str, *, fields: Sequence[str] = ()) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""`unisono doctor`: looks at what a run will stand on, and says of each thing whether it is fine, or what to do.
+"""`unisono doctor`: checks what a run depends on, and says of each thing whether it is fine, or what to do.
 
 ::
 

@@ -56,12 +56,13 @@ def _launch_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--profile",
             is_flag=True,
-            help="As --trace, and what torch.profiler sees of the same steps: a file a worker.",
+            help="Like --trace, and run torch.profiler over the same steps: one file per worker.",
         ),
         click.option(
             "--trace",
             is_flag=True,
-            help="Write a Chrome/Perfetto trace of five steps on all workers to RUN_DIR/trace, from the third step on.",
+            help="Write a Chrome/Perfetto trace of five steps on all workers, from the third step on, to RUN_DIR/trace (without "
+            "a run directory ./trace).",
         ),
         click.option(
             "--grace",
@@ -70,6 +71,36 @@ def _launch_options(command: Callable[..., None]) -> Callable[..., None]:
             default=_GRACE_S,
             show_default=True,
             help="How long workers may take to save their work and leave after Ctrl-C or SIGTERM.",
+        ),
+        click.option(
+            "--wait",
+            type=click.FloatRange(min=0),
+            metavar="SECONDS",
+            default=300.0,
+            show_default=True,
+            help="How long to wait for missing workers (fewer than MIN) or hosts.",
+        ),
+        click.option(
+            "--max-restarts",
+            type=click.IntRange(min=0),
+            metavar="R",
+            default=3,
+            show_default=True,
+            help="Total number of replacements of dead workers, and of restarts of all from a checkpoint.",
+        ),
+        click.option(
+            "--hosts",
+            type=click.IntRange(min=1),
+            metavar="N",
+            default=1,
+            show_default=True,
+            help="Number of hosts to wait for at the start; others may join later. Needs --meet.",
+        ),
+        click.option(
+            "--meet",
+            callback=_meet,
+            metavar="HOST:PORT",
+            help="Where several hosts meet: an address of one of them, and a free port there. Run the same command on each.",
         ),
         click.option(
             "--threads",
@@ -81,38 +112,9 @@ def _launch_options(command: Callable[..., None]) -> Callable[..., None]:
             "--workers",
             callback=_workers,
             metavar="N|MIN:MAX",
-            help="How many workers; default: one for each GPU, without GPUs usable cores / threads, and no more than "
-            "microbatches. MIN:MAX: the same between these bounds, and a run with fewer than MIN left waits for more.",
-        ),
-        click.option(
-            "--max-restarts",
-            type=click.IntRange(min=0),
-            metavar="R",
-            default=3,
-            show_default=True,
-            help="How often in the whole run a dead worker is replaced, or all start again from a checkpoint.",
-        ),
-        click.option(
-            "--wait",
-            type=click.FloatRange(min=0),
-            metavar="SECONDS",
-            default=300.0,
-            show_default=True,
-            help="How long fewer workers than MIN wait for more, and hosts for each other.",
-        ),
-        click.option(
-            "--meet",
-            callback=_meet,
-            metavar="HOST:PORT",
-            help="Where several hosts meet: an address of one of them, and a free port there. Run the same command on each.",
-        ),
-        click.option(
-            "--hosts",
-            type=click.IntRange(min=1),
-            metavar="N",
-            default=1,
-            show_default=True,
-            help="How many hosts begin together; later ones join. With --meet.",
+            help="Number of workers. Default: one per GPU, or without GPUs one per usable core (divided by --threads), but no "
+            "more than the Trainer's microbatches. MIN:MAX keeps that within bounds; with fewer than MIN workers left, the run "
+            "waits for more.",
         ),
     ):
         command = option(command)
@@ -147,14 +149,17 @@ def main() -> None:
 
 @main.command(
     context_settings={"allow_interspersed_args": False},
-    short_help="Run a script on many workers of this host, or of several.",
+    short_help="Run a training script on the workers of one or several hosts.",
 )
 @_launch_options
 @click.argument("script", type=click.Path(exists=True, dir_okay=False, readable=True))
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def run(context: click.Context, /, script: str, args: tuple[str, ...], **options: Any) -> None:
-    """Run SCRIPT with ARGS on many workers of this host, or with --meet of several. Options for unisono stand before SCRIPT."""
+    """Run SCRIPT with ARGS on the workers of this host, or with --meet of several.
+
+    Options of unisono go before SCRIPT, the script's own after it.
+    """
     if astray := _options_astray(context, script, args):
         goes = "goes" if len(astray) == 1 else "go"
         click.echo(
@@ -191,11 +196,12 @@ def _options_astray(context: click.Context, script: str, args: tuple[str, ...]) 
     short_help=f"Run an example: {', '.join(_demos())}.",
     help=f"""Run the example NAME that comes with unisono: {", ".join(_demos())}.
 
-    Options that unisono does not know go to the example; `unisono demo NAME --help` lists them.""",
+    Options that unisono does not know go to the example; `unisono demo NAME --help` lists them. For example:
+    unisono demo vision --workers 2 --epochs 3""",
 )
 @_launch_options
 @click.option("--copy", is_flag=True, help="Do not run it: copy its file into this folder, to change it.")
-@click.option("-h", "--help", "asks", is_flag=True, help="Show this message and exit; behind NAME: the options of the example.")
+@click.option("-h", "--help", "asks", is_flag=True, help="Show this message and exit; after NAME, show the example's options.")
 @click.argument("name", metavar="NAME", required=False)
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
@@ -242,7 +248,7 @@ def _copy_here(file: Path) -> None:
 @click.option("--open", "open_page", is_flag=True, help="Open it in the browser.")
 @click.argument("run_dirs", metavar="RUN_DIR [RUN_DIR...]", nargs=-1, required=True)
 def report(run_dirs: tuple[str, ...], output: str | None, open_page: bool) -> None:
-    """Write one HTML file that shows a run, or compares several; it needs no network to be viewed.
+    """Write one HTML file that shows a run, or compares several; it needs no network to be viewed. Needs the extra `report`.
 
     By default RUN_DIR/report.html, or comparison.html in the current folder for several runs.
     """
@@ -264,7 +270,7 @@ def report(run_dirs: tuple[str, ...], output: str | None, open_page: bool) -> No
 def watch(run_dir: str, port: int, open_page: bool) -> None:
     """Show the report of RUN_DIR live, to browsers on this machine, until Ctrl-C.
 
-    The run may train here or on any host that writes to the same folder; it need not have begun.
+    The run may train here or on any host that writes to the same folder; it need not have begun. Needs the extra `report`.
     """
     from unisono.observe.dashboard import command
 
@@ -274,7 +280,7 @@ def watch(run_dir: str, port: int, open_page: bool) -> None:
         raise click.ClickException(str(error)) from None
 
 
-@main.command(short_help="Look at what a run will stand on: fine, or what to do.")
+@main.command(short_help="Check this machine (or all hosts) for what a run needs.")
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
@@ -287,7 +293,7 @@ def watch(run_dir: str, port: int, open_page: bool) -> None:
 @click.option("--run-dir", metavar="DIR", default="runs", show_default=True, help="Where a run would write: a path or URL.")
 @click.option("--json", is_flag=True, help="Print findings and the facts behind them as JSON.")
 def doctor(workers: int | None, threads: int | None, run_dir: str, json: bool) -> None:
-    """Look at what a run will stand on: fine, or what to do. Exit status 1 if there is a problem.
+    """Check this machine (or all hosts) for what a run needs. Exit status 1 if there is a problem.
 
     Several hosts: torchrun ... -m unisono.doctor on each; rank 0 shows links and differences between them.
     """
@@ -304,7 +310,7 @@ def doctor(workers: int | None, threads: int | None, run_dir: str, json: bool) -
 
 @main.command(
     context_settings={"allow_interspersed_args": False},
-    short_help="Show that a script trains the same on any number of workers.",
+    short_help="Check that a script trains the same on any number of workers.",
 )
 @click.option("--workers", metavar="N,N,...", help="Numbers of workers to compare with one; default: 2, 3 and the usable cores.")
 @click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Optimizer steps to look at.")
@@ -323,9 +329,10 @@ def verify(
     as_json: bool,
     against: str | None,
 ) -> None:
-    """Show that SCRIPT trains the same on any number of workers and on a plain loop; or the first difference and its cause.
+    """Check that SCRIPT trains the same on any number of workers and on a plain loop; or show the first difference and its cause.
 
-    Ends with 0 if it does, 1 if not, 2 if that could not be told. Options for unisono stand before SCRIPT.
+    It trains a few steps, many times, on up to as many processes as the largest number of workers, and leaves run directories
+    alone. Ends with 0 if all is equal, 1 if not, 2 if that could not be told. Options of unisono go before SCRIPT.
     """
     from unisono.verify import command
 
@@ -375,7 +382,7 @@ def _run(
     except ConfigurationError as error:
         raise click.UsageError(str(error)) from None
     if hosts > 1 and meet is None:
-        raise click.UsageError(f"--hosts {hosts} needs --meet HOST:PORT, which tells them where")
+        raise click.UsageError(f"--hosts {hosts} needs --meet HOST:PORT, the address at which the hosts meet")
     cores, room = usable_cores(), room_for_workers(threads)
     minimum, most = workers or (1, room)
     settings = runner.Run(

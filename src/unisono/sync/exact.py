@@ -39,7 +39,7 @@ class Exact(Sync):
     """Replicas and results are bit for bit the same on any number of workers. The default."""
 
     bucket_mib: float = 25.0
-    """Size of the buckets in which gradients leave during backward, in MiB."""
+    """Size of the buckets in which gradients leave during backward, in MiB; used with ``overlap`` only."""
 
     overlap: bool | None = None
     """Whether gradients leave while the last microbatch's backward runs. None: on CUDA, where computing and sending use

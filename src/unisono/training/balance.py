@@ -5,7 +5,7 @@ in the same step without another word. A change moves no bit of the result, only
 
 Measured is what a worker takes to load and compute its microbatches in full steps: the median over the blocks of a *window*
 of about a second. Ranges change if others would have made the steps of three windows in a row shorter by a tenth, and those of
-most of their blocks shorter. So a worker that is slower for good gets less to do after a few windows, and noise, a hiccup,
+most of their blocks shorter. So a persistently slower worker gets less to do after a few windows, and noise, a hiccup,
 a short batch or the first steps change nothing.
 
 A worker may look fast just because it has little to do: a container that may use half a core does short work at full speed.

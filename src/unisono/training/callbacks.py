@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 class Callback:
     """Override what you need. Every worker calls every method at the same moment, so a callback that changes the model must
-    do the same on all of them, and only one that is *local* may ask for the rank (``trainer.collective.rank``)."""
+    do the same on all of them, and only one that does not touch the model may act on one rank alone
+    (``trainer.collective.rank``)."""
 
     edits_weights: bool = True
     """Whether it may change weights. Say False where it only looks: then ``fit`` can keep one copy of the weights for all

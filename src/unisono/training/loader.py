@@ -28,7 +28,7 @@ _INSTEAD_OF_A_DATALOADER = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loader:
-    """How samples are loaded. None of this changes what is loaded, hence no bit of the result."""
+    """How samples are loaded. Nothing here changes a bit of the result, except what ``collate_fn`` makes of the samples."""
 
     num_workers: int = 0
     """Loader processes a worker; 0 loads in the worker itself."""

@@ -114,7 +114,7 @@ class Run:
         if ledger != whole(data["samples"]):
             raise Desync(
                 f"epoch {batch.epoch + 1} used {samples_of(ledger)} samples of {data['samples']}, or not each of them once. "
-                "The steps stand; start again from a checkpoint before this epoch, and report this",
+                "The steps stand; start again from a checkpoint before this epoch, and check the script with unisono verify",
                 step=self.position.step,
             )
 

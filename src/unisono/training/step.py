@@ -69,7 +69,7 @@ class Batch:
     ledger: Entry | None = None
     """Of the samples of the global batch; None: not known, and nothing to check."""
     tally: tuple[tuple[Microbatch, ...], Entry] | None = None
-    """Of the samples of these very ``parts``, if it was reckoned ahead."""
+    """Of the samples of these very ``parts``, if it was computed ahead."""
     ranges: Sequence[Span] = ()
     """Each worker's microbatches of this batch, by rank; empty: those of the batch before."""
     made_for: object = None

@@ -83,12 +83,13 @@ class Trainer:
         microbatches: M, the fixed parts of a global batch, at least the number of workers. Part of the result: runs with
             another M sum in another order.
         seed: Of the sample order, augmentation and dropout. (The model's initial weights are yours: seed before making it.)
-        run_dir: Where checkpoints, metrics and weights go: a path or any fsspec address. None: nothing is written.
+        run_dir: Where checkpoints, metrics and weights go: a path or any fsspec address. None: nothing is written. A checkpoint
+            of this run there wins over the given weights and optimizer state.
         scheduler: An LR scheduler over ``optimizer``; stepped once per optimizer step, by the trainer alone
             (``ReduceLROnPlateau`` with that step's loss, so that its patience counts steps).
         max_grad_norm: Clip the L2 norm of the whole gradient to this.
         precision: "fp32" or "bf16" (autocast; weights and sums stay as they are).
-        sync: How replicas are kept together.
+        sync: How gradients are summed and weights shared; None: ``Exact()``.
         checkpoint_every: Steps between checkpoints; None: at the end of each epoch.
         keep: Newest checkpoints to keep.
         device: This worker's device; None: its GPU if there is one, else the CPU.
@@ -97,10 +98,11 @@ class Trainer:
             workers alike (no update, no step of the scheduler, buffers as before).
         on_desync: What replicas that differ do: "error" ends training; "heal" lets the odd ones take the state of the others,
             where more than half agree.
-        compare_every: Replicas are compared as a whole once in this many steps; None: as often as a hundredth of the time allows,
-            at least once in 64 steps.
-        timeout_s: Seconds, from 1, that a worker waits for another one before it ends the run and names it. Must exceed the
-            longest time that one may keep the others waiting: worker 0 writing a file, any worker loading its first batch.
+        compare_every: Replicas are compared as a whole once in this many steps; None: as often as 0.15 % of the time allows, at
+            least once in 64 steps.
+        timeout_s: Seconds (at least 1) that workers wait for one of them before it is left behind (``unisono run``) or the run
+            ends; the worker is named. Must exceed the longest time that one may keep the others waiting: worker 0 writing a
+            file, any worker loading its first batch.
         callbacks: Told about steps and epochs, on every worker.
         loader: How samples are loaded, unless a call says otherwise.
         world: Who takes part; None: what the launcher's environment says.
@@ -109,7 +111,8 @@ class Trainer:
     Raises:
         ConfigurationError: Settings, model, optimizer or run directory cannot work together.
         CheckpointError: All checkpoints of the run are damaged.
-        FingerprintMismatch: ``strict``, and a checkpoint was written on other ground.
+        FingerprintMismatch: ``strict``, and the checkpoint was written by a different machine or build; or this worker does not
+            belong to the run that it wants to join.
     """
 
     def __init__(
@@ -285,6 +288,8 @@ class Trainer:
 
         Raises:
             DataError: A sample cannot be read, or a loss or gradient is not finite; the last step stands.
+            Desync: Replicas differ, or the samples of an epoch were not each used once.
+            WorkerFailure: A worker was lost, and the others cannot go on without it.
             SystemExit: With status 128 + signal number, after a checkpoint, when asked to stop.
         """
         check_loader(loader)
@@ -327,8 +332,8 @@ class Trainer:
     ) -> Iterator[Batch]:
         """*collective*. The batches that are still to be trained, for those who own their loop; arguments as for ``fit``.
 
-        Pass each to ``step``. Leaving early is fine: the next call goes on after the last batch that was stepped. When the
-        last one is done the run is finished and its files are written.
+        Pass each to ``step``. Leaving early is fine: the next call goes on after the last batch that was stepped; call
+        ``save()`` if there is none. When the last batch is done the run is finished and its files are written.
         """
         check_loader(loader)
         if self._catch_up(dataset, own_loop=True):
@@ -436,8 +441,8 @@ class Trainer:
 
     @property
     def collective(self) -> Collective:
-        """*local*. The workers of now; under ``unisono run`` others, once one is lost, leaves or joins. A worker that has yet to
-        join is none of them: its rank is 1, so that it speaks for nobody."""
+        """*local*. The current workers; under ``unisono run`` they change when one is lost, leaves or joins. A worker that has
+        yet to join is none of them: its rank is 1, so that it speaks for nobody."""
         return InProcess(Meeting(2), 1) if self._history.outside else self._team.collective
 
     # ------------------------------------------------------------------ the parts of a step
