@@ -8,7 +8,7 @@
     ├── Desync               replicas differ: step, tensor, ranks
     ├── DataError            a sample or batch cannot be used: sample index
     ├── CheckpointError      a file of the run directory is damaged, missing or cannot be written
-    └── FingerprintMismatch  this machine or build differs from the one that wrote the checkpoint, or from the run to join
+    └── FingerprintMismatch  script, machine or build differ from those of the checkpoint, or of the run to join
 
 Each message says what happened, with values; then what to do.
 """

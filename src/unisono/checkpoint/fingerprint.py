@@ -96,8 +96,8 @@ def check(old: Mapping[str, str | int], new: Mapping[str, str | int], *, strict:
     if not differences:
         return
     message = (
-        f"this machine or build differs from the one that wrote the checkpoint ({'; '.join(differences)}), so from here on "
-        "the bits may differ from those of a run without this change. "
+        f"what this run depends on has changed since its checkpoint ({'; '.join(differences)}), so from here on the bits may "
+        "differ from those of a run without this change. "
     )
     if strict:
         raise FingerprintMismatch(message + "Restore what changed, or resume with strict=False.", fields=_differing(old, new))
