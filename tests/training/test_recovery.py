@@ -16,6 +16,7 @@ import unisono
 from tests.training.hard_problem import digest
 from tests.training.small_run import BATCH_SIZE, MICROBATCHES, Augmented, Net, loss
 from unisono.elastic.link import Link
+from unisono.elastic.membership import StateLost
 from unisono.testing.lives import Death, Died, Lives, run_lives
 
 EPOCHS = 2
@@ -64,6 +65,7 @@ def train(
     epochs: int = EPOCHS,
     replicate_kib: float,
     own_loop: bool = False,
+    busy: bool = False,
     dies_in_update: int = 0,
     callbacks: Sequence[unisono.Callback] = (),
 ) -> Found:
@@ -91,6 +93,10 @@ def train(
         for batch in trainer.batches(data, epochs):
             results.append(trainer.step(batch))
             ledgers[f"ledger {trainer.position.step}"] = repr(trainer.position.ledger)
+            if busy:  # what users do between two steps
+                watcher.seen.append(trainer.evaluate(data, {"accuracy": accuracy}))
+                optimizer.param_groups[0]["lr"] *= 0.97
+                optimizer.param_groups[0]["initial_lr"] *= 0.97
     else:
         trainer.fit(data, epochs)
     last = trainer.evaluate(data, {"accuracy": accuracy})
@@ -100,8 +106,8 @@ def train(
 
 
 @functools.cache
-def undisturbed(own_loop: bool = False, epochs: int = EPOCHS) -> Found:
-    return train(None, replicate_kib=0, own_loop=own_loop, epochs=epochs)
+def undisturbed(own_loop: bool = False, epochs: int = EPOCHS, busy: bool = False) -> Found:
+    return train(None, replicate_kib=0, own_loop=own_loop, epochs=epochs, busy=busy)
 
 
 def live(
@@ -162,6 +168,44 @@ def test_workers_that_come_later_take_part_in_the_run_as_it_is(replicate_kib: fl
         same = {**expected, "seen": lives.results[late]["seen"], "position": lives.results[late]["position"]}
         assert lives.results[late] == same
     assert max(lives.calls[2], lives.calls[3]) > 10, "nobody came in time"
+
+
+@pytest.mark.parametrize("replicate_kib", [0.0, 4096.0], ids=["owners", "everywhere"])
+def test_newcomers_come_to_a_loop_of_ones_own_between_two_batches(replicate_kib: float) -> None:
+    lives = live({}, workers=2, joiners=1, replicate_kib=replicate_kib, epochs=8, own_loop=True, busy=True)
+
+    expected = undisturbed(own_loop=True, epochs=8, busy=True)
+    assert lives.results[0] == lives.results[1] == expected
+    late = lives.results[2]
+    assert {name: late[name] for name in late if name.startswith(("result", "ledger"))}.items() <= expected.items()
+    weights = {name: value for name, value in expected.items() if not name.startswith(("result", "ledger", "seen"))}
+    assert weights.items() <= late.items()
+    assert lives.calls[2] > 10, "it did not come in time"
+
+
+class Scales(unisono.Callback):
+    """Edits the weights, as an average of weights or a projection would."""
+
+    def on_step(self, trainer: unisono.Trainer, result: unisono.StepResult) -> None:
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter.mul_(0.9)
+
+
+@pytest.mark.parametrize("replicate_kib", [0.0, 4096.0], ids=["owners", "everywhere"])
+def test_weights_that_a_callback_edits_are_edited_once_whoever_hears_of_a_death(replicate_kib: float) -> None:
+    expected = train(None, replicate_kib=0.0, callbacks=[Scales()])
+    calls = live({}, replicate_kib=replicate_kib, callbacks=[Scales()]).calls[2]
+    ended = 0
+    for call in range(12, calls + 1, 3):
+        try:
+            lives = live({2: Death(call, told=True, told_to=0)}, replicate_kib=replicate_kib, callbacks=[Scales()])
+        except StateLost:  # then all start again from the checkpoint
+            continue
+        ended += 1
+        for found in lives.results.values():
+            assert found == expected, call
+    assert ended > (calls - 12) / 6
 
 
 class IsToldToLeave(unisono.Callback):

@@ -34,14 +34,20 @@ class Meeting:
         self._calls: dict[int, list[Any]] = {}
         self._left: dict[int, int] = {}
         self._gone: int | None = None
+        self.whispers: dict[int, int] = {}
+        """Calls in which someone's last word reaches this rank only: for tests of what a death in the middle of sending does."""
 
     def meet(self, rank: int, call: int, brought: Any) -> list[Any]:
         """*collective*. Waits until every worker has brought something to its call number ``call``; all of it, by rank."""
         if self.size == 1:
             return [brought]
         table = self.bring(rank, call, brought)
-        here = self.baton.wait_for(lambda: self._gone is not None or all(table), timeout=self.timeout_s)
-        if not all(table):
+
+        def complete() -> bool:
+            return all(table) and self.whispers.get(call, rank) == rank
+
+        here = self.baton.wait_for(lambda: self._gone is not None or complete(), timeout=self.timeout_s)
+        if not complete():
             raise LostWorker(
                 f"worker {self._gone} ended while worker {rank} was waiting for it"
                 if here

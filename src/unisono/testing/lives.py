@@ -31,6 +31,8 @@ class Death:
     """At which of its calls to the others, from 1."""
     told: bool = False
     """Whether the others still hear what it says in that call."""
+    told_to: int | None = None
+    """The only rank that hears it, if ``told``; None: all. Processes send to one after the other, and may die in between."""
 
 
 class _Store:
@@ -111,6 +113,9 @@ class _Mortal(InProcess):
     def _meet(self, brought: Any) -> list[Any]:
         def bring() -> None:
             self._call += 1
+            death = self._life.death
+            if death is not None and death.told_to is not None:
+                self._meeting.whispers[self._call] = death.told_to
             self._meeting.bring(self.rank, self._call, brought)
 
         self._live(bring)

@@ -53,6 +53,8 @@ class Report:
     trainer: int
     """Which of the script's trainers it is at, from 1."""
     acts: int
+    parted: int
+    """The last act of which it knows that all have its result."""
     reached: int
     """The last step that it has completed."""
     committed: int
@@ -124,6 +126,11 @@ class Findings:
     def unlike(self) -> list[int]:
         """Ranks of those who do not have all of the state that the source has."""
         return [rank for rank, report in enumerate(self.reports) if not report.is_like(self.ahead)]
+
+    @property
+    def parted(self) -> int:
+        """The last act of which someone knows that all have its result."""
+        return max(report.parted for report in self.reports)
 
     @property
     def committed(self) -> int:

@@ -41,6 +41,7 @@ class Loop:
         machine: What this worker runs on.
         link: How workers meet again; None: they cannot.
         history: What the workers have done together.
+        between: *collective*. What is due between two batches.
 
     Attributes:
         team: Who takes the steps.
@@ -64,6 +65,7 @@ class Loop:
         machine: Machine,
         link: Link | None,
         history: History,
+        between: Callable[[], None],
     ) -> None:
         self._own = equipment
         self._batch_size, self._microbatches, self._seed = batch_size, microbatches, seed
@@ -73,6 +75,7 @@ class Loop:
         self._troubles = machine.troubles()
         self._link = link
         self._history = history
+        self._between = between
         self._feed: Feed | None = None
         self.stop: StopRequest | None = None
 
@@ -133,6 +136,7 @@ class Loop:
                 batch = feed.at(self.run.position.epoch, self.run.position.batch)
                 while batch is not None:
                     yield batch
+                    self._between()
                     batch = feed.at(*following(batch))
             finally:
                 self.stop = None

@@ -54,6 +54,7 @@ class Team:
     Attributes:
         crew: The workers of now.
         acts: How many acts are done.
+        parted: The last act of which this worker knows that all have its result, where that matters.
         reached: The last step that the state which this worker holds has behind it.
         committed: The last step of the run. Only while steps are done again it is ahead of ``reached``.
         silence: What was found out about a worker that did not answer, if that ended the generation before.
@@ -66,6 +67,7 @@ class Team:
         self._board, self._link = board, link
         self.crew: Crew
         self.acts = 0
+        self.parted = 0
         self.reached = 0
         self.committed = 0
         self.silence: str | None = None
@@ -126,7 +128,7 @@ class Team:
     def _part_from_others(self) -> None:
         """*collective*. The script comes to another trainer: once this returns all have done everything with this one."""
         with contextlib.suppress(Parted):
-            self.act(lambda: self.collective.barrier())
+            self.act(lambda: self.collective.barrier(), edits=False)
 
     def _hold(self, step: int) -> None:
         """*collective*. The run begins after step ``step``."""
@@ -167,8 +169,11 @@ class Team:
 
     # ------------------------------------------------------------------ acts
 
-    def act(self, body: Callable[[], T]) -> T:
+    def act(self, body: Callable[[], T], *, edits: bool = True) -> T:
         """*collective*. Does something together with the others; if one of them is lost meanwhile, does it again without it.
+
+        Args:
+            edits: Whether code that follows may change weights or buffers before the next act.
 
         Raises:
             LostWorker: One was lost, and there is no way to meet again.
@@ -177,15 +182,22 @@ class Team:
         expected = self.acts + 1
         while True:
             try:
-                result = body()
-                break
+                if self.acts < expected:
+                    result = body()
+                    self.acts, self._last = expected, result
+                if edits:
+                    self._see_through(expected)
+                received: T = self._last
+                return received
             except LostWorker as failure:
                 self._recover(failure)
-                if self.acts >= expected:
-                    received: T = self._last
-                    return received
-        self.acts, self._last = expected, result
-        return result
+
+    def _see_through(self, act: int) -> None:
+        """*collective*. Until all have the result of the act. Whoever is behind takes the state from one who is ahead, as the act
+        has left it, and must not find there what that one's script has done since then, which it is about to do itself."""
+        if self._link is not None and self.parted < act:
+            self.collective.barrier()
+            self.parted = act
 
     def step(self, batch: Batch, step: int, signals: Callable[[], Signals]) -> Taken:
         """*collective*. Trains on ``batch`` as step number ``step`` of the run.
@@ -202,6 +214,7 @@ class Team:
             groups = copied_hyperparameters(self._own.optimizer) if self._link is not None else []
             past = Past(step=step, epoch=batch.epoch, number=batch.number, groups=groups)
             result, told = self._run(mine, past, signals())
+            self.committed = step
             uids = self._link.uids if self._link is not None else []
             return Taken(
                 result=result,
@@ -210,9 +223,7 @@ class Team:
                 admits=told[0].admits,
             )
 
-        taken = self.act(body)
-        self.committed = step
-        return taken
+        return self.act(body, edits=not self._repeats.allowed)
 
     def _run(self, batch: Batch, past: Past, signals: Signals) -> tuple[StepResult, list[Signals]]:
         holdings = self._holdings if self._holdings is not None and self._holdings.replay else None
@@ -288,7 +299,12 @@ class Team:
             self._gather(collective, "")
         except LostWorker as failure:
             self._recover(failure)
-        return True
+        while True:
+            try:
+                self._see_through(self.acts)  # to meet was an act of theirs
+                return True
+            except LostWorker as failure:
+                self._recover(failure)
 
     def await_more(self) -> None:
         """*collective*. Where there are fewer workers than the minimum: until there are enough.
@@ -380,6 +396,7 @@ class Team:
         mine = Report(
             trainer=self._number,
             acts=self.acts,
+            parted=self.parted,
             reached=self.reached,
             committed=self.committed,
             tracked=self._own.buffers.tracked.hex(),
@@ -420,7 +437,7 @@ class Team:
         self.committed, self.reached = found.committed, reached
         self._part.regrouped(reason, found.unsaved)
         self._replay()
-        self.acts = found.acts
+        self.acts, self.parted = found.acts, found.parted
 
     def _go_back(self, collective: Collective, found: Findings) -> tuple[int, list[int]]:
         """*collective*. Brings what each host holds in common to where the host of the source can go on from.

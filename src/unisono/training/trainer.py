@@ -195,7 +195,9 @@ class Trainer:
             machine=machine,
             link=self._link,
             history=self._history,
+            between=self._let_come_and_go,
         )
+        self._taken: Taken | None = None
         self._team = self._loop.team = Team(
             self._own,
             Settings(
@@ -374,7 +376,8 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_epoch(self, batch.epoch)
         self._run.begin_checkpoint(batch)
-        self._let_come_and_go(taken)
+        self._stop_if_asked(taken)
+        self._taken = taken
         return result
 
     def evaluate(
@@ -503,16 +506,22 @@ class Trainer:
             self.world, rank=rank, size=len(members), local_rank=near.index(rank), local_size=len(near)
         )
 
-    def _let_come_and_go(self, taken: Taken) -> None:
-        """*collective*, after a step. All stop if one was asked to; else those leave who were told to, and others may come."""
+    def _stop_if_asked(self, taken: Taken) -> None:
+        """*collective*, after a step. All stop if one was asked to, or if all are to leave and nobody waits to take over."""
         stop = max(signal.stop for signal in taken.told)
-        leavers = taken.leavers
-        if leavers and len(leavers) == len(taken.told):
-            if not taken.admits:
-                stop = stop or int(signal.SIGTERM)
-            leavers = ()  # until those who wait to join have what they hold
+        if not stop and len(taken.leavers) == len(taken.told) and not taken.admits:
+            stop = int(signal.SIGTERM)
         if stop:
             self._stop_all(stop)
+
+    def _let_come_and_go(self) -> None:
+        """*collective*, when the next batch is asked for, so that whoever comes has missed nothing of what a user's own loop does
+        after the step: those leave who were told to, and others may come."""
+        taken, self._taken = self._taken, None
+        if taken is None:
+            return
+        # If all are to leave, they stay until those who wait to join have what they hold.
+        leavers = () if len(taken.leavers) == len(taken.told) else taken.leavers
         if leavers or taken.admits:
             self._run.flush_log()
             self._team.change(leavers, admit=taken.admits)
