@@ -17,6 +17,7 @@ from tests.training.hard_problem import digest
 from tests.training.small_run import BATCH_SIZE, MICROBATCHES, Augmented, Net, loss
 from unisono.elastic.link import Link
 from unisono.elastic.membership import StateLost
+from unisono.errors import FingerprintMismatch
 from unisono.testing.lives import Death, Died, Lives, run_lives
 
 EPOCHS = 2
@@ -181,6 +182,29 @@ def test_newcomers_come_to_a_loop_of_ones_own_between_two_batches(replicate_kib:
     weights = {name: value for name, value in expected.items() if not name.startswith(("result", "ledger", "seen"))}
     assert weights.items() <= late.items()
     assert lives.calls[2] > 10, "it did not come in time"
+
+
+@pytest.mark.parametrize(
+    "other", [{"epochs": 7}, {"order": "sequential"}, {"drop_last": True}], ids=lambda other: next(iter(other))
+)
+def test_a_newcomer_with_other_arguments_is_turned_away_and_the_run_goes_on(other: dict[str, Any]) -> None:
+    def work(link: Link) -> Found | str:
+        arguments = {"epochs": 8, "order": "shuffle", "drop_last": False} | ({} if link.membership.is_founder else other)
+        trainer = plain_trainer(link)
+        try:
+            trainer.fit(Augmented(), **arguments)
+        except FingerprintMismatch as error:
+            return str(error)
+        return {name: digest(value) for name, value in trainer.model.state_dict().items()}
+
+    results = run_lives(2, work, {}, joiners=1).results
+    alone = plain_trainer(None)
+    alone.fit(Augmented(), 8)
+    expected = {name: digest(value) for name, value in alone.model.state_dict().items()}
+    assert results[0] == results[1] == expected
+    assert isinstance(results[2], str)
+    assert "cannot join" in results[2]
+    assert next(iter(other)) in results[2]
 
 
 class Scales(unisono.Callback):

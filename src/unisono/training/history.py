@@ -92,10 +92,10 @@ class History:
 
         Args:
             join: Waits to be let in, or until it is told that there is nothing to wait for.
-            data: What ``probe`` says of the data that the call is given here.
+            data: What the call is given here (see ``Loop.call``).
 
         Raises:
-            FingerprintMismatch: The others have other data.
+            FingerprintMismatch: The others have other data or arguments.
         """
         assert self._link is not None
         link, result, loop = self._link, self._key("history"), self._key("data")
@@ -107,8 +107,9 @@ class History:
             pairs = zip(json.loads(theirs), data, strict=True)
             if any(there != here and there and here for there, here in pairs):
                 raise FingerprintMismatch(
-                    f"this worker (process {os.getpid()}) cannot join: its data are not those of the run (number of samples and "
-                    f"digests of some: {data} here, {theirs} there). Give it the same files; the run goes on without it",
+                    f"this worker (process {os.getpid()}) cannot join: its data are not those of the run (number of samples, "
+                    f"digests of some, arguments of fit or batches: {data} here, {theirs} there). Start it with the same command "
+                    "and files; the run goes on without it",
                     fields=["data"],
                 )
             if join(lambda: link.ask(result) is not None or link.ask("over") is not None):

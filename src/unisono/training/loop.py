@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import signal
 from collections.abc import Callable, Generator
 from typing import Any
@@ -77,6 +78,7 @@ class Loop:
         self._history = history
         self._between = between
         self._feed: Feed | None = None
+        self._call: list[str] = []
         self.stop: StopRequest | None = None
 
     # ------------------------------------------------------------------ the data
@@ -88,7 +90,9 @@ class Loop:
             ConfigurationError: It is not, and the run has stopped in the middle of an epoch; or workers were given other data.
         """
         length = dataset_length(dataset)
-        data = {"samples": length, "order": order if isinstance(order, str) else "given", "drop_last": drop_last}
+        data = _described(length, order, drop_last=drop_last)
+        if self._link is not None:
+            self._call = self.call(dataset, order, drop_last=drop_last, epochs=epochs)
         made = make_order(order, length=length, batch_size=self._batch_size, seed=self._seed, drop_last=drop_last)
         done = self.is_done(epochs)
 
@@ -101,6 +105,13 @@ class Loop:
             self.team.act(act)
         self.run.goes_over(data, done=done)
         return made
+
+    def call(self, dataset: Any, order: OrderLike, *, drop_last: bool, epochs: int) -> list[str]:
+        """*local*. What all workers in a call must have alike, whoever comes later: data and arguments."""
+        length = dataset_length(dataset)
+        read = functools.partial(read_sample, dataset, seed=self._seed)
+        arguments = {**_described(length, order, drop_last=drop_last), "epochs": epochs}
+        return [*probe(read, length), json.dumps(arguments)]
 
     def is_done(self, epochs: int) -> bool:
         """*local*. Whether so many epochs of the whole run are behind it."""
@@ -158,7 +169,7 @@ class Loop:
 
         self.team.act(act)
         if self._link is not None:
-            self._history.begin_loop(probe(read, length), main=self.team.collective.rank == 0)
+            self._history.begin_loop(self._call, main=self.team.collective.rank == 0)
 
     def _stream(self, dataset: Any, samples: Order, loader: Loader) -> BatchStream:
         crew = self.team.crew
@@ -236,3 +247,7 @@ class Loop:
         """*local*. Others take part from now on: what is loaded ahead is not this worker's share any more."""
         if self._feed is not None:
             self._feed.drop()
+
+
+def _described(samples: int, order: OrderLike, *, drop_last: bool) -> dict[str, Any]:
+    return {"samples": samples, "order": order if isinstance(order, str) else "given", "drop_last": drop_last}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 import signal
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -19,7 +18,6 @@ from unisono.checkpoint.fingerprint import fingerprint
 from unisono.collective import Collective, InProcess, Meeting
 from unisono.elastic.link import Link
 from unisono.errors import ConfigurationError
-from unisono.guard.data import probe
 from unisono.guard.replicas import OnDesync
 from unisono.guard.silence import Board
 from unisono.guard.stragglers import Machine
@@ -35,7 +33,7 @@ from unisono.training.callbacks import Callback
 from unisono.training.crew import Equipment
 from unisono.training.evaluation import MetricFunction, evaluate
 from unisono.training.history import History
-from unisono.training.loader import Loader, check_loader, dataset_length, read_sample
+from unisono.training.loader import Loader, check_loader, dataset_length
 from unisono.training.loop import Loop
 from unisono.training.optimizer import (
     check_optimizer,
@@ -295,7 +293,7 @@ class Trainer:
             SystemExit: With status 128 + signal number, after a checkpoint, when asked to stop.
         """
         check_loader(loader)
-        earlier = self._catch_up(dataset, own_loop=False)
+        earlier = self._catch_up(dataset, order, drop_last, epochs, own_loop=False)
         if earlier:
             return Summary(**earlier[0])
         with self._history.call():
@@ -338,7 +336,7 @@ class Trainer:
         ``save()`` if there is none. When the last batch is done the run is finished and its files are written.
         """
         check_loader(loader)
-        if self._catch_up(dataset, own_loop=True):
+        if self._catch_up(dataset, order, drop_last, epochs, own_loop=True):
             return iter(())
         samples = self._loop.order(dataset, order, drop_last=drop_last, epochs=epochs)
         return self._own_batches(dataset, samples, epochs, loader or self._loader)
@@ -555,13 +553,13 @@ class Trainer:
         self._screen.tell(f"{reason}: {workers} worker{'s go' if workers > 1 else ' goes'} on after step {self._team.committed}")
         self._run.note_generation(self._link.generation.number, reason)
 
-    def _catch_up(self, dataset: Any, *, own_loop: bool) -> list[Any]:
+    def _catch_up(self, dataset: Any, order: OrderLike, drop_last: bool, epochs: int, *, own_loop: bool) -> list[Any]:
         """What the others had from this call, if they had finished it before this worker came; else it takes part from now."""
         if not self._history.outside:
             return []
         self._own.weights.want(self._loop.may_share(own_loop))
-        read = functools.partial(read_sample, dataset, seed=self.seed)
-        earlier = self._history.enter(self._team.join, probe(read, dataset_length(dataset)))
+        call = self._loop.call(dataset, order, drop_last=drop_last, epochs=epochs)
+        earlier = self._history.enter(self._team.join, call)
         if earlier and (weights := self._run.read_model()) is not None:
             self.model.load_state_dict(weights)
         return earlier
