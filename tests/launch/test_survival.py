@@ -249,3 +249,14 @@ def test_a_newcomer_that_does_not_fit_is_turned_away_and_the_others_go_on() -> N
     assert run.end((1, 1)) is Course.GO_ON
     assert run.replace(LATE_S) == []
     assert "was turned away and the others go on without it: torch 2" in run.said[-1]
+
+
+def test_a_newcomer_that_is_turned_away_when_the_run_has_ended_does_not_make_it_fail() -> None:
+    run = Run(2)
+    run.end((1, KILLED))
+    run.replace()
+    run.set("over")
+    process = run.latest[1]
+    process.record = FailureRecord(kind="FingerprintMismatch", message="torch 2", traceback="", secondary=False, time_s=0.0)
+    assert run.end((1, 1)) is Course.GO_ON
+    assert run.end((0, 0)) is Course.DONE

@@ -150,12 +150,12 @@ class Survival:
 
     def _note(self, process: WorkerProcess, failure: Failure, *, stops: bool, now_s: float) -> None:
         self._deaths.append(failure)
-        if failure.error is not None and (stops or failure.error in self._errors or self._board.is_over):
+        if process.joins and failure.record is not None and failure.record.kind == "FingerprintMismatch":
+            self._say(f"{_who(failure)} was turned away and the others go on without it: {failure.record.message}")
+        elif failure.error is not None and (stops or failure.error in self._errors or self._board.is_over):
             self.cause = self._errors.get(failure.error, failure)
         elif stops or self._board.is_over:
             self._say(f"{_who(failure)} {brief(failure)} when the run was about to end")
-        elif process.joins and failure.record is not None and failure.record.kind == "FingerprintMismatch":
-            self._say(f"{_who(failure)} was turned away and the others go on without it: {failure.record.message}")
         else:
             if failure.error is not None:
                 self._errors[failure.error] = failure

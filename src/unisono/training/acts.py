@@ -44,6 +44,8 @@ class Taken:
     """uids of workers that leave after it."""
     admits: bool = False
     """Whether others wait to join."""
+    groups: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Hyperparameters of the optimizer after it, by parameter group, where workers may be lost."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

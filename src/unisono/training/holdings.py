@@ -157,6 +157,7 @@ class Holdings:
         self.replay = False
         self.copied = -1
         self.grown = False
+        self._unfit = False  # something in the state cannot be held, so nothing can be gone back to
 
     # ------------------------------------------------------------------ a generation begins
 
@@ -228,6 +229,7 @@ class Holdings:
             strange = strange or others
             entries += [_Entry.from_json(one) for one in announced]
         if any(json.loads(text)[1] for text in told):
+            self._unfit = True
             return False
         if entries:
             chest = _chest(entries, step)
@@ -359,6 +361,8 @@ class Holdings:
         number, side = divmod(int(self._numbers[0]), 2)
         if number not in self._parts or len(self._parts[number]) == 1:
             return Point(reached)  # nobody has updated anything yet, or nobody else
+        if self._unfit:
+            return None
         marks = self._marks(side)[: len(self._parts[number])]
         top = int(marks[:, _BEGUN].max())
         if bool((marks[:, _DONE] == top).all()) and reached >= top:

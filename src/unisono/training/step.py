@@ -221,8 +221,7 @@ class Stepper:
             self._weights.remember()
         changed = union([header.changed for header in headers])
         self._buffers.finish(messages, self._reduction.ranges, batch.filled, changed)
-        # What is drawn between steps must not depend on which microbatches this worker happened to compute.
-        seed_generators(derive_seed("between", self._seed, step), self._replica.device)
+        self.seed_what_follows(step)
         result = StepResult(
             step=step,
             epoch=batch.epoch,
@@ -240,7 +239,7 @@ class Stepper:
             self.holdings.skip(step)
         self._reduction.drop()
         self._buffers.restore()
-        seed_generators(derive_seed("between", self._seed, step), self._replica.device)
+        self.seed_what_follows(step)
         count = _tree_sum(counts[: batch.filled])
         return StepResult(
             step=step,
@@ -252,6 +251,10 @@ class Stepper:
             learning_rates=self._learning_rates(),
             skipped=True,
         )
+
+    def seed_what_follows(self, step: int) -> None:
+        """*local*. What is drawn after step ``step`` must not depend on which microbatches this worker happened to compute."""
+        seed_generators(derive_seed("between", self._seed, step), self._replica.device)
 
     def _learning_rates(self) -> tuple[float, ...]:
         return tuple(float(group["lr"]) for group in self._optimizer.param_groups if "lr" in group)

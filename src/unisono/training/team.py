@@ -206,24 +206,40 @@ class Team:
             signals: What to tell the others.
         """
 
+        groups = self._groups()
+        tries = 0
+        computed = False
+
         def body() -> Taken:
+            nonlocal tries, computed
+            tries += 1
+            if tries > 1:
+                set_hyperparameters(self._own.optimizer, groups)  # some optimizers count their steps there
             mine = batch
             if batch.made_for not in (None, self.crew.token):
                 mine = self._part.batch(batch.epoch, batch.number)  # loaded for another team
             self.crew.reassign(mine)
-            groups = copied_hyperparameters(self._own.optimizer) if self._link is not None else []
             past = Past(step=step, epoch=batch.epoch, number=batch.number, groups=groups)
             result, told = self._run(mine, past, signals())
             self.committed = step
+            computed = True
             uids = self._link.uids if self._link is not None else []
             return Taken(
                 result=result,
                 told=told,
                 leavers=[uid for uid, signal in zip(uids, told, strict=False) if signal.leaves],
                 admits=told[0].admits,
+                groups=self._groups(),
             )
 
-        return self.act(body, edits=not self._repeats.allowed)
+        taken = self.act(body, edits=not self._repeats.allowed)
+        if not computed:
+            set_hyperparameters(self._own.optimizer, taken.groups)
+            self.crew.stepper.seed_what_follows(step)
+        return taken
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return copied_hyperparameters(self._own.optimizer) if self._link is not None else []
 
     def _run(self, batch: Batch, past: Past, signals: Signals) -> tuple[StepResult, list[Signals]]:
         holdings = self._holdings if self._holdings is not None and self._holdings.replay else None
