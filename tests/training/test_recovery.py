@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import signal
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -69,10 +69,14 @@ def train(
     busy: bool = False,
     dies_in_update: int = 0,
     callbacks: Sequence[unisono.Callback] = (),
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
+    calls: Sequence[int] = (),
 ) -> Found:
     torch.manual_seed(7)
     model, data = Net(), Augmented()
-    optimizer = DiesWhileUpdating(model.parameters(), lr=0.01, at=dies_in_update)
+    optimizer: torch.optim.Optimizer = DiesWhileUpdating(model.parameters(), lr=0.01, at=dies_in_update)
+    if make_optimizer is not None:
+        optimizer = make_optimizer(model)
     watcher = Evaluates(data)
     trainer = unisono.Trainer(
         model,
@@ -99,7 +103,8 @@ def train(
                 optimizer.param_groups[0]["lr"] *= 0.97
                 optimizer.param_groups[0]["initial_lr"] *= 0.97
     else:
-        trainer.fit(data, epochs)
+        for done in [*calls, epochs]:
+            trainer.fit(data, done)
     last = trainer.evaluate(data, {"accuracy": accuracy})
     found = {name: digest(value) for name, value in model.state_dict().items()}
     found |= {f"result {result.step}": repr(result) for result in results}
@@ -230,6 +235,79 @@ def test_weights_that_a_callback_edits_are_edited_once_whoever_hears_of_a_death(
         for found in lives.results.values():
             assert found == expected, call
     assert ended > (calls - 12) / 6
+
+
+class CountsInGroups(torch.optim.SGD):
+    """Its learning rate depends on what it counts in its parameter groups, as that of schedule-free optimizers."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["steps"] = group.get("steps", 0) + 1
+            group["weight_decay"] = 0.1 / group["steps"]
+        return super().step(closure)
+
+
+class CountsInNumbers(torch.optim.SGD):
+    """Its state holds a plain number."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    state["steps"] = state.get("steps", 0) + 1
+                    parameter.grad.mul_(1 / state["steps"])
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("replicate_kib", [0.0, 4096.0], ids=["owners", "everywhere"])
+@pytest.mark.parametrize("kind", [CountsInGroups, CountsInNumbers])
+def test_whatever_an_optimizer_counts_in_a_death_does_not_count_twice(kind: type[torch.optim.SGD], replicate_kib: float) -> None:
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        return kind(model.parameters(), lr=0.01, momentum=0.9)
+
+    expected = train(None, replicate_kib=0.0, make_optimizer=make)
+    calls = live({}, replicate_kib=replicate_kib, make_optimizer=make).calls
+    ended = 0
+    for call in range(12, calls[2] + 1, 2):
+        victim = call // 2 % 3
+        try:
+            lives = live(
+                {victim: Death(call, told=True, told_to=(victim + 1) % 3)}, replicate_kib=replicate_kib, make_optimizer=make
+            )
+        except StateLost:  # then all start again from the checkpoint
+            continue
+        ended += 1
+        for found in lives.results.values():
+            assert found == expected, call
+    assert ended > 4
+
+
+def test_one_that_was_behind_stays_right_when_the_one_that_helped_it_dies_too() -> None:
+    for first in range(44, 56, 2):
+        for call in range(first + 7, first + 26, 3):
+            lives = live({2: Death(first, told=True, told_to=0), 0: Death(call)}, replicate_kib=0.0)
+            assert 1 in lives.results
+            for found in lives.results.values():
+                assert found == undisturbed(), (first, call)
+
+
+def test_one_may_die_while_steps_are_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unisono.training.holdings._BYTES_PER_S", 1e-3)  # as for large models: copies are rare
+    expected = train(None, replicate_kib=0.0, calls=[1], epochs=3)
+    calls = live({}, workers=4, replicate_kib=0.0, calls=[1], epochs=3).calls[2]
+    repeated = 0
+    for first in range(70, calls, 18):
+        for call in range(first + 8, first + 34, 3):
+            deaths = {2: Death(first), 1: Death(call, told=call % 2 == 0, told_to=0)}
+            try:
+                lives = live(deaths, workers=4, replicate_kib=0.0, calls=[1], epochs=3)
+            except StateLost:
+                continue
+            repeated += 1
+            for found in lives.results.values():
+                assert found == expected, (first, call)
+    assert repeated > 20
 
 
 class IsToldToLeave(unisono.Callback):

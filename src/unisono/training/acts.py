@@ -109,7 +109,7 @@ class Findings:
         acts = max(report.acts for report in reports)
         if acts == NEW:
             raise StateLost("all workers that held the run's state were lost")
-        places = [(report.acts, report.has_all, report.has_part, report.reached if report.has_all else 0) for report in reports]
+        places = [(report.acts, report.has_all, report.has_part, report.reached) for report in reports]
         source = places.index(max(places))
         meeting_was_act = reports[source].changing and any(report.acts == NEW for report in reports)
         return cls(reports=reports, source=source, acts=acts + meeting_was_act, meeting_was_act=meeting_was_act)
@@ -121,8 +121,9 @@ class Findings:
 
     @property
     def behind(self) -> set[int]:
-        """Ranks of those who lack the result of the last act."""
-        return {rank for rank, report in enumerate(self.reports) if report.acts < self.ahead.acts}
+        """Ranks of those who lack the result of the last act, or of a step that was being done again."""
+        mine = (self.ahead.acts, self.ahead.reached)
+        return {rank for rank, report in enumerate(self.reports) if (report.acts, report.reached) < mine}
 
     @property
     def unlike(self) -> list[int]:

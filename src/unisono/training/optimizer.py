@@ -91,6 +91,14 @@ def set_hyperparameters(optimizer: Optimizer, groups: list[dict[str, Any]]) -> N
                 group[key] = value
 
 
+def put_back_hyperparameters(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
+    """*local*. Each parameter group as ``copied_hyperparameters`` found it: what has been added since then goes."""
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        for key in [key for key in group if key != "params" and key not in saved]:
+            del group[key]
+    set_hyperparameters(optimizer, groups)
+
+
 def owned_state(optimizer: Optimizer, layout: Layout, owned: Iterable[int]) -> dict[str, Any]:
     """*local*. The optimizer's state of the owned parameters (slot indices), by parameter name."""
     return {

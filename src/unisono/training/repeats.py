@@ -42,12 +42,20 @@ class Repeats:
         self._past.clear()
 
     def note(self, past: Past) -> None:
-        """This step is about to be taken."""
-        self._past = [*(one for one in self._past if one.step < past.step), past]
+        """This step is about to be taken, or taken again."""
+        self._past = [*(one for one in self._past if one.step < past.step), past, *self._after(past)]
 
     def copied(self, past: Past, buffers: list[Tensor]) -> None:
         """The copy is of the state before this step, when the buffers were these."""
-        self._past, self.buffers = [past], buffers
+        self._past, self.buffers = [past, *self._after(past)], buffers
+
+    def begins_after(self, step: int) -> bool:
+        """Whether the copy shows the state after this step, so that ``buffers`` are those of then."""
+        return bool(self._past) and self._past[0].step == step + 1
+
+    def _after(self, past: Past) -> list[Past]:
+        """Steps that are still to be done again when this one is."""
+        return [one for one in self._past if one.step > past.step]
 
     def between(self, reached: int, committed: int) -> Sequence[Past]:
         """The steps after ``reached``, up to ``committed``.

@@ -32,7 +32,7 @@ from unisono.training.acts import NEW, Findings, Part, Parted, Report, Settings,
 from unisono.training.crew import Crew, Equipment
 from unisono.training.header import Signals
 from unisono.training.holdings import Holdings, Point
-from unisono.training.optimizer import copied_hyperparameters, set_hyperparameters
+from unisono.training.optimizer import copied_hyperparameters, put_back_hyperparameters
 from unisono.training.parcel import Parcel
 from unisono.training.repeats import Past, Repeats
 from unisono.training.step import Batch, StepResult
@@ -214,7 +214,7 @@ class Team:
             nonlocal tries, computed
             tries += 1
             if tries > 1:
-                set_hyperparameters(self._own.optimizer, groups)  # some optimizers count their steps there
+                put_back_hyperparameters(self._own.optimizer, groups)  # some optimizers count their steps there
             mine = batch
             if batch.made_for not in (None, self.crew.token):
                 mine = self._part.batch(batch.epoch, batch.number)  # loaded for another team
@@ -233,8 +233,8 @@ class Team:
             )
 
         taken = self.act(body, edits=not self._repeats.allowed)
-        if not computed:
-            set_hyperparameters(self._own.optimizer, taken.groups)
+        if not computed:  # another worker has, with the same result
+            put_back_hyperparameters(self._own.optimizer, taken.groups)
             self.crew.stepper.seed_what_follows(step)
         return taken
 
@@ -452,7 +452,7 @@ class Team:
             self._holdings = None
         self.committed, self.reached = found.committed, reached
         self._part.regrouped(reason, found.unsaved)
-        self._replay()
+        self._replay(from_copy=reached != found.ahead.reached)
         self.acts, self.parted = found.acts, found.parted
 
     def _go_back(self, collective: Collective, found: Findings) -> tuple[int, list[int]]:
@@ -506,10 +506,13 @@ class Team:
         else:
             parcel = dataclasses.replace(parcel, state=None)  # this worker's host has it
         parcel.put_into(self._own, new=self.acts == NEW)
-        if self.acts == NEW:
-            self._part.adopt(parcel.part)
         self._last = parcel.last
         self._repeats.adopt(parcel.repeats)
+        if self.acts == NEW:
+            self._part.adopt(parcel.part)
+        elif self.collective.rank not in needy:
+            # It stands where the source stands, also if this meeting is broken off: its buffers are those after the act.
+            self.acts, self.reached, self.committed = found.acts, found.ahead.reached, found.committed
 
     def _hold_on(self, step: int) -> None:
         """*collective*. From step ``step`` on the workers of each host hold the state in common, unless each has all of it."""
@@ -523,21 +526,28 @@ class Team:
         holdings.replay = self._repeats.allowed
         self._holdings = self.crew.stepper.holdings = holdings
 
-    def _replay(self) -> None:
-        """*collective*. From where the state is to the last step of the run: the same bits as the first time."""
+    def _replay(self, *, from_copy: bool) -> None:
+        """*collective*. From where the state is to the last step of the run: the same bits as the first time.
+
+        Args:
+            from_copy: Whether the state is that of the copy, and not that of a step that was done again already.
+        """
         if self.reached == self.committed:
             return
         todo = self._repeats.between(self.reached, self.committed)
         now = copied_hyperparameters(self._own.optimizer)
-        self._own.buffers.go_to(self._repeats.buffers)
+        if from_copy:
+            if not self._repeats.begins_after(self.reached):
+                raise StateLost(f"the buffers after step {self.reached} are not known any more")
+            self._own.buffers.go_to(self._repeats.buffers)
         try:
             for one in todo:
-                set_hyperparameters(self._own.optimizer, one.groups)
+                put_back_hyperparameters(self._own.optimizer, one.groups)
                 batch = self._part.batch(one.epoch, one.number)
                 self.crew.reassign(batch)
-                self._run(batch, one, Signals())
+                self._run(batch, one, Signals(grown=self.grown))
         finally:  # another worker may be lost meanwhile
-            set_hyperparameters(self._own.optimizer, now)
+            put_back_hyperparameters(self._own.optimizer, now)
 
 
 def _changes(link: Link, leavers: Sequence[str], joiners: Sequence[str]) -> str:
