@@ -443,16 +443,16 @@ class Team:
         collective.barrier()
         self._muster(collective, watch, dense=found.dense)
         self._own.buffers.track(found.tracked)
-        self._hand_over(found, needy)
+        self._hand_over(found, needy, reached)
         self._hold_on(reached)
         replicates = self.crew.reduction.replicates
         self._own.weights.bind(collective, share=found.may_share and not replicates)
         self._has_all = replicates  # only now: one that is lost before this leaves the state where it was
         if replicates:
             self._holdings = None
-        self.committed, self.reached = found.committed, reached
+        self.committed = found.committed
         self._part.regrouped(reason, found.unsaved)
-        self._replay(from_copy=reached != found.ahead.reached)
+        self._replay()
         self.acts, self.parted = found.acts, found.parted
 
     def _go_back(self, collective: Collective, found: Findings) -> tuple[int, list[int]]:
@@ -480,12 +480,22 @@ class Team:
         if collective.rank in needy:
             if len(near) > 1:  # another worker of this host may soon have overwritten the weights that they share
                 self._holdings = None
-        elif point is not None and point.parts and self._holdings is not None:
+            return step, needy
+        if point is not None and point.parts and self._holdings is not None:
             self._holdings.restore(point, main=collective.rank == survivors[0])
+            if step != self.reached:
+                if not self._repeats.begins_after(step):
+                    raise StateLost(f"the buffers after step {step} are not known any more")
+                self._own.buffers.go_to(self._repeats.buffers)
+        self.reached = min(self.reached, step)  # whoever is behind has yet to be given what it lacks
         return step, needy
 
-    def _hand_over(self, found: Findings, needy: Sequence[int]) -> None:
-        """*collective*. Whoever is behind, or new, or on a host that lacks the state, gets it from the source."""
+    def _hand_over(self, found: Findings, needy: Sequence[int], reached: int) -> None:
+        """*collective*. Whoever is behind, or new, or on a host that lacks the state, gets it from the source.
+
+        Args:
+            reached: The step that the source's state shows.
+        """
         receivers = found.behind.union(needy)
         if not receivers:
             return
@@ -506,13 +516,13 @@ class Team:
         else:
             parcel = dataclasses.replace(parcel, state=None)  # this worker's host has it
         parcel.put_into(self._own, new=self.acts == NEW)
-        self._last = parcel.last
+        # Whoever has been helped stands where the source stands, also if this meeting is broken off.
+        self._last, self.reached = parcel.last, reached
         self._repeats.adopt(parcel.repeats)
         if self.acts == NEW:
             self._part.adopt(parcel.part)
         elif self.collective.rank not in needy:
-            # It stands where the source stands, also if this meeting is broken off: its buffers are those after the act.
-            self.acts, self.reached, self.committed = found.acts, found.ahead.reached, found.committed
+            self.acts, self.committed = found.acts, found.committed
 
     def _hold_on(self, step: int) -> None:
         """*collective*. From step ``step`` on the workers of each host hold the state in common, unless each has all of it."""
@@ -526,20 +536,12 @@ class Team:
         holdings.replay = self._repeats.allowed
         self._holdings = self.crew.stepper.holdings = holdings
 
-    def _replay(self, *, from_copy: bool) -> None:
-        """*collective*. From where the state is to the last step of the run: the same bits as the first time.
-
-        Args:
-            from_copy: Whether the state is that of the copy, and not that of a step that was done again already.
-        """
+    def _replay(self) -> None:
+        """*collective*. From where the state is to the last step of the run: the same bits as the first time."""
         if self.reached == self.committed:
             return
         todo = self._repeats.between(self.reached, self.committed)
         now = copied_hyperparameters(self._own.optimizer)
-        if from_copy:
-            if not self._repeats.begins_after(self.reached):
-                raise StateLost(f"the buffers after step {self.reached} are not known any more")
-            self._own.buffers.go_to(self._repeats.buffers)
         try:
             for one in todo:
                 put_back_hyperparameters(self._own.optimizer, one.groups)
