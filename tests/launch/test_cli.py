@@ -272,7 +272,7 @@ def test_a_script_with_a_trainer_is_not_remarked_on(launcher: Launcher) -> None:
 import torch, unisono
 model = torch.nn.Linear(2, 1)
 loss = lambda model, batch: model(batch[0]).square().sum()
-trainer = unisono.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), loss, batch_size=4, microbatches=2, run_dir="run")
+trainer = unisono.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), loss, batch_size=4, microbatches=2)
 trainer.fit(torch.utils.data.TensorDataset(torch.ones(8, 2)), epochs=1)
 """
     status, _, err = plain(launcher, code)
