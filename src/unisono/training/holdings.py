@@ -35,6 +35,8 @@ _SHARE_WITHOUT_REPLAY = 0.1
 _BYTES_PER_S = 5e9
 """What copying costs, roughly: decisions that all workers take alike cannot rest on what one of them has measured."""
 _MOST_WORKERS = 1024
+_MOST_CHESTS = 64
+"""An optimizer whose state takes another shape again and again would fill the memory."""
 _HEAD = 8
 """Numbers at the beginning of the board."""
 _COPIED, _BEGUN, _DONE = range(3)
@@ -73,6 +75,13 @@ class _Entry:
     def from_json(cls, fields: dict[str, Any]) -> _Entry:
         return cls(**{**fields, "shape": tuple(fields["shape"]), "stride": tuple(fields["stride"])})
 
+    def fits(self, value: Any) -> bool:
+        """Whether the value can be where this one was."""
+        if self.dtype is None or not isinstance(value, Tensor):
+            return self.dtype is None and value is None
+        kind = str(value.dtype).removeprefix("torch.")
+        return value.device.type == "cpu" and (kind, tuple(value.shape)) == (self.dtype, self.shape)
+
     def view(self, chest: Tensor) -> Tensor | None:
         if self.dtype is None:
             return None
@@ -82,7 +91,10 @@ class _Entry:
 
 @dataclasses.dataclass(kw_only=True)
 class _Chest:
-    """State that came to be at the same time, of all parameters: entries in slot order, at multiples of 64 bytes."""
+    """State that came to be at the same time, of all parameters: entries in slot order, at multiples of 64 bytes.
+
+    What did not fit any more where it was lies in a later chest; what it was before stays in the earlier one, for going back.
+    """
 
     born: int
     """The step after which it was there."""
@@ -140,6 +152,7 @@ class Holdings:
         replay: Whether steps that are done may be done again: nobody but the trainer changes weights between them.
         copied: The step that the copy shows; -1 if there is none in this generation.
         grown: Whether this worker's part of the state has something new that is not yet held in common.
+        will_grow: Whether the next step is the first one, which makes the state.
     """
 
     def __init__(self, layout: Layout, weights: Weights, optimizer: Optimizer) -> None:
@@ -147,6 +160,7 @@ class Holdings:
         self._weights = weights
         self._optimizer = optimizer
         self._chests: list[_Chest] = []
+        self._places: dict[int, dict[str, tuple[_Chest, _Entry]]] = {}  # by slot and key: where each value lies now
         self._board: Tensor | None = None
         self._copies: list[Tensor] = []
         self._parts: dict[int, list[_Part]] = {}  # of all workers of this host, by generation
@@ -156,7 +170,7 @@ class Holdings:
         self._due = _Budget()
         self.replay = False
         self.copied = -1
-        self.grown = False
+        self.grown = self.will_grow = False
         self._unfit = False  # something in the state cannot be held, so nothing can be gone back to
 
     # ------------------------------------------------------------------ a generation begins
@@ -183,6 +197,7 @@ class Holdings:
         self._learn()
         if not self.settle(step):
             return False
+        self.will_grow = not self._chests
         self._copies = [
             common
             for block, flat in enumerate(self._weights.flats)
@@ -210,7 +225,8 @@ class Holdings:
         for chest in self._chests:
             chest.memory = self._collective.common(chest.nbytes, torch.uint8, chest.memory)
             chest.copy = self._collective.common(chest.nbytes, torch.uint8, chest.copy)
-            self._show(chest, take=not here)
+        self._places = {}
+        self._show(take=not here or len(self._near) == 1)
 
     def settle(self, step: int) -> bool:
         """*collective*. Takes what is new in the optimizer's state into common memory.
@@ -235,8 +251,9 @@ class Holdings:
             chest = _chest(entries, step)
             chest.memory = self._collective.common(chest.nbytes, torch.uint8)
             chest.copy = self._collective.common(chest.nbytes, torch.uint8)
-            self._show(chest, take=True)
             self._chests.append(chest)
+            self._show(take=True)
+            self._collective.barrier()  # all of this host have it, before a mark says that it is there
         for entry_chest, entry in self._own_entries():
             self._keep(entry_chest, entry)
         self.grown = False
@@ -247,35 +264,50 @@ class Holdings:
 
     def _news(self) -> tuple[list[_Entry], str]:
         """What this worker owns of the state and is not in common memory; and what cannot be."""
-        known = {(entry.slot, entry.key) for chest in self._chests for entry in chest.entries}
         found: list[_Entry] = []
         for slot in sorted(self._mine.slots):
-            for key, value in self._optimizer.state.get(self._layout.parameters[slot], {}).items():
-                if (slot, key) in known:
+            known, state = self._places.get(slot, {}), self._optimizer.state.get(self._layout.parameters[slot], {})
+            strange = list(known.keys() - state.keys())  # what is gone would come back with whoever joins
+            for key, value in state.items():
+                if key in known and known[key][1].fits(value):
                     continue
-                if value is not None and not (isinstance(value, Tensor) and value.device.type == "cpu"):
-                    return [], f"{key} of {self._layout.names[slot]}"
-                found.append(_Entry.of(slot, key, value))
+                if value is None or (isinstance(value, Tensor) and value.device.type == "cpu"):
+                    found.append(_Entry.of(slot, key, value))
+                else:
+                    strange.append(key)
+            if strange or (found and len(self._chests) == _MOST_CHESTS):
+                return [], f"{[*strange, 'state'][0]} of {self._layout.names[slot]}"
         return found, ""
 
-    def _show(self, chest: _Chest, *, take: bool) -> None:
-        """Makes the optimizer's state lie in the chest; with ``take``, what this worker has of it is copied there first."""
-        assert chest.memory is not None
-        for entry in chest.entries:
-            state = self._optimizer.state[self._layout.parameters[entry.slot]]
-            view = entry.view(chest.memory)
-            value = state.get(entry.key)
-            if take and view is not None and isinstance(value, Tensor):
-                # Several workers may have it, and it is the same then; none may be left with what another one is yet to copy.
-                view.copy_(value)
-            state[entry.key] = view
+    def _show(self, *, take: bool) -> None:
+        """Makes the optimizer's state lie in the chests; with ``take``, what this worker has of it is copied there first."""
+        before, self._places = self._places, {}
+        for chest in self._chests:
+            for entry in chest.entries:
+                self._places.setdefault(entry.slot, {})[entry.key] = chest, entry
+        for slot, places in self._places.items():
+            state = self._optimizer.state[self._layout.parameters[slot]]
+            for key, (chest, entry) in places.items():
+                known = before.get(slot, {}).get(key)
+                if known is not None and known[1] is entry:
+                    continue
+                assert chest.memory is not None
+                view, owns = entry.view(chest.memory), slot in self._mine.slots
+                if take and (owns or (known is None and key in state)):
+                    if key not in state or not entry.fits(state[key]):
+                        continue  # it is not so any more, which is yet to be said
+                    if view is not None:
+                        # Several workers may have it, and it is the same then; none may be left with what another one is yet
+                        # to copy. But where it lay elsewhere before, the others still have what it was then.
+                        view.copy_(state[key])
+                state[key] = view
 
     # ------------------------------------------------------------------ a step
 
     def renew(self, step: int, *, replay: bool) -> None:
         """*collective*. Steps follow after step ``step``; what was changed since the last one is held, too."""
         self.settle(step)
-        self.replay = replay
+        self.replay, self.will_grow = replay, not self._chests
         self.copied, self._due = -1, _Budget()
         self._marks(self._side)[self._place] = (-1, step, step)
 
@@ -284,49 +316,56 @@ class Holdings:
         self._marks(self._side)[self._place] = (-1, step, step)
         self.copied, self._due = -1, _Budget()
 
-    def before_update(self, step: int, step_s: float) -> None:
+    def before_update(self, step: int, step_s: float, *, settles: bool) -> None:
         """*local*. Step ``step`` is about to update what this worker owns; the copy comes first where it is due, on all workers
         alike.
 
         Args:
             step_s: What a step takes, in seconds, as all workers know it.
+            settles: Whether all have to meet once more before the step ends: where they do not, nobody takes the state of a lone
+                worker in between.
         """
-        if len(self._near) == 1:
+        alone = len(self._near) == 1
+        if alone and not settles:
             return
         marks = self._marks(self._side)[self._place]
-        if self._due.now(max(map(self._nbytes, self._parts[self._generation])), step_s, replay=self.replay):
+        if alone:
+            marks[_DONE] = step - 1
+        if alone or self._due.now(max(map(self._nbytes, self._parts[self._generation])), step_s, replay=self.replay):
             self._copy(self._mine, back=False)
             marks[_COPIED] = self.copied = step - 1
         marks[_BEGUN] = step
 
     def after_update(self, step: int) -> None:
         """*local*. This worker has updated what it owns."""
+        self.will_grow = False
         if len(self._near) == 1:
             return
-        held = 0
-        for chest, entry in self._own_entries():
-            held += 1
-            self._keep(chest, entry)
+        held = [self._keep(chest, entry) for chest, entry in self._own_entries()]
         total = sum(len(self._optimizer.state.get(self._layout.parameters[slot], ())) for slot in self._mine.slots)
-        self.grown = total > held
+        self.grown = total != len(held) or not all(held)
         if not self.grown:
             self._marks(self._side)[self._place, _DONE] = step
 
     def _own_entries(self) -> Iterator[tuple[_Chest, _Entry]]:
-        mine = self._mine.slots
-        return ((chest, entry) for chest in self._chests for entry in chest.entries if entry.slot in mine)
+        return (place for slot in self._mine.slots for place in self._places.get(slot, {}).values())
 
-    def _keep(self, chest: _Chest, entry: _Entry) -> None:
-        """Some optimizers put a new tensor into their state instead of changing the one that is there."""
-        state = self._optimizer.state[self._layout.parameters[entry.slot]]
-        value, memory = state.get(entry.key), chest.memory
-        if entry.dtype is None or not isinstance(value, Tensor) or memory is None:
-            return
-        if value.data_ptr() != memory.data_ptr() + entry.offset:
+    def _keep(self, chest: _Chest, entry: _Entry) -> bool:
+        """Some optimizers put a new tensor into their state instead of changing the one that is there: it is copied there.
+
+        Returns:
+            Whether it fits.
+        """
+        state, memory = self._optimizer.state.get(self._layout.parameters[entry.slot], {}), chest.memory
+        if entry.key not in state or not entry.fits(state[entry.key]):
+            return False
+        value = state[entry.key]
+        if value is not None and memory is not None and value.data_ptr() != memory.data_ptr() + entry.offset:
             view = entry.view(memory)
             assert view is not None
             view.copy_(value)
             state[entry.key] = view
+        return True
 
     def _copy(self, part: _Part, *, back: bool, weights: bool = True) -> None:
         """Copies what a worker owns into the copy, or back."""
@@ -359,11 +398,13 @@ class Holdings:
             What the host's state can go on from; None if it cannot.
         """
         number, side = divmod(int(self._numbers[0]), 2)
-        if number not in self._parts or len(self._parts[number]) == 1:
-            return Point(reached)  # nobody has updated anything yet, or nobody else
+        if number not in self._parts:
+            return Point(reached)  # nobody has updated anything yet
+        marks = self._marks(side)[: len(self._parts[number])]
+        if len(marks) == 1 and marks[0, _BEGUN] <= min(marks[0, _DONE], reached):
+            return Point(reached)  # nobody else has
         if self._unfit:
             return None
-        marks = self._marks(side)[: len(self._parts[number])]
         top = int(marks[:, _BEGUN].max())
         if bool((marks[:, _DONE] == top).all()) and reached >= top:
             return Point(top)
@@ -391,14 +432,9 @@ class Holdings:
             if not self._weights.shared:
                 for flat, copy, (lo, hi) in zip(self._weights.flats, self._copies, parts[place].bounds, strict=True):
                     flat[lo:hi].copy_(copy[lo:hi])
-        held = {(entry.slot, entry.key) for chest in self._chests if chest.born <= point.step for entry in chest.entries}
-        self._chests = [chest for chest in self._chests if chest.born <= point.step]
-        for slot, parameter in enumerate(self._layout.parameters):
-            state = self._optimizer.state.get(parameter, {})
-            for key in [key for key in state if (slot, key) not in held]:
-                del state[key]
-            if not state:
-                self._optimizer.state.pop(parameter, None)
+        self._chests, self._places = [chest for chest in self._chests if chest.born <= point.step], {}
+        self._optimizer.state.clear()
+        self._show(take=False)
         self.grown = False
 
     # ------------------------------------------------------------------ the board

@@ -149,6 +149,7 @@ class Loop:
                     yield batch
                     self._between()
                     batch = feed.at(*following(batch))
+                self.team.end()  # while batches can be had again
             finally:
                 self.stop = None
                 feed.drop()

@@ -191,7 +191,7 @@ class Stepper:
         loss, count = _tree_sum(losses[: batch.filled]), _tree_sum(counts[: batch.filled])
         if not (math.isfinite(loss) and count > 0):  # if each loss is finite, the sum may still overflow
             if self._on_nonfinite == "skip" and not all(map(math.isfinite, losses)):
-                return self._skip(batch, step, losses, counts), told
+                return self._skip(batch, step, losses, counts, told), told
             self._check_losses(losses, counts, batch, step)
         present = union([header.present for header in headers])
         with self._clock.phase("compute"):
@@ -203,17 +203,18 @@ class Stepper:
         norm = math.sqrt(math.fsum(value * value for value in norms)) if all(map(math.isfinite, norms)) else math.nan
         if not math.isfinite(norm):
             if self._on_nonfinite == "skip":
-                return self._skip(batch, step, losses, counts), told
+                return self._skip(batch, step, losses, counts, told), told
             self._explain_gradient(norms, batch, step)
         learning_rates = self._learning_rates()
         if self.holdings is not None:
-            if any(signal.grown for signal in told):
-                self.holdings.settle(step - 1)
-            self.holdings.before_update(step, _passed_s(before, self._seconds))
+            self._settle(told, step - 1)
+            settles = any(signal.grown for signal in told)
+            self.holdings.before_update(step, _passed_s(before, self._seconds), settles=settles)
         with self._clock.phase("compute"):
             self._update(reduced, norm)
         if self.holdings is not None:
             self.holdings.after_update(step)
+            self._settle(told, step)  # a death meanwhile is one before the step's end, so that it is done again
         if not self._reduction.replicated:
             with self._clock.phase("communication"):
                 self._publish()
@@ -233,11 +234,19 @@ class Stepper:
         )
         return result, told
 
-    def _skip(self, batch: Batch, step: int, losses: Sequence[float], counts: Sequence[float]) -> StepResult:
+    def _settle(self, told: Sequence[Signals], step: int) -> None:
+        """*collective*. What is new in the optimizer's state since step ``step`` is held in common from now on."""
+        if self.holdings is not None and any(signal.grown for signal in told):
+            self.holdings.settle(step)
+
+    def _skip(
+        self, batch: Batch, step: int, losses: Sequence[float], counts: Sequence[float], told: Sequence[Signals]
+    ) -> StepResult:
         """Leaves everything as it was before the step; all workers do so, since all know the same losses and norms."""
+        self._reduction.drop()
+        self._settle(told, step - 1)
         if self.holdings is not None:
             self.holdings.skip(step)
-        self._reduction.drop()
         self._buffers.restore()
         self.seed_what_follows(step)
         count = _tree_sum(counts[: batch.filled])

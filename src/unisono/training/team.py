@@ -23,6 +23,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
+
 from unisono.collective import Collective, LostWorker
 from unisono.elastic.link import Link
 from unisono.elastic.membership import Generation, Member, StateLost
@@ -164,8 +166,12 @@ class Team:
 
     @property
     def grown(self) -> bool:
-        """*local*. Whether this worker's part of the optimizer's state has something new."""
-        return self._holdings is not None and self._holdings.grown
+        """*local*. Whether this worker's part of the optimizer's state has something new, or will after the next step."""
+        return self._holdings is not None and (self._holdings.grown or self._holdings.will_grow)
+
+    def end(self) -> None:
+        """*collective*. No more steps follow for now, and those that are done can soon not be done again."""
+        self.act(self._settle, edits=False)
 
     # ------------------------------------------------------------------ acts
 
@@ -194,10 +200,16 @@ class Team:
 
     def _see_through(self, act: int) -> None:
         """*collective*. Until all have the result of the act. Whoever is behind takes the state from one who is ahead, as the act
-        has left it, and must not find there what that one's script has done since then, which it is about to do itself."""
+        has left it, and must not find there what that one's script has done since then, which it is about to do itself. What is
+        new in the optimizer's state is held in common before that: without it nobody could go back to where the act began."""
         if self._link is not None and self.parted < act:
-            self.collective.barrier()
+            self._settle()
             self.parted = act
+
+    def _settle(self) -> None:
+        grown = self.collective.all_gather(torch.tensor([self._holdings is not None and self._holdings.grown]))
+        if self._holdings is not None and any(map(bool, grown)):
+            self._holdings.settle(self.committed)
 
     def step(self, batch: Batch, step: int, signals: Callable[[], Signals]) -> Taken:
         """*collective*. Trains on ``batch`` as step number ``step`` of the run.
