@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -66,7 +67,7 @@ class Memory:
         self._regions: dict[int, Region] = {}
         self._starts: list[tuple[int, int, int]] = []  # (address, bytes, region)
         self._spare: dict[int, list[int]] = {}  # regions that nobody uses any more, by size
-        self._commons: dict[int, Region] = {}  # by address
+        self._commons: dict[int, int] = {}  # descriptors of mapped files, by address
 
     # ------------------------------------------------------------------ own memory
 
@@ -115,21 +116,17 @@ class Memory:
         """The open file of common memory that the tensor is the whole of; None if it is none."""
         address = flat.data_ptr()
         if address in self._commons:
-            return self._commons[address].fd
+            return self._commons[address]
         number, offset = self.place(flat)
         return self._regions[number].shown if number is not None and not offset else None
 
     def join(self, nbytes: int, descriptor: int) -> Tensor:
-        """Maps common memory; takes the descriptor over. uint8 ``[nbytes]``."""
-        region = Region(descriptor, nbytes)
-        self._commons[region.memory.data_ptr()] = region
-        return region.memory
-
-    def leave(self, flat: Tensor) -> None:
-        """Common memory that ``join`` has mapped is not needed here any more, once the last tensor in it is gone."""
-        region = self._commons.pop(flat.data_ptr(), None)
-        if region is not None:
-            os.close(region.fd)
+        """Maps common memory; takes the descriptor over. uint8 ``[nbytes]``. It is left with the last tensor that lies in it."""
+        mapping = mmap.mmap(descriptor, nbytes)
+        memory = torch.frombuffer(mapping, dtype=torch.uint8)
+        self._commons[memory.data_ptr()] = descriptor
+        weakref.finalize(mapping, _leave, self._commons, memory.data_ptr(), descriptor).atexit = False
+        return memory
 
     def show(self, flat: Tensor, descriptor: int) -> None:
         """The region that ``flat`` is the whole of shows common memory from now on; takes the descriptor over."""
@@ -151,6 +148,12 @@ class Memory:
         if region.shown is not None:
             os.close(region.shown)
         region.shown = None
+
+
+def _leave(commons: dict[int, int], address: int, descriptor: int) -> None:
+    if commons.get(address) == descriptor:  # else another mapping is there by now
+        del commons[address]
+    os.close(descriptor)
 
 
 def make_file(nbytes: int, like: Tensor | None = None) -> int:
