@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import signal
+import threading
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 import unisono
 from tests.training.hard_problem import digest
-from tests.training.small_run import BATCH_SIZE, MICROBATCHES, Augmented, Net, loss
+from tests.training.small_run import BATCH_SIZE, MICROBATCHES, SAMPLES, Augmented, Net, loss
 from unisono.elastic.link import Link
 from unisono.elastic.membership import StateLost
 from unisono.errors import FingerprintMismatch
@@ -71,9 +73,13 @@ def train(
     callbacks: Sequence[unisono.Callback] = (),
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
     calls: Sequence[int] = (),
+    samples: int = SAMPLES,
+    unusable: int | None = None,
 ) -> Found:
     torch.manual_seed(7)
-    model, data = Net(), Augmented()
+    model, data = Net(), Augmented(samples)
+    if unusable is not None:
+        data.inputs[unusable] = math.inf
     optimizer: torch.optim.Optimizer = DiesWhileUpdating(model.parameters(), lr=0.01, at=dies_in_update)
     if make_optimizer is not None:
         optimizer = make_optimizer(model)
@@ -89,6 +95,7 @@ def train(
         sync=unisono.Exact(replicate_kib=replicate_kib),
         run_dir=f"memory://recovery-{run or uuid.uuid4().hex}",
         checkpoint_every=2,
+        on_nonfinite="error" if unusable is None else "skip",
         callbacks=[watcher, *callbacks],
         collective=link,
     )
@@ -212,6 +219,40 @@ def test_a_newcomer_with_other_arguments_is_turned_away_and_the_run_goes_on(othe
     assert next(iter(other)) in results[2]
 
 
+def arguments_of(monkeypatch: pytest.MonkeyPatch, workers: Sequence[Sequence[str]]) -> list[str]:
+    """What becomes of two workers and one that comes later, with these arguments."""
+
+    class Sys(threading.local):  # these workers are threads
+        argv: Sequence[str]
+
+    fake = Sys()
+    monkeypatch.setattr("unisono.training.setup.sys", fake)
+
+    def work(link: Link) -> str:
+        fake.argv = ["train.py", *workers[link.membership.me.process.pid]]
+        try:
+            plain_trainer(link).fit(Augmented(), 8)
+        except FingerprintMismatch as error:
+            return str(error)
+        return ""
+
+    results = run_lives(2, work, {}, joiners=1).results
+    return [results[rank] for rank in range(3)]
+
+
+def test_a_newcomer_with_other_arguments_of_the_script_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = ["--dropout", "0.1"]
+    *first, late = arguments_of(monkeypatch, [ours, ours, ["--dropout", "0.2"]])
+    assert first == ["", ""]
+    assert "'0.2', not '0.1'" in late
+    assert "3 of them, not 2" in arguments_of(monkeypatch, [ours, ours, [*ours, "--amp"]])[2]
+
+
+def test_a_newcomer_may_have_other_arguments_where_the_first_workers_had_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert arguments_of(monkeypatch, [["--data", place] for place in "abc"]) == ["", "", ""]
+    assert arguments_of(monkeypatch, [[], ["--data", "b"], ["--lr", "0.1", "--amp"]]) == ["", "", ""]
+
+
 class Scales(unisono.Callback):
     """Edits the weights, as an average of weights or a projection would."""
 
@@ -281,6 +322,75 @@ def test_whatever_an_optimizer_counts_in_a_death_does_not_count_twice(kind: type
         for found in lives.results.values():
             assert found == expected, call
     assert ended > 4
+
+
+class ChangesItsState(torch.optim.SGD):
+    """Its momentum is None in the first two steps, and then a new tensor in each: first a number, later one for each element; a
+    second tensor comes late, for some parameters."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for number, parameter in enumerate(group["params"]):
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                state["steps"] = state["steps"] + 1 if state else torch.ones(())
+                steps = int(state["steps"])
+                was = state.get("momentum")
+                gradient = parameter.grad if steps >= 5 else parameter.grad.amax()
+                state["momentum"] = None if steps < 3 else gradient + (0 if was is None else 0.9 * was)
+                if steps >= 4 and number % 2:
+                    state["late"] = state.get("late", 0) + parameter.grad
+                for value in (state["momentum"], state.get("late")):
+                    parameter.sub_(parameter.grad if value is None else value, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("machines", [None, {0: "a", 1: "b", 2: "b"}], ids=["one host", "two hosts"])
+def test_state_may_come_late_and_take_another_shape(machines: dict[int, str] | None) -> None:
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        return ChangesItsState(model.parameters(), lr=0.01)
+
+    settings: dict[str, Any] = {"replicate_kib": 0.0, "make_optimizer": make, "epochs": 3}
+    expected = train(None, **settings)
+    calls = live({}, machines=machines, **settings).calls[2]
+    ended = 0
+    for call in range(30, calls + 1, 7):
+        victim = call % 3
+        try:
+            lives = live({victim: Death(call, told=call % 2 == 0, told_to=(victim + 1) % 3)}, machines=machines, **settings)
+        except StateLost:  # a host of one worker may be lost with it
+            continue
+        ended += 1
+        for found in lives.results.values():
+            assert found == expected, call
+    assert ended > 9
+
+
+@pytest.mark.parametrize("own_loop", [False, True])
+def test_state_that_came_in_the_last_step_of_a_loop_is_held_before_it_ends(own_loop: bool) -> None:
+    settings: dict[str, Any] = {"replicate_kib": 0.0, "calls": [1], "own_loop": own_loop, "samples": BATCH_SIZE}
+    expected = train(None, **settings)
+    calls = live({}, **settings).calls[2]
+    first = live({}, **settings, epochs=1).calls[2]
+    for call in range(first - 8, calls + 1):
+        lives = live({2: Death(call)}, **settings)
+        for found in lives.results.values():
+            assert found == expected, call
+
+
+def test_a_step_that_is_left_out_right_after_the_first_one_loses_no_state() -> None:
+    for unusable in range(SAMPLES):
+        settings: dict[str, Any] = {"replicate_kib": 0.0, "unusable": unusable, "own_loop": True}
+        expected = train(None, **settings)
+        if "skipped=True" in expected["result 2"]:
+            break
+    assert "skipped=False" in expected["result 1"]
+    assert "skipped=True" in expected["result 2"]
+    calls = live({}, **settings).calls[2]
+    for call in range(24, calls + 1, 3):
+        for found in live({2: Death(call)}, **{**settings, "own_loop": call % 2 == 0}).results.values():
+            assert {**expected, **found} == expected, call
 
 
 def test_one_that_was_behind_stays_right_when_the_one_that_helped_it_dies_too() -> None:

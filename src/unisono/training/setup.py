@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -222,18 +223,12 @@ def check_identity(link: Link, settings: Mapping[str, Any], fingerprint: Mapping
         FingerprintMismatch: It does not; the message names the first difference.
         SystemExit: With status 0: the run was finished before.
     """
-    key = f"identity/{link.trainers}"
     ground = {name if name == "script" else f"fingerprint {name}": value for name, value in fingerprint.items()}
     mine = {**ground, **settings}
     if not joins:
-        link.tell(key, json.dumps(mine))
+        link.tell(f"identity/{link.trainers}", json.dumps(mine))
         return
-    while (text := link.ask(key)) is None:
-        if link.ask("over") is not None:
-            raise SystemExit(0)
-        link.membership.check_members()
-        link.pause(0.02)
-    theirs = json.loads(text)
+    theirs = _told(link, f"identity/{link.trainers}")
     for name, value in json.loads(json.dumps(mine)).items():
         if theirs.get(name) != value:
             raise FingerprintMismatch(
@@ -241,6 +236,39 @@ def check_identity(link: Link, settings: Mapping[str, Any], fingerprint: Mapping
                 f"{_short(theirs.get(name))}. Start it with the same script, settings and builds; the run goes on without it",
                 fields=[name],
             )
+    run, own = _told(link, f"arguments/{link.trainers}"), sys.argv[1:]
+    if run is None:
+        return
+    different = [f"{mine!r}, not {its!r}" for its, mine in zip(run, own, strict=False) if its not in (None, mine)]
+    if len(run) != len(own):
+        different = [f"{len(own)} of them, not {len(run)}"]
+    if different:
+        raise FingerprintMismatch(
+            f"this worker (process {os.getpid()}) cannot join the run: its script has other arguments than the run's "
+            f"({_short('; '.join(different))}). Start it with the same ones, and put what differs from host to host into "
+            "environment variables; the run goes on without it",
+            fields=["arguments"],
+        )
+
+
+def _told(link: Link, key: str) -> Any:
+    """*local*. What the members have told, once they have."""
+    while (text := link.ask(key)) is None:
+        if link.ask("over") is not None:
+            raise SystemExit(0)
+        link.membership.check_members()
+        link.pause(0.02)
+    return json.loads(text)
+
+
+def tell_arguments(link: Link, collective: Collective) -> None:
+    """*collective*. Tells the script's arguments that all workers have alike: whoever joins must have them, too. Where workers
+    have different ones from the beginning (paths on their hosts), so may those who come."""
+    told = [json.loads(text) for text in collective.all_gather_bytes(json.dumps(sys.argv[1:]).encode())]
+    alike = None
+    if len({len(arguments) for arguments in told}) == 1:
+        alike = [values[0] if len(set(values)) == 1 else None for values in zip(*told, strict=True)]
+    link.tell(f"arguments/{link.trainers}", json.dumps(alike))
 
 
 def _short(value: Any) -> str:

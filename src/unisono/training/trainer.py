@@ -57,6 +57,7 @@ from unisono.training.setup import (
     enter,
     link_of,
     prepare_process,
+    tell_arguments,
     unify_replicas,
 )
 from unisono.training.step import Batch, OnNonfinite, StepResult
@@ -238,6 +239,8 @@ class Trainer:
             others = self._team.collective
             alike = {**settings, "checkpoint_every": checkpoint_every, "run_dir": None if run_dir is None else "given"}
             check_alike(others, alike)
+            if self._link is not None and not self._history.outside:
+                tell_arguments(self._link, others)
             unify_replicas(model, others)
             updates = [self._team.crew.reduction.updated_by(rank) for rank in range(others.size)]
             settle_state(optimizer, layout, updates, others)
