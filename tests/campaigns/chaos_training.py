@@ -24,7 +24,7 @@ STEPS_PER_EPOCH = 5
 CHECKPOINT_EVERY = 7
 MICROBATCHES = 6
 TIMEOUT_S = 2.0
-KINDS = ("owners", "everywhere", "own loop", "loaders", "momentum", "skips")
+KINDS = ("owners", "everywhere", "own loop", "busy loop", "edits", "loaders", "momentum", "late state", "skips")
 
 
 def tell(log: Path, text: str) -> None:
@@ -58,6 +58,41 @@ class Tells(unisono.Callback):
             trainer.evaluate(self.data, {"accuracy": accuracy})
 
 
+class Clamps(unisono.Callback):
+    """Edits the weights after each step."""
+
+    def on_step(self, trainer: unisono.Trainer, result: unisono.StepResult) -> None:
+        clamp(trainer.model)
+
+
+@torch.no_grad()
+def clamp(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.clamp_(-0.1, 0.1)
+
+
+class LateState(torch.optim.SGD):
+    """Its momentum is None at first, and a new tensor in each step that changes it: a number, later one for each element."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                state["steps"] = state["steps"] + 1 if state else torch.ones(())
+                steps = int(state["steps"])
+                if steps % 40 == 1:
+                    state["momentum"] = None
+                elif steps % 20 == 1:
+                    state["momentum"] = torch.zeros(())
+                if state["momentum"] is not None:
+                    gradient = parameter.grad if steps % 40 > 30 else parameter.grad.amax()
+                    state["momentum"] = 0.9 * state["momentum"] + gradient
+                parameter.sub_(parameter.grad if state["momentum"] is None else state["momentum"], alpha=group["lr"])
+
+
 def bad_sometimes(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
     """A loss that is not finite for a few batches."""
     total, count = loss(model, batch)
@@ -76,6 +111,8 @@ def main(run_dir: str, log: Path, kind: str, steps: int) -> None:
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     if kind == "momentum":
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    if kind == "late state":
+        optimizer = LateState(model.parameters(), lr=1e-3)
     trainer = unisono.Trainer(
         model,
         optimizer,
@@ -86,7 +123,7 @@ def main(run_dir: str, log: Path, kind: str, steps: int) -> None:
         max_grad_norm=1.0,
         checkpoint_every=CHECKPOINT_EVERY,
         run_dir=run_dir,
-        callbacks=[Tells(log, data)],
+        callbacks=[Tells(log, data), *([Clamps()] if kind == "edits" else [])],
         timeout_s=TIMEOUT_S,
         sync=unisono.Exact(replicate_kib=10_000 if kind == "everywhere" else 0),
         on_nonfinite="skip",
@@ -97,6 +134,15 @@ def main(run_dir: str, log: Path, kind: str, steps: int) -> None:
     if kind == "own loop":
         for batch in trainer.batches(data, epochs):
             trainer.step(batch)
+    elif kind == "busy loop":
+        for batch in trainer.batches(data, epochs):
+            clamp(model)
+            optimizer.param_groups[0]["weight_decay"] = 1e-3 * (trainer.position.step % 10)
+            trainer.step(batch)
+            if trainer.position.step % 10 == 0:
+                trainer.evaluate(data, {"accuracy": accuracy})
+            if trainer.position.step % 25 == 0:
+                trainer.save()
     else:
         trainer.fit(data, epochs // 2)
         trainer.evaluate(data, {"accuracy": accuracy})
