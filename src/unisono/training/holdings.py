@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -121,6 +121,16 @@ class _Chest:
         return self._runs[slots]
 
 
+class _Place(NamedTuple):
+    """Where a value of the optimizer's state lies."""
+
+    entry: _Entry
+    view: Tensor | None
+
+
+_NOWHERE = _Place(_Entry(slot=-1, key="", dtype=None), None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Point:
     """What the host's state can go on from, after a generation has ended."""
@@ -160,7 +170,7 @@ class Holdings:
         self._weights = weights
         self._optimizer = optimizer
         self._chests: list[_Chest] = []
-        self._places: dict[int, dict[str, tuple[_Chest, _Entry]]] = {}  # by slot and key: where each value lies now
+        self._places: dict[int, dict[str, _Place]] = {}  # by slot and key: where each value lies now
         self._board: Tensor | None = None
         self._copies: list[Tensor] = []
         self._parts: dict[int, list[_Part]] = {}  # of all workers of this host, by generation
@@ -254,8 +264,7 @@ class Holdings:
             self._chests.append(chest)
             self._show(take=True)
             self._collective.barrier()  # all of this host have it, before a mark says that it is there
-        for entry_chest, entry in self._own_entries():
-            self._keep(entry_chest, entry)
+        self._keep()
         self.grown = False
         if self._generation:
             self._marks(self._side)[self._place, _DONE] = step
@@ -269,7 +278,7 @@ class Holdings:
             known, state = self._places.get(slot, {}), self._optimizer.state.get(self._layout.parameters[slot], {})
             strange = list(known.keys() - state.keys())  # what is gone would come back with whoever joins
             for key, value in state.items():
-                if key in known and known[key][1].fits(value):
+                if key in known and known[key].entry.fits(value):
                     continue
                 if value is None or (isinstance(value, Tensor) and value.device.type == "cpu"):
                     found.append(_Entry.of(slot, key, value))
@@ -283,16 +292,17 @@ class Holdings:
         """Makes the optimizer's state lie in the chests; with ``take``, what this worker has of it is copied there first."""
         before, self._places = self._places, {}
         for chest in self._chests:
+            assert chest.memory is not None
             for entry in chest.entries:
-                self._places.setdefault(entry.slot, {})[entry.key] = chest, entry
+                self._places.setdefault(entry.slot, {})[entry.key] = _Place(entry, entry.view(chest.memory))
         for slot, places in self._places.items():
             state = self._optimizer.state[self._layout.parameters[slot]]
-            for key, (chest, entry) in places.items():
+            owns = slot in self._mine.slots
+            for key, (entry, view) in places.items():
                 known = before.get(slot, {}).get(key)
-                if known is not None and known[1] is entry:
+                if known is not None and known.entry is entry:
+                    places[key] = known
                     continue
-                assert chest.memory is not None
-                view, owns = entry.view(chest.memory), slot in self._mine.slots
                 if take and (owns or (known is None and key in state)):
                     if key not in state or not entry.fits(state[key]):
                         continue  # it is not so any more, which is yet to be said
@@ -341,31 +351,29 @@ class Holdings:
         self.will_grow = False
         if len(self._near) == 1:
             return
-        held = [self._keep(chest, entry) for chest, entry in self._own_entries()]
-        total = sum(len(self._optimizer.state.get(self._layout.parameters[slot], ())) for slot in self._mine.slots)
-        self.grown = total != len(held) or not all(held)
+        self.grown = not self._keep()
         if not self.grown:
             self._marks(self._side)[self._place, _DONE] = step
 
-    def _own_entries(self) -> Iterator[tuple[_Chest, _Entry]]:
-        return (place for slot in self._mine.slots for place in self._places.get(slot, {}).values())
-
-    def _keep(self, chest: _Chest, entry: _Entry) -> bool:
+    def _keep(self) -> bool:
         """Some optimizers put a new tensor into their state instead of changing the one that is there: it is copied there.
 
         Returns:
-            Whether it fits.
+            Whether all that this worker owns lies where it should.
         """
-        state, memory = self._optimizer.state.get(self._layout.parameters[entry.slot], {}), chest.memory
-        if entry.key not in state or not entry.fits(state[entry.key]):
-            return False
-        value = state[entry.key]
-        if value is not None and memory is not None and value.data_ptr() != memory.data_ptr() + entry.offset:
-            view = entry.view(memory)
-            assert view is not None
-            view.copy_(value)
-            state[entry.key] = view
-        return True
+        whole = True
+        for slot in self._mine.slots:
+            state, places = self._optimizer.state.get(self._layout.parameters[slot], {}), self._places.get(slot, {})
+            whole = whole and state.keys() == places.keys()
+            for key, value in state.items():
+                entry, view = places.get(key, _NOWHERE)
+                if value is view:
+                    continue
+                if not entry.fits(value):
+                    whole = False
+                elif view is not None:
+                    state[key] = view.copy_(value)
+        return whole
 
     def _copy(self, part: _Part, *, back: bool, weights: bool = True) -> None:
         """Copies what a worker owns into the copy, or back."""
