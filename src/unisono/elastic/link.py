@@ -59,6 +59,7 @@ class Link:
         trainers: How many trainers of this process have used it.
         part: *collective*. Returns once all workers have done everything with the trainer that uses it now.
         leaves: Whether this worker leaves before the script's end.
+        trains: Whether a loop over batches has begun that has not come to its last one.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Link:
         self.device = torch.device("cpu")
         self.trainers = 0
         self.part: Callable[[], None] | None = None
-        self.leaves = False
+        self.leaves = self.trains = False
         self._memory = Memory()
         self._terminal: tuple[int, int] | None = None
 
@@ -192,6 +193,11 @@ class Link:
         """*local*. Waits that long, at most."""
         self.membership.pause(seconds)
 
+    def others_train(self) -> bool:
+        """*local*. Whether there are members who have not called this: this one's script ends in the middle of training."""
+        self.tell(f"ends/{self.membership.me.uid}", "1")
+        return any(self.ask(f"ends/{uid}") is None for uid in self.uids)
+
     # ------------------------------------------------------------------ what is told through the store
 
     def tell(self, key: str, value: str) -> None:
@@ -219,11 +225,16 @@ _links: dict[tuple[object, ...], Link] = {}
 """A process belongs to one run, as it has one process group: trainers that follow each other go on with its workers."""
 
 
-def say_over() -> None:
-    """*local*. This process has come to the end of its script, and so have the others, or they will soon."""
+def say_over(*, early: bool = False) -> None:
+    """*local*. This process has come to the end of its script, and so have the others, or they will soon.
+
+    Args:
+        early: Whether the script ended itself: if that was in the middle of training, it is the end of the run only once all
+            workers have done so.
+    """
     for link in _links.values():
-        if not link.leaves:
-            with contextlib.suppress(WorkerFailure):  # the launcher knows by other means that it is over
+        with contextlib.suppress(WorkerFailure):  # the launcher knows by other means that it is over
+            if not link.leaves and not (early and link.trains and link.others_train()):
                 link.tell("over", "1")
 
 

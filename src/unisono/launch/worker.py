@@ -74,7 +74,7 @@ def _run(script: str) -> None:
         raise
     except SystemExit as stop:
         if not stop.code:
-            _say_over()
+            _say_over(early=True)
             if _is_from_a_module(stop.__traceback__):
                 _say_if_all_did_the_same(script)
         # A status speaks for itself: the script has said what it had to say, or it stopped as it was asked to.
@@ -85,11 +85,11 @@ def _run(script: str) -> None:
         _fail(error)
 
 
-def _say_over() -> None:
+def _say_over(*, early: bool = False) -> None:
     """The script has come to its end, so nobody needs to be replaced any more."""
     link = sys.modules.get("unisono.elastic.link")
     if link is not None:  # else no Trainer was made
-        link.say_over()
+        link.say_over(early=early)
 
 
 def _is_from_a_module(trace: TracebackType | None) -> bool:

@@ -141,6 +141,7 @@ class Loop:
         self._own.clock.at(self.run.position.step + 1)
         self.run.begin_log(epochs=epochs, steps=self.planned(samples, epochs))
         feed = self._feed = Feed(lambda: self._stream(dataset, samples, loader), epochs)
+        self._trains(True)
         with StopRequest() as self.stop, self._own.weights.in_common(self.may_share(own_loop)):
             try:
                 self._begin_steps(dataset, replay=self._may_repeat(own_loop))
@@ -155,7 +156,12 @@ class Loop:
                 feed.drop()
                 self._feed = None
                 self.run.end_log()
+        self._trains(False)
         self.run.finish()
+
+    def _trains(self, whether: bool) -> None:
+        if self._link is not None:
+            self._link.trains = whether
 
     def _begin_steps(self, dataset: Any, *, replay: bool) -> None:
         if self._history.just_joined:
