@@ -35,7 +35,12 @@ class WorkerFailure(UnisonoError):
         host: Host on which it ran, if known.
         step: Optimizer step in which it failed, if known.
         traceback: The original traceback as text, if known. It is shown once, by whoever reports the failure.
+
+    Attributes:
+        gives_up: Whether the workers end the run by it; else it only tells of something that has struck another one.
     """
+
+    gives_up = False
 
     def __init__(
         self,

@@ -10,10 +10,11 @@ from typing import cast
 import pytest
 from torch.distributed import HashStore, PrefixStore, Store
 
+from unisono.elastic.membership import TooFewWorkers
 from unisono.launch.board import Board
 from unisono.launch.nursery import Child
 from unisono.launch.processes import WorkerProcess
-from unisono.launch.report import FailureRecord
+from unisono.launch.report import FailureRecord, describe
 from unisono.launch.statuses import RESTART
 from unisono.launch.survival import REPLACE_S, Course, Survival
 
@@ -101,7 +102,7 @@ def test_without_restarts_the_others_go_on_and_a_survived_death_is_no_failure() 
     assert run.replace() == [1]
     run.end((2, -signal.SIGSEGV))
     assert run.replace() == []
-    assert run.said[1].endswith("was killed by SIGSEGV; 2 workers go on without it: no restarts left (--max-restarts 1)")
+    assert run.said[1].endswith("was killed by SIGSEGV; 2 workers are left, and no restarts (--max-restarts 1)")
     run.set("over")
     assert run.end((0, 0), (1, 0)) is Course.DONE
     assert run.cause is None
@@ -240,6 +241,15 @@ def test_a_death_after_the_end_changes_nothing() -> None:
     assert run.end((1, KILLED)) is Course.DONE
 
 
+def test_workers_that_give_the_run_up_are_the_reason_and_not_who_died_before() -> None:
+    run = Run(3)
+    run.end((2, KILLED))
+    for rank in (0, 1):
+        run.latest[rank].record = describe(TooFewWorkers("2 of at least 3 workers are left"))
+    assert run.end((0, 1)) is Course.FAILED
+    assert run.cause == "2 of at least 3 workers are left"
+
+
 def test_a_newcomer_that_does_not_fit_is_turned_away_and_the_others_go_on() -> None:
     run = Run(2)
     run.end((1, KILLED))
@@ -248,7 +258,7 @@ def test_a_newcomer_that_does_not_fit_is_turned_away_and_the_others_go_on() -> N
     process.record = FailureRecord(kind="FingerprintMismatch", message="torch 2", traceback="", secondary=False, time_s=0.0)
     assert run.end((1, 1)) is Course.GO_ON
     assert run.replace(LATE_S) == []
-    assert "was turned away and the others go on without it: torch 2" in run.said[-1]
+    assert "was turned away: torch 2" in run.said[-1]
 
 
 def test_a_newcomer_that_is_turned_away_when_the_run_has_ended_does_not_make_it_fail() -> None:

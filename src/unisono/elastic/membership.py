@@ -81,6 +81,12 @@ class StateLost(SystemExit):
         print(f"unisono: {why}: the run starts again from the last checkpoint", file=sys.stderr, flush=True)
 
 
+class TooFewWorkers(WorkerFailure):
+    """There are fewer workers than the minimum, and no others have come in time."""
+
+    gives_up = True
+
+
 class Generation:
     """A period with fixed membership, as one of its workers sees it.
 

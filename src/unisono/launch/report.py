@@ -45,6 +45,8 @@ class FailureRecord:
     """Its host, where the exception says so."""
     step: int | None = None
     """Optimizer step in which it failed, if the exception says so."""
+    gives_up: bool = False
+    """Whether the workers have given the run up: nothing that struck one of them before is the reason."""
 
 
 def describe(error: BaseException) -> FailureRecord:
@@ -55,11 +57,12 @@ def describe(error: BaseException) -> FailureRecord:
         kind=type(error).__name__,
         message=str(error),
         traceback=_traceback(error),
-        secondary=failure is not None or _is_lost_contact(error),
+        secondary=_is_lost_contact(error) if failure is None else not failure.gives_up,
         time_s=time.time(),
         rank=failure.rank if failure and failure.traceback else None,
         host=failure.host if failure and failure.traceback else None,
         step=step if isinstance(step, int) else None,
+        gives_up=failure is not None and failure.gives_up,
     )
 
 

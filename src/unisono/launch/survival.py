@@ -3,6 +3,7 @@
 - A worker that dies is replaced, while restarts are left (`--max-restarts`); without them the others go on.
 - An error that comes a second time, from another worker or from the replacement, is the program's and not the machine's: it
   ends the run. So does one that all workers raise.
+- Workers that have waited too long for others, since they are too few, give the run up.
 - If the living cannot go on without what the dead held, or nobody lives, all start again from the last checkpoint: the next
   attempt.
 - Once the run is stopping or over, nobody is replaced.
@@ -142,8 +143,8 @@ class Survival:
     def _may_replace(self, failure: Failure, running: int) -> bool:
         number = self._board.take_restart()
         if number > self._max_restarts:
-            others = f"{running} worker{'s' if running > 1 else ''} go{'' if running > 1 else 'es'} on without it"
-            self._say(f"{_who(failure)} {brief(failure)}; {others}: no restarts left (--max-restarts {self._max_restarts})")
+            left = f"{running} worker{'s are' if running > 1 else ' is'} left"
+            self._say(f"{_who(failure)} {brief(failure)}; {left}, and no restarts (--max-restarts {self._max_restarts})")
             return False
         self._say(f"{_who(failure)} {brief(failure)}; a new one starts (restart {number} of {self._max_restarts})")
         return True
@@ -151,7 +152,9 @@ class Survival:
     def _note(self, process: WorkerProcess, failure: Failure, *, stops: bool, now_s: float) -> None:
         self._deaths.append(failure)
         if process.joins and failure.record is not None and failure.record.kind == "FingerprintMismatch":
-            self._say(f"{_who(failure)} was turned away and the others go on without it: {failure.record.message}")
+            self._say(f"{_who(failure)} was turned away: {failure.record.message}")
+        elif failure.record is not None and failure.record.gives_up:
+            self.cause = failure
         elif failure.error is not None and (stops or failure.error in self._errors or self._board.is_over):
             self.cause = self._errors.get(failure.error, failure)
         elif stops or self._board.is_over:

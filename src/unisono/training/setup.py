@@ -231,9 +231,11 @@ def check_identity(link: Link, settings: Mapping[str, Any], fingerprint: Mapping
     theirs = _told(link, f"identity/{link.trainers}")
     for name, value in json.loads(json.dumps(mine)).items():
         if theirs.get(name) != value:
+            is_digest = name == "script"  # which tells a person nothing
+            what = "another than the run's" if is_digest else f"{_short(value)}, the run's {_short(theirs.get(name))}"
             raise FingerprintMismatch(
-                f"this worker (process {os.getpid()}) cannot join the run: its {name} is {_short(value)}, the run's "
-                f"{_short(theirs.get(name))}. Start it with the same script, settings and builds; the run goes on without it",
+                f"this worker (process {os.getpid()}) cannot join the run: its {name} is {what}. Start it with the same script, "
+                "settings and builds; the run goes on without it",
                 fields=[name],
             )
     run, own = _told(link, f"arguments/{link.trainers}"), sys.argv[1:]

@@ -27,8 +27,7 @@ import torch
 
 from unisono.collective import Collective, LostWorker
 from unisono.elastic.link import Link
-from unisono.elastic.membership import Generation, Member, StateLost
-from unisono.errors import WorkerFailure
+from unisono.elastic.membership import Generation, Member, StateLost, TooFewWorkers
 from unisono.guard.silence import Board, Watch
 from unisono.training.acts import NEW, Findings, Part, Parted, Report, Settings, Taken
 from unisono.training.crew import Crew, Equipment
@@ -338,7 +337,7 @@ class Team:
         """*collective*. Where there are fewer workers than the minimum: until there are enough.
 
         Raises:
-            WorkerFailure: None came in time.
+            TooFewWorkers: None came in time.
         """
         link = self._link
         if link is None:
@@ -346,7 +345,7 @@ class Team:
         began = time.monotonic()
         while self.collective.size < link.minimum:
             if time.monotonic() - began > link.wait_s:
-                raise WorkerFailure(
+                raise TooFewWorkers(
                     f"{self.collective.size} of at least {link.minimum} workers are left, and no others came within "
                     f"{link.wait_s:g} s (--wait). Start the same command again to go on from the last checkpoint, or "
                     "with a smaller minimum (--workers MIN:MAX)"

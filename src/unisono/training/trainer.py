@@ -553,7 +553,10 @@ class Trainer:
         self._screen.begin(self._run, workers)
         if self._team.silence is not None:
             self._screen.tell(self._team.silence)
-        self._screen.tell(f"{reason}: {workers} worker{'s go' if workers > 1 else ' goes'} on after step {self._team.committed}")
+        on = f"worker{'s go' if workers > 1 else ' goes'} on after step {self._team.committed}"
+        if workers < self._link.minimum:
+            on = f"worker{'s wait' if workers > 1 else ' waits'} up to {self._link.wait_s:g} s for others (--workers, --wait)"
+        self._screen.tell(f"{reason}: {workers} {on}")
         self._run.note_generation(self._link.generation.number, reason)
 
     def _catch_up(self, dataset: Any, order: OrderLike, drop_last: bool, epochs: int, *, own_loop: bool) -> list[Any]:
