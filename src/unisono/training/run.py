@@ -311,7 +311,7 @@ class Run:
             self._settle(directory)
             if finished:
                 directory.publish(self._model.state_dict() if self.is_main else None)
-            directory.log.flush()
+            # Last, and told to all: whoever knows that the act is done knows that everything is written.
             directory.write_summary(self._summary(finished=finished))
 
         self._team.act(act)
@@ -358,7 +358,7 @@ class Run:
         self._directory.log.flush()
         summary = self._directory.read_summary()
         if summary is not None and summary.steps == self.position.step:
-            self._directory.write_summary(dataclasses.replace(summary, metrics={**summary.metrics, **results}))
+            self._directory.put_summary(dataclasses.replace(summary, metrics={**summary.metrics, **results}))
 
     # ------------------------------------------------------------------ others come and go
 

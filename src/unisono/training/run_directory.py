@@ -322,9 +322,19 @@ class RunDirectory:
             return None
 
     def write_summary(self, summary: Summary) -> None:
-        """*local*. Writes ``summary.json`` (worker 0), unless it says the same already."""
+        """*collective*. Writes the last lines of the log, then ``summary.json`` (worker 0)."""
+
+        def write() -> dict[str, Any]:
+            self.log.flush()
+            self.put_summary(summary)
+            return {}
+
+        self._from_main(write)
+
+    def put_summary(self, summary: Summary) -> None:
+        """*local*, on worker 0. Writes ``summary.json``, unless it says the same already."""
         text = summary.to_json().encode()
-        if self._collective.rank == 0 and not (self._store.exists(SUMMARY_FILE) and self._store.read(SUMMARY_FILE) == text):
+        if not (self._store.exists(SUMMARY_FILE) and self._store.read(SUMMARY_FILE) == text):
             self._store.write(SUMMARY_FILE, text)
 
     # ------------------------------------------------------------------

@@ -1,0 +1,91 @@
+"""Whatever a run leaves behind is whole and right after any death: log, checkpoints, weights and summary."""
+
+from __future__ import annotations
+
+import functools
+import json
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+import unisono
+from tests.training.small_run import BATCH_SIZE, MICROBATCHES, Augmented, EachEpoch, Net, loss, read_lines
+from unisono.checkpoint.checkpoints import Checkpoints
+from unisono.checkpoint.format import digest
+from unisono.checkpoint.store import Store
+from unisono.elastic.link import Link
+from unisono.testing.lives import Death, run_lives
+
+
+def url_of(run: str) -> str:
+    return f"memory://records-{run}"
+
+
+def train(
+    link: Link | None,
+    *,
+    run: str,
+    calls: Sequence[int] = (2,),
+    evaluates: bool = True,
+    **settings: Any,
+) -> None:
+    """A script: calls to ``fit``, then an evaluation."""
+    torch.manual_seed(7)
+    model, data = Net(), Augmented()
+    trainer = unisono.Trainer(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=0.01),
+        loss,
+        batch_size=BATCH_SIZE,
+        microbatches=MICROBATCHES,
+        sync=unisono.Exact(replicate_kib=0.0),
+        run_dir=url_of(run),
+        callbacks=[EachEpoch()] if evaluates else [],
+        collective=link,
+        **{"checkpoint_every": 2, **settings},
+    )
+    for epochs in calls:
+        trainer.fit(data, epochs)
+    if evaluates:
+        trainer.evaluate(data)
+
+
+def left_by(run: str) -> dict[str, Any]:
+    """What a run has left, without times, and without what tells of the workers that were lost."""
+    store = Store(url_of(run))
+    lines = [line for line in read_lines(store) if line.get("event") not in ("generation", "straggler")]
+    checkpoints = Checkpoints(store, keep=100)
+    newest = checkpoints.newest()
+    assert newest is not None
+    assert not checkpoints.damaged
+    summary = json.loads(store.read("summary.json"))
+    return {
+        "lines": [{key: value for key, value in line.items() if not key.startswith("microbatches")} for line in lines],
+        "newest": newest.step,
+        "model": digest(store.read("model.safetensors")),
+        "summary": {key: summary[key] for key in ("steps", "epochs", "samples", "weights_sha256", "loss", "metrics", "finished")},
+    }
+
+
+def undisturbed(**settings: Any) -> dict[str, Any]:
+    run = uuid.uuid4().hex
+    train(None, run=run, **settings)
+    return left_by(run)
+
+
+def survive(deaths: dict[int, Death], *, workers: int = 3, **settings: Any) -> tuple[dict[str, Any], dict[int, int]]:
+    """What a run with these deaths leaves, and how many calls each worker made to the others."""
+    run = uuid.uuid4().hex
+    lives = run_lives(workers, functools.partial(train, run=run, **settings), deaths)
+    return left_by(run), dict(lives.calls)
+
+
+@pytest.mark.parametrize("told_to", [None, 1], ids=["all hear", "one hears"])
+def test_a_run_whose_main_worker_dies_at_the_end_leaves_weights_and_summary(told_to: int | None) -> None:
+    expected = undisturbed(evaluates=False)
+    calls = survive({}, evaluates=False)[1][0]
+    for call in range(calls - 16, calls + 1):
+        assert survive({0: Death(call, told=True, told_to=told_to)}, evaluates=False)[0] == expected, call
