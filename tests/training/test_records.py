@@ -89,3 +89,14 @@ def test_a_run_whose_main_worker_dies_at_the_end_leaves_weights_and_summary(told
     calls = survive({}, evaluates=False)[1][0]
     for call in range(calls - 16, calls + 1):
         assert survive({0: Death(call, told=True, told_to=told_to)}, evaluates=False)[0] == expected, call
+
+
+def test_the_log_has_each_step_and_evaluation_once_and_in_order_whenever_its_writer_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"calls": [1, 2], "checkpoint_every": 100}  # a checkpoint's end is at no certain call
+    expected = undisturbed(**settings)
+    for flush_every_s in (0.0, 1.0):  # what the others know may be in the file already, or not
+        monkeypatch.setattr("unisono.observe.metrics._FLUSH_EVERY_S", flush_every_s)
+        calls = survive({}, **settings)[1][0]
+        # Around an evaluation in a call, and around the last one, after which nobody would miss its writer.
+        for call in [*range(48, 72), *range(calls - 8, calls + 1)]:
+            assert survive({0: Death(call, told=True)}, **settings)[0] == expected, call

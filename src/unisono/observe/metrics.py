@@ -75,21 +75,29 @@ class MetricsLog:
         if wanted != data:
             self._store.write(METRICS_FILE, wanted)
 
-    def take_over(self, records: Iterable[Mapping[str, Scalar]]) -> None:
+    def take_over(self, step: int, records: Iterable[Mapping[str, Scalar]]) -> None:
         """Go on with the log of a worker that died while it wrote. *Local*.
 
         Args:
+            step: Steps done; what the other one has written about later ones will be written again.
             records: The last lines, in order; those of steps that the file has are left out.
         """
-        data = self._store.read(METRICS_FILE) if self._store.exists(METRICS_FILE) else b""
-        kept = list(_parse(data))
-        whole = b"".join(line + b"\n" for line, _ in kept)
-        if whole != data:
-            self._store.write(METRICS_FILE, whole)
-        last = max((int(record["step"]) for _, record in kept), default=0)
+        self.resume(step)
+        # A line about an event may have been written before that of its step.
+        last = max((int(record["step"]) for record in self._read() if "event" not in record), default=0)
         for record in records:
             if int(record["step"]) > last:
                 self.append(record)
+        self.flush()
+
+    def count(self, step: int, event: str) -> int:
+        """How many lines there are about an event after ``step`` steps. *Local*; reads the file.
+
+        Raises:
+            CheckpointError: The file cannot be read or written.
+        """
+        self.flush()
+        return sum((record["step"], record.get("event")) == (step, event) for record in self._read())
 
     def append(self, record: Mapping[str, Scalar]) -> None:
         """Add one line. *Local*.
@@ -130,6 +138,9 @@ class MetricsLog:
         except BaseException:
             self._closed = True
             raise
+
+    def _read(self) -> list[dict[str, Any]]:
+        return [record for _, record in _parse(self._store.read(METRICS_FILE))] if self._store.exists(METRICS_FILE) else []
 
     def close(self) -> None:
         """Flush and accept no more lines. Calling it again does nothing. *Local*.

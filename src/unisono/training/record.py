@@ -17,6 +17,8 @@ from unisono.training.memory import peak_memory_bytes
 from unisono.training.step import StepResult
 from unisono.tree import Span
 
+EVALUATION = "evaluation"
+"""What the log calls an evaluation."""
 LOGGED_WORKERS = 16
 """The log holds the times of so many workers."""
 
@@ -139,7 +141,7 @@ def log_line(
 
 def evaluation_line(step: int, results: Mapping[str, float]) -> dict[str, int | float | str]:
     """The line in ``metrics.jsonl`` of an evaluation after ``step`` steps."""
-    return {"step": step, "event": "evaluation", **{f"metric/{name}": value for name, value in results.items()}}
+    return {"step": step, "event": EVALUATION, **{f"metric/{name}": value for name, value in results.items()}}
 
 
 def straggler_line(step: int, straggler: Straggler) -> dict[str, int | float | str]:

@@ -57,6 +57,8 @@ class Run:
         self._clock = clock
         self._checkpoint_every = checkpoint_every
         self._unsaved_since: int | None = None
+        self._logs = False  # since the first step of this start
+        self._evaluations = 0  # since the last step
 
     @property
     def is_kept(self) -> bool:
@@ -128,6 +130,7 @@ class Run:
         """
         lo, hi = self._team.crew.reduction.ranges[self._team.collective.rank]
         seconds = self.record.add(result, self._clock, bytes_sent, hi - lo)
+        self._logs, self._evaluations = True, 0
         if self._directory is not None and self._keeps_log:
             self._directory.note(log_line(result, self.position, self._clock, seconds, block, moved))
             for straggler in self._team.crew.stragglers.found if block is not None else ():
@@ -346,19 +349,21 @@ class Run:
             **rates,
         )
 
-    def keep_metrics(self, results: dict[str, float]) -> None:
-        """*local*. Puts what was measured into the log, and into the summary if that is of the model as it is now."""
+    def write_metrics(self, results: dict[str, float], *, again: bool) -> None:
+        """*collective*. Puts what was measured into the log, and into the summary if that is of the model as it is now.
+
+        Args:
+            again: Whether it may have been put there already, by a worker that is lost.
+        """
         if self._directory is None:
             return
         # Before this start's first step the log may still end in lines that are to go.
-        if self.record.steps and self._keeps_log:
-            self._directory.note(evaluation_line(self.position.step, results))
-        if not self.is_main:
-            return
-        self._directory.log.flush()
-        summary = self._directory.read_summary()
-        if summary is not None and summary.steps == self.position.step:
-            self._directory.put_summary(dataclasses.replace(summary, metrics={**summary.metrics, **results}))
+        line = evaluation_line(self.position.step, results) if self._logs else None
+        self._directory.write_evaluation(self.position.step, results, line, number=self._evaluations if again else None)
+
+    def count_evaluation(self) -> None:
+        """*local*. All know what was measured."""
+        self._evaluations += 1
 
     # ------------------------------------------------------------------ others come and go
 
@@ -377,6 +382,8 @@ class Run:
             self._unsaved_since = self._team.committed
         if self._directory is not None:
             self._directory.regroup(self._team.collective)
+            if self.is_main:
+                self._directory.take_over_log(self.position.step)
 
     def describe(self) -> dict[str, Any]:
         """*local*. What a worker that joins must know."""
@@ -385,6 +392,8 @@ class Run:
             "data": self.data,
             "last": self.record.last,
             "unsaved_since": self._unsaved_since,
+            "logs": self._logs,
+            "evaluations": self._evaluations,
         }
 
     def adopt(self, description: dict[str, Any]) -> None:
@@ -393,6 +402,7 @@ class Run:
         self.data = description["data"]
         self.record.last = description["last"]
         self._unsaved_since = description["unsaved_since"]
+        self._logs, self._evaluations = description["logs"], description["evaluations"]
 
     def read_model(self) -> dict[str, Any] | None:
         """*local*. The weights of a run that is finished, if they were written."""

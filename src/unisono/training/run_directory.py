@@ -31,6 +31,7 @@ from unisono.observe.strict_json import Scalar
 from unisono.observe.summary import SUMMARY_FILE, Summary
 from unisono.process import Process
 from unisono.training.header import Signals
+from unisono.training.record import EVALUATION
 from unisono.version import __version__
 
 _RECENT_LINES = 4096
@@ -79,6 +80,8 @@ class RunDirectory:
         self.log = MetricsLog(self._store)
         self._manifest: dict[str, Any] | None = None  # while steps are taken
         self._recent: deque[Mapping[str, Scalar]] = deque(maxlen=_RECENT_LINES)
+        self._has_begun = False  # to train: before that, nothing is written
+        self._writes_log = False
 
     # ------------------------------------------------------------------ start
 
@@ -116,7 +119,9 @@ class RunDirectory:
             "resumed_from_step": step or None,
             "planned": {"epochs": epochs, "steps": steps},
         }
+        self._has_begun = True
         if self._collective.rank == 0:
+            self._writes_log = True
             self.log.resume(step)
             self._write_manifest(Process.this())
 
@@ -191,13 +196,17 @@ class RunDirectory:
         """*local*, alike on all workers. From now on these are the other workers; what was under way is given up."""
         self._collective = collective
         self._pending, self._entries, self._failure, self.saved_step = None, None, None, None
-        if collective.rank == 0 and self._recent:
-            self.log.take_over(self._recent)
-        if collective.rank == 0:
+        if collective.rank == 0 and self._manifest is not None:
+            with contextlib.suppress(CheckpointError):  # the next checkpoint will say so
+                self._write_manifest(Process.this())
+
+    def take_over_log(self, step: int) -> None:
+        """*local*, on worker 0 of a new generation. All lines about the first ``step`` steps are in the file, and no others."""
+        if self._has_begun and not self._writes_log:
+            self.log.take_over(step, self._recent)
             self._recent.clear()
-            if self._manifest is not None:
-                with contextlib.suppress(CheckpointError):  # the next checkpoint will say so
-                    self._write_manifest(Process.this())
+            self._writes_log = True
+        self.log.flush()  # whoever comes later has none of them
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -326,13 +335,34 @@ class RunDirectory:
 
         def write() -> dict[str, Any]:
             self.log.flush()
-            self.put_summary(summary)
+            self._put_summary(summary)
             return {}
 
         self._from_main(write)
 
-    def put_summary(self, summary: Summary) -> None:
-        """*local*, on worker 0. Writes ``summary.json``, unless it says the same already."""
+    def write_evaluation(
+        self, step: int, results: Mapping[str, float], line: Mapping[str, Scalar] | None, *, number: int | None
+    ) -> None:
+        """*collective*. Writes what was measured into the log, and into the summary if that is of the same step (worker 0).
+
+        Args:
+            line: For the log; None: not there.
+            number: How many evaluations after this step came before it, if this one's line may be there already.
+        """
+
+        def write() -> dict[str, Any]:
+            if line is not None and (number is None or self.log.count(step, EVALUATION) <= number):
+                self.log.append(line)
+            self.log.flush()
+            summary = self.read_summary()
+            if summary is not None and summary.steps == step:
+                self._put_summary(dataclasses.replace(summary, metrics={**summary.metrics, **results}))
+            return {}
+
+        self._from_main(write)
+
+    def _put_summary(self, summary: Summary) -> None:
+        """Writes ``summary.json``, unless it says the same already."""
         text = summary.to_json().encode()
         if not (self._store.exists(SUMMARY_FILE) and self._store.read(SUMMARY_FILE) == text):
             self._store.write(SUMMARY_FILE, text)

@@ -403,11 +403,15 @@ class Trainer:
             return recalled
         size = batch_size or -(-self.batch_size // self.microbatches)
 
+        tries = 0
+
         def act() -> dict[str, float]:
+            nonlocal tries
+            tries += 1
             check_alike(self.collective, {"samples": dataset_length(dataset), "batch_size": size})
             self._own.buffers.begin()
             try:
-                return evaluate(
+                results = evaluate(
                     self._own.replica,
                     self.collective,
                     dataset,
@@ -419,10 +423,12 @@ class Trainer:
                 )
             finally:
                 self._own.buffers.put_back()
+            self._run.write_metrics(results, again=tries > 1)
+            return results
 
         with self._history.call(), self.clock.pause():
             results = self._team.act(act)
-            self._run.keep_metrics(results)
+            self._run.count_evaluation()
             for callback in self.callbacks:
                 callback.on_evaluate(self, results)
         self._history.done(results, main=self.collective.rank == 0)
