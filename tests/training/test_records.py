@@ -100,3 +100,14 @@ def test_the_log_has_each_step_and_evaluation_once_and_in_order_whenever_its_wri
         # Around an evaluation in a call, and around the last one, after which nobody would miss its writer.
         for call in [*range(48, 72), *range(calls - 8, calls + 1)]:
             assert survive({0: Death(call, told=True)}, **settings)[0] == expected, call
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["unheard", "heard"])
+def test_a_checkpoint_is_taken_again_soon_if_the_one_who_completes_it_dies(told: bool) -> None:
+    for call in range(62, 80):
+        run = uuid.uuid4().hex
+        work = functools.partial(train, run=run, calls=[4], evaluates=False, checkpoint_every=5, keep=100)
+        run_lives(3, work, {0: Death(call, told)})
+        found = [int(name.removeprefix("step-")) for name in Store(url_of(run)).list("checkpoints")]
+        whole = [step for step in found if Store(url_of(run)).exists(f"checkpoints/step-{step}/checkpoint.json")]
+        assert any(5 <= step < 9 for step in whole), (call, whole)

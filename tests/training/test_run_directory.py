@@ -36,9 +36,10 @@ from tests.training.small_run import (
 )
 from unisono.checkpoint.checkpoints import Checkpoints
 from unisono.checkpoint.store import Store
-from unisono.collective import Collective
+from unisono.collective import Collective, InProcess
 from unisono.errors import CheckpointError, ConfigurationError, WorkerFailure
 from unisono.testing import run_threads
+from unisono.training.run_directory import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +240,25 @@ def test_training_goes_on_while_a_checkpoint_is_written(obedient_url: str) -> No
     checkpoint = Checkpoints(store, keep=3).open(6)
     assert checkpoint.damage() == []
     assert checkpoint.tensors("model")["last.weight"].equal(weights[6])
+
+
+def test_a_checkpoint_that_was_given_up_is_not_taken_for_the_next_one(obedient_url: str) -> None:
+    let_go = threading.Event()
+
+    def block(path: str) -> None:
+        if "step-2/" in path:
+            assert let_go.wait(20)
+
+    Obedient.before_write = staticmethod(block)
+    directory = RunDirectory(obedient_url, InProcess(), settings={}, fingerprint={}, keep=1, strict=False)
+    directory.save(1, part={}, model={}, trainer={}, info={})
+    directory.regroup(InProcess())
+    directory.save(2, part={}, model={}, trainer={}, info={})
+    written = directory.signals(0).written
+    let_go.set()
+    assert written == -1
+    directory.finish()
+    assert files(Store(obedient_url), "checkpoints/step-2") == checkpoint_files(2, 1)
 
 
 def save_once(collective: Collective, url: str) -> list[int]:

@@ -230,7 +230,9 @@ class RunDirectory:
                 entries |= self._checkpoints.write_tensors(step, "model", model)
             return entries
 
-        self._entries = None
+        with contextlib.suppress(UnisonoError):
+            self._writer.wait()  # what was given up must not be taken for this one
+        self._entries, self._failure = None, None
         self._pending = step
         self._pending_info = {**info, "settings": self._settings, "fingerprint": self._fingerprint}
         self._writer.submit(step, write)
@@ -264,12 +266,13 @@ class RunDirectory:
         """
         if self._pending is None:
             return
+        step = self._pending
         self._look(wait=True)
         message = {"entries": self._entries, "error": str(self._failure) if self._failure else None}
         told = [json.loads(text) for text in self._collective.all_gather_bytes(json.dumps(message).encode())]
-        step, self._pending = self._pending, None
         errors = [f"worker {rank}: {one['error']}" for rank, one in enumerate(told) if one["error"]]
         if errors:
+            self._pending = None
             failure, self._failure = self._failure, None  # told once: whoever mends the cause may go on
             raise failure or CheckpointError("; ".join(errors))
         files = {name: entry for one in told for name, entry in one["entries"].items()}
@@ -279,8 +282,13 @@ class RunDirectory:
             self._checkpoints.commit(step, files, self._pending_info)
             return {}
 
-        self._from_main(commit)
-        self.saved_step = step
+        try:
+            self._from_main(commit)
+        except CheckpointError:
+            self._pending = None
+            raise
+        # Only now: until it is known to be complete, it is to be taken again if a worker is lost.
+        self._pending, self.saved_step = None, step
 
     def rest(self) -> None:
         """*local*. No steps follow for now, perhaps never: somebody may have left a loop of his own. A worker that is alone
