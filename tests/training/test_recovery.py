@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 import signal
 import threading
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -418,6 +420,28 @@ def test_one_may_die_while_steps_are_done_again(monkeypatch: pytest.MonkeyPatch)
             for found in lives.results.values():
                 assert found == expected, (first, call)
     assert repeated > 10
+
+
+class DrawsAfterEvaluating(Evaluates):
+    def on_epoch(self, trainer: unisono.Trainer, epoch: int) -> None:
+        super().on_epoch(trainer, epoch)
+        self.seen.append({"drawn": float(torch.rand(())) + float(np.random.rand()) + random.random()})
+
+
+def evaluate_and_draw(link: Link | None) -> str:
+    data = Augmented()
+    watcher = DrawsAfterEvaluating(data)
+    trainer = plain_trainer(link, sync=unisono.Exact(replicate_kib=0.0), callbacks=[watcher])
+    trainer.fit(data, 2)
+    return repr(watcher.seen)
+
+
+def test_what_is_drawn_after_an_evaluation_is_the_same_for_those_who_were_given_its_result() -> None:
+    expected = evaluate_and_draw(None)
+    for call in range(44, 58):
+        for told_to in (0, 1):
+            lives = run_lives(3, evaluate_and_draw, {2: Death(call, told=True, told_to=told_to)})
+            assert lives.results == {0: expected, 1: expected}, (call, told_to)
 
 
 class IsToldToLeave(unisono.Callback):

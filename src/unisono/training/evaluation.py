@@ -60,10 +60,12 @@ def evaluate(
     finally:
         for module, training in modes:
             module.training = training
-    results = _finish(parts, metrics, collective, leaves)
-    # Last, because workers that are threads share the generators.
-    seed_generators(derive_seed("after evaluation", seed), replica.device)
-    return results
+    return _finish(parts, metrics, collective, leaves)
+
+
+def seed_after_evaluation(seed: int, device: torch.device) -> None:
+    """*local*. What is drawn after an evaluation must not depend on what this worker computed of it, if anything."""
+    seed_generators(derive_seed("after evaluation", seed), device)
 
 
 def _fold(

@@ -31,7 +31,7 @@ from unisono.training.acts import Part, Settings, Taken
 from unisono.training.buffers import Buffers
 from unisono.training.callbacks import Callback
 from unisono.training.crew import Equipment
-from unisono.training.evaluation import MetricFunction, evaluate
+from unisono.training.evaluation import MetricFunction, evaluate, seed_after_evaluation
 from unisono.training.history import History
 from unisono.training.loader import Loader, check_loader, dataset_length
 from unisono.training.loop import Loop
@@ -428,6 +428,7 @@ class Trainer:
 
         with self._history.call(), self.clock.pause():
             results = self._team.act(act)
+            seed_after_evaluation(self.seed, self.device)
             self._run.count_evaluation()
             for callback in self.callbacks:
                 callback.on_evaluate(self, results)
