@@ -36,7 +36,7 @@ from tests.training.small_run import (
 )
 from unisono.checkpoint.checkpoints import Checkpoints
 from unisono.checkpoint.store import Store
-from unisono.collective import Collective, InProcess
+from unisono.collective import Collective, InProcess, LostWorker
 from unisono.errors import CheckpointError, ConfigurationError, WorkerFailure
 from unisono.testing import run_threads
 from unisono.training.run_directory import RunDirectory
@@ -259,6 +259,23 @@ def test_a_checkpoint_that_was_given_up_is_not_taken_for_the_next_one(obedient_u
     assert written == -1
     directory.finish()
     assert files(Store(obedient_url), "checkpoints/step-2") == checkpoint_files(2, 1)
+
+
+def test_one_that_the_others_have_left_behind_writes_nothing_when_it_wakes_up() -> None:
+    url, paused = memory_url(), [False]
+    directory = RunDirectory(url, InProcess(), settings={}, fingerprint={}, keep=1, strict=False, is_over=lambda: paused[0])
+    directory.begin(0, epochs=1, steps=1)
+    directory.note({"step": 1})
+    directory.save(1, part={}, model={}, trainer={}, info={})
+    directory.log.flush()
+    paused[0] = True
+    directory.note({"step": 2})
+    directory.log.flush()
+    for late in (directory.finish, lambda: directory.publish({})):
+        with pytest.raises(LostWorker, match="have gone on"):
+            late()
+    assert Store(url).read("metrics.jsonl") == b'{"step": 1}\n'
+    assert not {"checkpoints/step-1/checkpoint.json", "model.safetensors"} & files(Store(url))
 
 
 def save_once(collective: Collective, url: str) -> list[int]:

@@ -184,6 +184,10 @@ class Link:
         with _store_errors():
             return self._connect(self.generation, self._memory, self.device)
 
+    def is_over(self) -> bool:
+        """*local*. Whether the present generation has ended: others meet again or have done so, perhaps without this worker."""
+        return self.generation is not None and self.ask(f"{self.generation.number}/over") is not None
+
     @property
     def uids(self) -> list[str]:
         """*local*. The members of the present generation, in order of rank."""

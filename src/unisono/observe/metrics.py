@@ -50,10 +50,18 @@ class MetricsLog:
     Args:
         store: The run directory.
         clock: Gives seconds; only differences are used.
+        is_over: Whether another worker may write the log by now; then lines stay in memory.
     """
 
-    def __init__(self, store: MetricsStore, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        store: MetricsStore,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        is_over: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._store = store
+        self._is_over = is_over
         self._clock = clock
         self._lines: list[str] = []
         self._flushed_at = clock()
@@ -129,7 +137,7 @@ class MetricsLog:
             CheckpointError: The file cannot be written.
         """
         self._flushed_at = self._clock()
-        if not self._lines:
+        if not self._lines or self._is_over():
             return
         text = "".join(self._lines)
         self._lines.clear()

@@ -24,7 +24,7 @@ from unisono.checkpoint.checkpoints import Checkpoint, Checkpoints, FileEntry
 from unisono.checkpoint.format import decode, digest, encode, snapshot, to_json
 from unisono.checkpoint.store import Store
 from unisono.checkpoint.writer import BackgroundWriter
-from unisono.collective import Collective
+from unisono.collective import Collective, LostWorker
 from unisono.errors import CheckpointError, ConfigurationError, UnisonoError
 from unisono.observe.metrics import MetricsLog
 from unisono.observe.strict_json import Scalar
@@ -51,6 +51,7 @@ class RunDirectory:
         fingerprint: What the bits depend on beside the settings.
         keep: Checkpoints to keep.
         strict: Whether another fingerprint is an error.
+        is_over: Whether the other workers have gone on, perhaps without this one, as after a pause: then it writes nothing.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class RunDirectory:
         fingerprint: Mapping[str, str | int],
         keep: int,
         strict: bool,
+        is_over: Callable[[], bool] = lambda: False,
     ) -> None:
         self.url = os.fspath(url)
         self._collective = collective
@@ -77,7 +79,8 @@ class RunDirectory:
         self._failure: UnisonoError | None = None
         self.notes: list[str] = []
         self.saved_step: int | None = None
-        self.log = MetricsLog(self._store)
+        self._is_over = is_over
+        self.log = MetricsLog(self._store, is_over=is_over)
         self._manifest: dict[str, Any] | None = None  # while steps are taken
         self._recent: deque[Mapping[str, Scalar]] = deque(maxlen=_RECENT_LINES)
         self._has_begun = False  # to train: before that, nothing is written
@@ -378,10 +381,14 @@ class RunDirectory:
     # ------------------------------------------------------------------
 
     def _from_main(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """*collective*. What ``work`` returns on worker 0; its error on every worker."""
+        """*collective*. What ``work``, which may write, returns on worker 0; its error on every worker."""
         answer: dict[str, Any] = {}
         failure: UnisonoError | None = None
         if self._collective.rank == 0:
+            if self._is_over():
+                raise LostWorker(
+                    "the other workers have gone on; this one, which has not noticed, leaves the run directory alone"
+                )
             try:
                 answer = {"ok": work()}
             except UnisonoError as error:

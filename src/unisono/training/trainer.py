@@ -229,7 +229,15 @@ class Trainer:
             directory=(
                 None
                 if run_dir is None
-                else RunDirectory(run_dir, met, settings=settings, fingerprint=ground, keep=keep, strict=strict)
+                else RunDirectory(
+                    run_dir,
+                    met,
+                    settings=settings,
+                    fingerprint=ground,
+                    keep=keep,
+                    strict=strict,
+                    is_over=self._link.is_over if self._link is not None else lambda: False,
+                )
             ),
             clock=self.clock,
             checkpoint_every=checkpoint_every,
