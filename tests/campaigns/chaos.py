@@ -152,6 +152,7 @@ def one_run(
         outcome.problems.append(f"status {run.process.returncode}")
     outcome.look_for_pauses([run.log])
     outcome.compare(digest(folder / "run"), expected)
+    outcome.compare_records(folder / "run", steps)
     outcome.problems += remains(folder, shared)
     return outcome
 

@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import hashlib
 import itertools
+import json
 import os
 import random
 import signal
@@ -79,6 +80,16 @@ class Outcome:
         """Notes a problem if the weights are not those of the undisturbed run."""
         if digest != expected:
             self.problems.append(f"digest {digest[:12]} instead of {expected[:12]}")
+
+    def compare_records(self, run_dir: Path, steps: int) -> None:
+        """Notes a problem unless the log has each step once, in order, and no evaluation twice, and there is a summary."""
+        told = records(run_dir)
+        if [step for step, what in told if what == "step"] != list(range(1, steps + 1)):
+            self.problems.append("the log has not each step once, in order")
+        if told != sorted(told, key=lambda one: one[0]):
+            self.problems.append("the log is not in order")
+        if not (run_dir / "summary.json").exists():
+            self.problems.append("no summary")
 
     def row(self) -> str:
         """A line for a person."""
@@ -193,6 +204,13 @@ def digest(run_dir: Path) -> str:
     """SHA-256 of the weights."""
     file = run_dir / "model.safetensors"
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "no weights"
+
+
+def records(run_dir: Path) -> list[tuple[int, str]]:
+    """The lines of the log about steps and evaluations, each as the step and what it tells of."""
+    log = run_dir / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return [(line["step"], line.get("event", "step")) for line in lines if line.get("event", "evaluation") == "evaluation"]
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -375,6 +375,7 @@ def one_run(
         outcome.seconds = time.monotonic() - began
         outcome.look_for_pauses(launch.log for launch in run.launches)
         outcome.compare(digest(folder / "run"), expected)
+        outcome.compare_records(folder / "run", steps)
         outcome.problems += remains(folder, shared)
     run.close()
     return outcome
