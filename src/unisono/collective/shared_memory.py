@@ -101,9 +101,7 @@ class SharedMemory(Collective):
         self._seen: list[dict[int, Tensor]] = [{} for _ in sockets]  # other workers' regions, mapped here
         self._early: list[dict[int, tuple[bytearray, deque[int]]]] = [{} for _ in sockets]
         self.limit(timeout_s, self.lookout)
-        # A forked loader process would keep the sockets open after this worker's death.
-        myself = weakref.ref(self)
-        os.register_at_fork(after_in_child=lambda: _let_go(myself))
+        _open.add(self)
 
     @classmethod
     def meet(
@@ -474,7 +472,13 @@ def _raw(tensor: Tensor) -> bytes:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
-def _let_go(reference: weakref.ref[SharedMemory]) -> None:
-    collective = reference()
-    if collective is not None:
+_open: weakref.WeakSet[SharedMemory] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    """A forked loader process would keep the sockets open after this worker's death."""
+    for collective in list(_open):
         collective.close()
+
+
+os.register_at_fork(after_in_child=_let_go)  # once: what is registered stays for good

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("unisono")
 
 _MOST_TRIES = 100
-"""Generations that may fail to come about before that counts as the machine's fault."""
+"""How often workers may fail to meet, one time after the other, before that counts as the machine's fault."""
 _PASSING = ("refused", "reset", "gone", "timed out", "broken pipe")
 """Words of problems that a worker has left behind which died while all connected."""
 _PATIENCE_S, _MOST_PATIENCE_S = 5.0, 60.0
@@ -253,6 +253,7 @@ class _Transports:
     def __init__(self, store: Any) -> None:
         self._store = store
         self._patience_s = _PATIENCE_S
+        self._tries = 0
 
     def __call__(self, generation: Generation, memory: Memory, device: torch.device) -> Collective:
         number, rank, size = generation.number, generation.rank, generation.size
@@ -263,9 +264,10 @@ class _Transports:
             return TorchDistributed.meet(rank, size, own, device=device, check=generation.check)
         if len({member.machine for member in generation.members}) == 1:
             found = SharedMemory.meet(rank, size, generation.introduce, memory=memory, check=generation.check)
+            self._tries = self._tries + 1 if isinstance(found, str) else 0
             if not isinstance(found, str):
                 return found
-            if any(sign in found.lower() for sign in _PASSING) and number < _MOST_TRIES:
+            if any(sign in found.lower() for sign in _PASSING) and self._tries < _MOST_TRIES:
                 raise LostWorker(f"generation {number} did not come about: {found}")
         generation.introduce(b"")  # all are there: from now on it takes a moment, or one of them is lost
         try:
