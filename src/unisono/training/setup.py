@@ -186,7 +186,33 @@ def prepare_process(world: World, device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def connect(world: World, device: torch.device, timeout_s: float) -> Collective:
+def meet(
+    world: World, device: torch.device, others: Collective | Link | None, *, timeout_s: float, microbatches: int
+) -> tuple[Link | None, Collective]:
+    """*collective*. How this worker meets the others again when one is lost (None: they cannot), and the first transport.
+
+    Args:
+        others: As given to the trainer: instead of those of ``world``.
+
+    Raises:
+        ConfigurationError: There are more workers than microbatches.
+    """
+    link = _link_of(world, device, others, timeout_s)
+    if isinstance(others, Collective):
+        met = others
+    elif link is None:
+        met = _connect(world, device, timeout_s)
+    else:
+        met = link.first()
+    if met.size > microbatches:
+        raise ConfigurationError(
+            f"{met.size} workers but only {microbatches} microbatches: start at most {microbatches} workers, or raise "
+            "microbatches"
+        )
+    return link, met
+
+
+def _connect(world: World, device: torch.device, timeout_s: float) -> Collective:
     """*collective*. The transport between the workers of ``world``, who wait at most ``timeout_s`` seconds for each other."""
     if world.size == 1:
         return InProcess()
@@ -207,7 +233,7 @@ def connect(world: World, device: torch.device, timeout_s: float) -> Collective:
     return group
 
 
-def link_of(world: World, device: torch.device, others: Collective | Link | None, timeout_s: float) -> Link | None:
+def _link_of(world: World, device: torch.device, others: Collective | Link | None, timeout_s: float) -> Link | None:
     """*local*. How this worker meets the others again when one is lost; None where they cannot."""
     if isinstance(others, Link):
         return others

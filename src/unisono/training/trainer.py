@@ -35,10 +35,7 @@ from unisono.training.evaluation import MetricFunction, evaluate, seed_after_eva
 from unisono.training.history import History
 from unisono.training.loader import Loader, check_loader, dataset_length
 from unisono.training.loop import Loop
-from unisono.training.optimizer import (
-    check_optimizer,
-    settle_state,
-)
+from unisono.training.optimizer import check_optimizer, settle_state
 from unisono.training.record import Position
 from unisono.training.replica import LossFunction, Precision, TorchReplica
 from unisono.training.run import Run
@@ -52,10 +49,9 @@ from unisono.training.setup import (
     check_model,
     check_policies,
     choose_device,
-    connect,
     describe_settings,
     enter,
-    link_of,
+    meet,
     prepare_process,
     tell_arguments,
     unify_replicas,
@@ -159,16 +155,7 @@ class Trainer:
         prepare_process(self.world, self.device)
         machine = Machine(self.world)
         model.to(self.device)
-        self._link = link_of(self.world, self.device, collective, timeout_s)
-        if isinstance(collective, Collective):
-            met = collective
-        else:
-            met = connect(self.world, self.device, timeout_s) if self._link is None else self._link.first()
-        if met.size > microbatches:
-            raise ConfigurationError(
-                f"{met.size} workers but only {microbatches} microbatches: start at most {microbatches} workers, or "
-                "raise microbatches"
-            )
+        self._link, met = meet(self.world, self.device, collective, timeout_s=timeout_s, microbatches=microbatches)
         self._history = History(self._link, joins=self._link is not None and self._link.generation is None)
         board = None if met.size == 1 and self._link is None else Board.make()
         layout = Layout(trainable)
@@ -223,41 +210,38 @@ class Trainer:
         ground = fingerprint(threads=self.world.threads, device=self.device)
         if self._link is not None:
             check_identity(self._link, settings, ground, joins=self._history.outside)
+        directory = None
+        if run_dir is not None:
+            is_over = self._link.is_over if self._link is not None else lambda: False
+            directory = RunDirectory(
+                run_dir, met, settings=settings, fingerprint=ground, keep=keep, strict=strict, is_over=is_over
+            )
         self._run = self._loop.run = Run(
-            model=model,
-            team=self._team,
-            directory=(
-                None
-                if run_dir is None
-                else RunDirectory(
-                    run_dir,
-                    met,
-                    settings=settings,
-                    fingerprint=ground,
-                    keep=keep,
-                    strict=strict,
-                    is_over=self._link.is_over if self._link is not None else lambda: False,
-                )
-            ),
-            clock=self.clock,
-            checkpoint_every=checkpoint_every,
+            model=model, team=self._team, directory=directory, clock=self.clock, checkpoint_every=checkpoint_every
         )
-
-        def begin() -> int:
-            others = self._team.collective
-            alike = {**settings, "checkpoint_every": checkpoint_every, "run_dir": None if run_dir is None else "given"}
-            check_alike(others, alike)
-            if self._link is not None and not self._history.outside:
-                tell_arguments(self._link, others)
-            unify_replicas(model, others)
-            updates = [self._team.crew.reduction.updated_by(rank) for rank in range(others.size)]
-            settle_state(optimizer, layout, updates, others)
-            if not self._history.outside:
-                self._run.resume()
-            return self.position.step
-
-        self._team.found(met, begin)
+        alike = {**settings, "checkpoint_every": checkpoint_every, "run_dir": None if run_dir is None else "given"}
+        self._team.found(met, lambda: self._begin(alike))
         self._place_in_world()
+
+    def _begin(self, alike: Mapping[str, Any]) -> int:
+        """*collective*. Brings all workers to where the run begins, or goes on.
+
+        Args:
+            alike: What all workers must have been given alike.
+
+        Returns:
+            Steps that are behind the run.
+        """
+        others = self._team.collective
+        check_alike(others, alike)
+        if self._link is not None and not self._history.outside:
+            tell_arguments(self._link, others)
+        unify_replicas(self.model, others)
+        updates = [self._team.crew.reduction.updated_by(rank) for rank in range(others.size)]
+        settle_state(self.optimizer, self._own.layout, updates, others)
+        if not self._history.outside:
+            self._run.resume()
+        return self.position.step
 
     @property
     def run_dir(self) -> str | None:
