@@ -285,3 +285,20 @@ def plain(launcher: Launcher, code: str, *, workers: int = 2) -> tuple[int, str,
     path = launcher.folder / "train.py"
     path.write_text(code)
     return launcher.command("-m", "unisono.launch", "run", "--workers", str(workers), str(path)).finish()
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_what_goes_to_a_closed_stream_goes_nowhere(launcher: Launcher, closed: int) -> None:
+    script = launcher.write("print('out'); print('err', file=sys.stderr)")
+    launch = launcher.command(
+        "-m",
+        "unisono.launch",
+        "run",
+        "--workers",
+        "2",
+        str(script),
+        through=lambda line: ["sh", "-c", f'"$@" {closed}>&-', "sh", *line],
+    )
+    status, out, err = launch.finish()
+    assert status == 0
+    assert ("out" in out, "err" in err) == (closed != 1, closed != 2)

@@ -145,6 +145,17 @@ def _interruptible() -> Iterator[None]:
 @click.version_option(__version__, prog_name="unisono", message="%(prog)s %(version)s")
 def main() -> None:
     """Data-parallel PyTorch training with bit-identical weights for any number of workers."""
+    _open_closed_streams()
+
+
+def _open_closed_streams() -> None:
+    """What is written to a stream that was closed (`>&-`) goes to /dev/null. Else the next file that anyone opens would take its
+    number, and Python has no object for it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, os.fdopen(descriptor, "w" if number else "r"))
 
 
 @main.command(
