@@ -184,8 +184,8 @@ class Link:
         with _store_errors():
             return self._connect(self.generation, self._memory, self.device)
 
-    def is_over(self) -> bool:
-        """*local*. Whether the present generation has ended: others meet again or have done so, perhaps without this worker."""
+    def is_past(self) -> bool:
+        """*local*. Whether this worker's generation has ended: others meet again or have done so, perhaps without this worker."""
         return self.generation is not None and self.ask(f"{self.generation.number}/over") is not None
 
     @property

@@ -247,23 +247,21 @@ class Holdings:
         Returns:
             Whether all of the state can be held; the same on all workers. Numbers that are no tensors cannot.
         """
-        new, strange = self._news()
-        told = self._collective.all_gather_bytes(json.dumps([[vars(entry) for entry in new], strange]).encode())
-        entries: list[_Entry] = []
-        for rank in self._near:
-            announced, others = json.loads(told[rank])
-            strange = strange or others
-            entries += [_Entry.from_json(one) for one in announced]
-        if any(json.loads(text)[1] for text in told):
+        new = self._news()
+        mine = None if new is None else [vars(entry) for entry in new]
+        told = [json.loads(text) for text in self._collective.all_gather_bytes(json.dumps(mine).encode())]
+        if None in told:
             self._unfit = True
             return False
+        entries = [_Entry.from_json(one) for rank in self._near for one in told[rank]]
         if entries:
             chest = _chest(entries, step)
             chest.memory = self._collective.common(chest.nbytes, torch.uint8)
             chest.copy = self._collective.common(chest.nbytes, torch.uint8)
             self._chests.append(chest)
             self._show(take=True)
-            self._collective.barrier()  # all of this host have it, before a mark says that it is there
+        if any(told):
+            self._collective.barrier()  # all of a host have it, before a mark says that it is there
         self._keep()
         self.grown = False
         if self._generation:
@@ -271,22 +269,20 @@ class Holdings:
         self._collective.barrier()
         return True
 
-    def _news(self) -> tuple[list[_Entry], str]:
-        """What this worker owns of the state and is not in common memory; and what cannot be."""
+    def _news(self) -> list[_Entry] | None:
+        """What this worker owns of the state and is not in common memory; None if some of it cannot be there."""
         found: list[_Entry] = []
         for slot in sorted(self._mine.slots):
             known, state = self._places.get(slot, {}), self._optimizer.state.get(self._layout.parameters[slot], {})
-            strange = list(known.keys() - state.keys())  # what is gone would come back with whoever joins
+            if known.keys() - state.keys():
+                return None  # what is gone would come back with whoever joins
             for key, value in state.items():
                 if key in known and known[key].entry.fits(value):
                     continue
-                if value is None or (isinstance(value, Tensor) and value.device.type == "cpu"):
-                    found.append(_Entry.of(slot, key, value))
-                else:
-                    strange.append(key)
-            if strange or (found and len(self._chests) == _MOST_CHESTS):
-                return [], f"{[*strange, 'state'][0]} of {self._layout.names[slot]}"
-        return found, ""
+                if value is not None and not (isinstance(value, Tensor) and value.device.type == "cpu"):
+                    return None
+                found.append(_Entry.of(slot, key, value))
+        return None if found and len(self._chests) == _MOST_CHESTS else found
 
     def _show(self, *, take: bool) -> None:
         """Makes the optimizer's state lie in the chests; with ``take``, what this worker has of it is copied there first."""

@@ -170,7 +170,8 @@ class Team:
 
     def end(self) -> None:
         """*collective*. No more steps follow for now, and those that are done can soon not be done again."""
-        self.act(self._settle, edits=False)
+        if self._link is not None:
+            self.act(self._settle, edits=False)
 
     # ------------------------------------------------------------------ acts
 

@@ -212,7 +212,7 @@ class Trainer:
             check_identity(self._link, settings, ground, joins=self._history.outside)
         directory = None
         if run_dir is not None:
-            is_over = self._link.is_over if self._link is not None else lambda: False
+            is_over = self._link.is_past if self._link is not None else lambda: False
             directory = RunDirectory(
                 run_dir, met, settings=settings, fingerprint=ground, keep=keep, strict=strict, is_over=is_over
             )
