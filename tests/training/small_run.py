@@ -21,6 +21,7 @@ import unisono
 from unisono.checkpoint.format import digest
 from unisono.checkpoint.store import Store
 from unisono.collective import Collective
+from unisono.elastic.link import Link
 from unisono.testing import run_threads
 
 SAMPLES, BATCH_SIZE, MICROBATCHES, EPOCHS = 32, 12, 4, 3
@@ -69,6 +70,17 @@ class Augmented(Dataset[Any]):
 def loss(model: Any, batch: Any) -> tuple[Tensor, int]:
     inputs, targets = batch
     return F.cross_entropy(model(inputs), targets, reduction="sum"), len(targets)
+
+
+def elastic_trainer(link: Link | None, *, replicate_kib: float | None = None, **settings: Any) -> unisono.Trainer:
+    """For workers that may be lost, and for one alone (None) to compare with."""
+    torch.manual_seed(7)
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    sync = None if replicate_kib is None else unisono.Exact(replicate_kib=replicate_kib)
+    return unisono.Trainer(
+        model, optimizer, loss, batch_size=BATCH_SIZE, microbatches=MICROBATCHES, sync=sync, collective=link, **settings
+    )
 
 
 def make_trainer(collective: Collective | None = None, *, width: int = 7, lr: float = 0.02, **settings: Any) -> unisono.Trainer:

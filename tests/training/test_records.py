@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import torch
 
-import unisono
-from tests.training.small_run import BATCH_SIZE, MICROBATCHES, Augmented, EachEpoch, Net, loss, read_lines
+from tests.training.small_run import Augmented, EachEpoch, elastic_trainer, read_lines
 from unisono.checkpoint.checkpoints import Checkpoints
 from unisono.checkpoint.format import digest
 from unisono.checkpoint.store import Store
@@ -33,19 +31,10 @@ def train(
     **settings: Any,
 ) -> None:
     """A script: calls to ``fit``, then an evaluation."""
-    torch.manual_seed(7)
-    model, data = Net(), Augmented()
-    trainer = unisono.Trainer(
-        model,
-        torch.optim.AdamW(model.parameters(), lr=0.01),
-        loss,
-        batch_size=BATCH_SIZE,
-        microbatches=MICROBATCHES,
-        sync=unisono.Exact(replicate_kib=0.0),
-        run_dir=url_of(run),
-        callbacks=[EachEpoch()] if evaluates else [],
-        collective=link,
-        **{"checkpoint_every": 2, **settings},
+    data = Augmented()
+    callbacks = [EachEpoch()] if evaluates else []
+    trainer = elastic_trainer(
+        link, replicate_kib=0.0, run_dir=url_of(run), callbacks=callbacks, **{"checkpoint_every": 2, **settings}
     )
     for epochs in calls:
         trainer.fit(data, epochs)

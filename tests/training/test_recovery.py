@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import unisono
 from tests.training.hard_problem import digest
-from tests.training.small_run import BATCH_SIZE, MICROBATCHES, SAMPLES, Augmented, Net, loss
+from tests.training.small_run import BATCH_SIZE, MICROBATCHES, SAMPLES, Augmented, Net, elastic_trainer, loss
 from unisono.elastic.link import Link
 from unisono.elastic.membership import StateLost
 from unisono.errors import FingerprintMismatch
@@ -204,7 +204,7 @@ def test_newcomers_come_to_a_loop_of_ones_own_between_two_batches(replicate_kib:
 def test_a_newcomer_with_other_arguments_is_turned_away_and_the_run_goes_on(other: dict[str, Any]) -> None:
     def work(link: Link) -> Found | str:
         arguments = {"epochs": 8, "order": "shuffle", "drop_last": False} | ({} if link.membership.is_founder else other)
-        trainer = plain_trainer(link)
+        trainer = elastic_trainer(link)
         try:
             trainer.fit(Augmented(), **arguments)
         except FingerprintMismatch as error:
@@ -212,7 +212,7 @@ def test_a_newcomer_with_other_arguments_is_turned_away_and_the_run_goes_on(othe
         return {name: digest(value) for name, value in trainer.model.state_dict().items()}
 
     results = run_lives(2, work, {}, joiners=1).results
-    alone = plain_trainer(None)
+    alone = elastic_trainer(None)
     alone.fit(Augmented(), 8)
     expected = {name: digest(value) for name, value in alone.model.state_dict().items()}
     assert results[0] == results[1] == expected
@@ -233,7 +233,7 @@ def arguments_of(monkeypatch: pytest.MonkeyPatch, workers: Sequence[Sequence[str
     def work(link: Link) -> str:
         fake.argv = ["train.py", *workers[link.membership.me.process.pid]]
         try:
-            plain_trainer(link).fit(Augmented(), 8)
+            elastic_trainer(link).fit(Augmented(), 8)
         except FingerprintMismatch as error:
             return str(error)
         return ""
@@ -431,7 +431,7 @@ class DrawsAfterEvaluating(Evaluates):
 def evaluate_and_draw(link: Link | None) -> str:
     data = Augmented()
     watcher = DrawsAfterEvaluating(data)
-    trainer = plain_trainer(link, sync=unisono.Exact(replicate_kib=0.0), callbacks=[watcher])
+    trainer = elastic_trainer(link, replicate_kib=0.0, callbacks=[watcher])
     trainer.fit(data, 2)
     return repr(watcher.seen)
 
@@ -477,17 +477,10 @@ def test_when_all_are_told_to_leave_and_nobody_waits_the_run_stops_and_can_be_re
     assert found == {**undisturbed(), "seen": found["seen"]}
 
 
-def plain_trainer(link: Link | None, **settings: Any) -> unisono.Trainer:
-    torch.manual_seed(7)
-    model = Net()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    return unisono.Trainer(model, optimizer, loss, batch_size=BATCH_SIZE, microbatches=MICROBATCHES, collective=link, **settings)
-
-
 def two_trainers(link: Link | None, replicate_kib: float) -> Found:
     data, found = Augmented(), {}
     for number in range(2):
-        trainer = plain_trainer(link, seed=number, sync=unisono.Exact(replicate_kib=replicate_kib))
+        trainer = elastic_trainer(link, seed=number, replicate_kib=replicate_kib)
         trainer.fit(data, 1)
         found |= {f"{number} {name}": digest(value) for name, value in trainer.model.state_dict().items()}
     return found
@@ -538,7 +531,7 @@ def comes_late(link: Link, asleep: list[bool]) -> Found:
     callbacks = [LooksAway(link, asleep)] if link.membership.is_founder else []
     if not callbacks:
         link.membership.pause = sleep
-    trainer = plain_trainer(link, sync=unisono.Exact(replicate_kib=0.0), callbacks=callbacks)
+    trainer = elastic_trainer(link, replicate_kib=0.0, callbacks=callbacks)
     for epochs in (1, 2, 3):
         trainer.fit(Augmented(), epochs)
     return {name: digest(value) for name, value in trainer.model.state_dict().items()}
@@ -569,24 +562,13 @@ def test_one_may_come_in_the_last_step_of_a_call_as_in_any_other() -> None:
             comes = not link.membership.is_founder
             while comes and first.step < step:
                 link.pause(0.001)
-            torch.manual_seed(7)
-            model, data = Net(), Augmented()
             told = Tells() if comes else first
-            trainer = unisono.Trainer(
-                model,
-                torch.optim.AdamW(model.parameters(), lr=0.01),
-                loss,
-                batch_size=BATCH_SIZE,
-                microbatches=MICROBATCHES,
-                sync=unisono.Exact(replicate_kib=0.0),
-                callbacks=[told],
-                collective=link,
-            )
+            trainer = elastic_trainer(link, replicate_kib=0.0, callbacks=[told])
             for epochs in range(1, 6):
-                trainer.fit(data, epochs)
+                trainer.fit(Augmented(), epochs)
                 if comes and link.generation is not None and not joined_at:
                     joined_at.append(trainer.position.step if told.step == 0 else 0)
-            return {name: digest(value) for name, value in model.state_dict().items()}
+            return {name: digest(value) for name, value in trainer.model.state_dict().items()}
 
         found = run_lives(2, work, {}, joiners=1).results
         assert joined_at, "it came too late"
