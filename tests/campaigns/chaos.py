@@ -68,7 +68,7 @@ class Run:
         self.log = folder / "log"
         self.log.touch()
         command = ["run", "--workers", str(workers), "--max-restarts", "100000", str(SCRIPT)]
-        arguments = [str(folder / "run"), str(self.log), kind, str(steps)]
+        arguments = [str(folder / "run"), kind, str(steps)]
         self.output = folder / "output"
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
@@ -77,7 +77,7 @@ class Run:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 cwd=REPOSITORY,
-                env=environment(folder),
+                env=environment(folder, self.log),
                 start_new_session=True,
             )
 

@@ -22,6 +22,9 @@ REPOSITORY = Path(__file__).parents[2]
 TRACE = "UNISONO_CHAOS"
 """The variable by which everything that a run has started is known: it holds the run's folder."""
 
+LOG = "UNISONO_CHAOS_LOG"
+"""The variable that names the file to which workers tell what they do."""
+
 
 class Fault(enum.Enum):
     """What is done to a run."""
@@ -171,10 +174,14 @@ class Striker:
                     os.kill(due[1], signal.SIGCONT)
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """That of a command which trains `SCRIPT` in a folder, wherever it begins."""
+def environment(folder: Path, log: Path) -> dict[str, str]:
+    """That of a command which trains `SCRIPT` in a folder, wherever it begins.
+
+    Args:
+        log: What its workers tell goes there.
+    """
     path = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, TRACE: str(folder)}
+    return {**os.environ, "PYTHONPATH": path, TRACE: str(folder), LOG: str(log)}
 
 
 def lives(pid: int) -> bool:

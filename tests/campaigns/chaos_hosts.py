@@ -149,14 +149,14 @@ class Run:
             str(LATE_S),
         ]
         options = [*meet, "--workers", str(self._workers[host]), "--max-restarts", "100000"]
-        script = [str(SCRIPT), str(self.folder / "run"), str(log), self._kind, str(self._steps)]
+        script = [str(SCRIPT), str(self.folder / "run"), self._kind, str(self._steps)]
         with output.open("wb") as file:
             process = subprocess.Popen(
                 self.hosts.command(host, [sys.executable, "-m", "unisono.launch", "run", *options, *script]),
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=environment(self.folder),
+                env=environment(self.folder, log),
                 start_new_session=True,
             )
         self.launches.append(Launch(host=host, process=process, log=log, output=output))

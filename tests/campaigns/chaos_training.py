@@ -1,6 +1,6 @@
-"""What the campaign of faults trains: ``unisono run chaos_training.py RUN_DIR LOG KIND STEPS``.
+"""What the campaign of faults trains: ``unisono run chaos_training.py RUN_DIR KIND STEPS``.
 
-It tells the log who it is and each step that it has done, and the story beside it what unisono logs; it fails on SIGUSR1.
+It tells the log, which a variable names since each host has its own, who it is and each step that it has done, and the story beside it what unisono logs; it fails on SIGUSR1.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import unisono
+from tests.campaigns.chaos_faults import LOG
 from tests.campaigns.stopped_training import BATCH_SIZE, Images, Net, loss
 
 STEPS_PER_EPOCH = 5
@@ -151,4 +152,4 @@ def main(run_dir: str, log: Path, kind: str, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    main(sys.argv[1], Path(os.environ[LOG]), sys.argv[2], int(sys.argv[3]))

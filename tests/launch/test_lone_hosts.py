@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.campaigns import chaos
-from tests.campaigns.chaos_faults import REPOSITORY, SCRIPT, digest, last_members, last_step, named_processes
+from tests.campaigns.chaos_faults import LOG, REPOSITORY, SCRIPT, digest, last_members, last_step, named_processes
 from tests.launch.conftest import Launcher
 from unisono.collective.shared_memory import host_identity
 
@@ -45,8 +45,9 @@ def test_a_worker_that_had_a_host_to_itself_is_replaced_and_changes_no_bit(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY)]))
     log, run_dir = tmp_path / "log", tmp_path / "run"
     log.touch()
+    monkeypatch.setenv(LOG, str(log))
     command = ("-m", "unisono.launch", "run", "--meet", place, "--hosts", "3", "--workers", "1", "--wait", "60")
-    script = (str(SCRIPT), str(run_dir), str(log), KIND, str(STEPS))
+    script = (str(SCRIPT), str(run_dir), KIND, str(STEPS))
     launches = [launcher.command(*command, *script, through=apart) for _ in range(3)]
 
     for number, killed in enumerate((0, 2)):
