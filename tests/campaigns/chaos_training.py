@@ -1,7 +1,7 @@
 """What the campaign of faults trains: ``unisono run chaos_training.py RUN_DIR KIND STEPS``.
 
-It tells the log, which a variable names since each host has its own, who it is and each step that it has done, and the story beside
-it what unisono logs; it fails on SIGUSR1.
+It tells the log, which a variable names since each host has its own, who it is and each step that it has done, and the story
+beside it what unisono logs; it fails on SIGUSR1.
 """
 
 from __future__ import annotations
