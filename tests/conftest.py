@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from tests.launch.warm import warm_parent
+from tests.memory import empty_memory
 from unisono.launch.nursery import Nursery, is_possible
 from unisono.testing import Workers
 
@@ -47,11 +47,9 @@ def warm_commands() -> Iterator[Nursery | None]:
 
 @pytest.fixture(autouse=True)
 def an_empty_memory() -> Iterator[None]:
-    """fsspec keeps what was written to memory:// for ever, and looks through all of it at each access."""
+    """For each test."""
     yield
-    if (memory := sys.modules.get("fsspec.implementations.memory")) is not None:
-        memory.MemoryFileSystem.store.clear()
-        memory.MemoryFileSystem.pseudo_dirs[:] = [""]
+    empty_memory()
 
 
 # ---- tests that need the machine for themselves, where pytest-xdist runs several at a time ----

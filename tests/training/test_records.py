@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.memory import empty_memory
 from tests.training.small_run import Augmented, EachEpoch, elastic_trainer, read_lines
 from unisono.checkpoint.checkpoints import Checkpoints
 from unisono.checkpoint.format import digest
@@ -68,6 +69,7 @@ def undisturbed(**settings: Any) -> dict[str, Any]:
 def survive(deaths: dict[int, Death], *, workers: int = 3, **settings: Any) -> tuple[dict[str, Any], dict[int, int]]:
     """What a run with these deaths leaves, and how many calls each worker made to the others."""
     run = uuid.uuid4().hex
+    empty_memory()
     lives = run_lives(workers, functools.partial(train, run=run, **settings), deaths)
     return left_by(run), dict(lives.calls)
 

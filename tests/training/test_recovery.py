@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import unisono
+from tests.memory import empty_memory
 from tests.training.hard_problem import digest
 from tests.training.small_run import BATCH_SIZE, MICROBATCHES, SAMPLES, Augmented, Net, elastic_trainer, loss
 from unisono.elastic.link import Link
@@ -129,7 +130,10 @@ def live(
     deaths: dict[int, Death], *, workers: int = 3, joiners: int = 0, machines: dict[int, str] | None = None, **settings: Any
 ) -> Lives:
     work = functools.partial(train, run=uuid.uuid4().hex, **settings)
-    return run_lives(workers, work, deaths, joiners=joiners, machines=machines)
+    try:
+        return run_lives(workers, work, deaths, joiners=joiners, machines=machines)
+    finally:
+        empty_memory()
 
 
 @pytest.mark.parametrize("told", [False, True], ids=["unheard", "heard"])
