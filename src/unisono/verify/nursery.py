@@ -7,6 +7,7 @@ computes nothing itself, so there are no threads that a fork would lose. When it
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -19,7 +20,15 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-_PRELOADED = ("numpy", "torch", "torch._dynamo", "torch.distributed", "unisono.training.trainer", "unisono.verify.child")
+_PRELOADED = (
+    "numpy",
+    "torch",
+    "torch._dynamo",
+    "torch.distributed",
+    "rich.console",
+    "unisono.training.trainer",
+    "unisono.verify.child",
+)
 _GRACE_S = 5.0
 
 
@@ -170,8 +179,13 @@ class _Server:
                 if number == order["kill"]:
                     _end(pid)
         else:
+            from unisono.verify.watch import users_modules
+
+            users_modules()  # found once, each child remembers whose the files are
+            gc.freeze()  # a collection in the child would touch, and so copy, all the memory that it shares with us
             pid = os.fork()
             if pid == 0:
+                gc.enable()
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 for descriptor in (self._orders, self._answers, *private):
@@ -203,6 +217,7 @@ def _end(pid: int) -> None:
 
 
 def main() -> None:
+    gc.disable()
     for name in _PRELOADED:
         importlib.import_module(name)
     _Server().serve()

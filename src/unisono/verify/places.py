@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from unisono.verify.watch import is_users
+from unisono.verify.watch import is_users, users_modules
 
 _MODULE = set(nn.Module().__dict__)
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
@@ -42,9 +42,8 @@ def roots_of(loss: Any, model: Any) -> dict[str, Any]:
         strict=False,
     ):
         roots[name] = cell
-    for module in list(sys.modules.values()):
-        if isinstance(module, types.ModuleType) and is_users(getattr(module, "__file__", None) or "<none>"):
-            roots[f"module {module.__name__}"] = module
+    for module in users_modules():
+        roots[f"module {module.__name__}"] = module
     names = getattr(function, "__globals__", None)  # a script run by runpy: its module has another dictionary
     if names is not None and is_users(names.get("__file__") or "<none>"):
         roots["script"] = names

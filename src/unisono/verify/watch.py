@@ -21,7 +21,7 @@ from collections.abc import Callable, Set
 from datetime import UTC
 from datetime import datetime as real
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ _CLOCK_SHIFT_S = 86_399.123457
 _MOST_SITES = 50
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.cache
 def is_users(filename: str) -> bool:
     """Whether a source file belongs to the user: no library, not unisono (its demos play the user)."""
     if filename.startswith("<"):
@@ -55,6 +55,15 @@ def is_users(filename: str) -> bool:
     if path.startswith(_OURS):
         return path.startswith(_DEMOS)
     return not path.startswith(_LIBRARIES)
+
+
+def users_modules() -> list[ModuleType]:
+    """The modules that belong to the user, of all that are imported."""
+    return [
+        module
+        for module in list(sys.modules.values())
+        if isinstance(module, ModuleType) and is_users(module.__dict__.get("__file__") or "<none>")
+    ]
 
 
 def users_frame(frame: FrameType | None, *, through: Callable[[str], bool] = lambda _: True) -> FrameType | None:
