@@ -69,18 +69,26 @@ class Start:
     """Newest complete checkpoint afterwards; 0 if there is none."""
     status: int = 0
     seconds: float = 0.0
+    struck: bool = False
+    """Whether a process was killed."""
     problems: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def stopped(self) -> bool:
         """Whether the stop came before the end."""
-        return self.kind is not None and self.status != 0
+        return self.kind is not None and (self.struck or self.status != 0)
+
+    @property
+    def survived(self) -> bool:
+        """Whether it was done all the same: others went on for the one that was killed."""
+        return self.struck and self.status == 0
 
     def row(self) -> str:
         kind = self.kind.value if self.kind else "-"
         steps = f"{self.trained[0]:>3} to {self.trained[-1]:>3}" if self.trained else "      none"
         late = "finished before the stop; " if self.kind and not self.stopped else ""
-        told = late + ("; ".join(self.problems) or "ok")
+        went_on = "others went on; " if self.survived else ""
+        told = late + went_on + ("; ".join(self.problems) or "ok")
         return (
             f"{self.run:>3}  {self.workers:>7}  {kind:<14}  {self.after_s:>5.1f} s  {steps:>10}  {self.checkpoint:>10}"
             f"  {self.status:>6}  {self.seconds:>5.1f} s  {told}"
@@ -168,8 +176,8 @@ class Launched:
             return self.process.wait(LIMIT_S)
         return None
 
-    def stop(self, kind: Kind, rng: random.Random) -> None:
-        """Does it. A process that ended just before is no error."""
+    def stop(self, kind: Kind, rng: random.Random) -> bool:
+        """Does it; whether a process was killed. One that ended just before is no error."""
         with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
             if kind is Kind.TERM:
                 self.process.send_signal(signal.SIGTERM)
@@ -178,8 +186,10 @@ class Launched:
             elif kind is Kind.KILL_ONE:
                 if workers := self._workers():
                     rng.choice(workers).kill()
+                    return True
             else:
                 kill([psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)])
+        return False
 
     def _workers(self) -> list[psutil.Process]:
         """The workers, once there are any."""
@@ -328,7 +338,7 @@ class Campaign:
             launched = self._launch(run_dir, workers)
             if kind is not None and self._comes_to(launched):
                 start.after_s = launched.seconds
-                launched.stop(kind, self._rng)
+                start.struck = launched.stop(kind, self._rng)
             self._end(launched, start, run_dir, before)
             if start.status == 0:
                 return
@@ -385,9 +395,8 @@ class Campaign:
             expected = {0, 128 + signal.SIGKILL, -signal.SIGKILL}
         if start.status not in expected:
             yield f"exit status {start.status} is none of {sorted(expected)}"
-        survived = start.kind in (Kind.KILL_ONE, Kind.KILL_ALL) and start.status == 0
         # Where others went on, worker 0 may have died before it said what it had done, or all began at a checkpoint again.
-        if not survived and start.trained != list(range(before + 1, before + 1 + len(start.trained))):
+        if not start.survived and start.trained != list(range(before + 1, before + 1 + len(start.trained))):
             yield f"steps {start.trained} do not follow the checkpoint of step {before}"
         if start.kind in (None, *GRACEFUL):
             last = start.trained[-1] if start.trained else before
