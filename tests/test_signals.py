@@ -59,6 +59,24 @@ def test_in_another_thread_it_does_nothing() -> None:
     assert seen == [None, before]
 
 
+def test_a_closed_terminal_counts_as_sigterm() -> None:
+    with StopRequest(same_event_s=0.0) as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.requested is signal.SIGTERM
+        signal.raise_signal(signal.SIGHUP)
+
+
+def test_under_nohup_a_closed_terminal_counts_as_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+        assert stop.requested is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def status_of_child(do: Callable[[], None]) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python warns of forks beside threads; this child only signals itself
@@ -71,12 +89,13 @@ def status_of_child(do: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def test_a_forked_child_ignores_sigint_and_ends_at_sigterm() -> None:
+def test_a_forked_child_ignores_what_a_terminal_sends_and_ends_at_sigterm() -> None:
     with StopRequest(same_event_s=0.0) as stop:
 
         def interrupted() -> None:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGHUP)
             os._exit(0 if stop.requested is None else 1)
 
         assert status_of_child(interrupted) == 0

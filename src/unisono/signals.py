@@ -1,4 +1,4 @@
-"""Stopping on request: Ctrl-C and SIGTERM are remembered, and acted on where the work can be saved."""
+"""Stopping on request: Ctrl-C, SIGTERM and the loss of the terminal are remembered, and acted on where the work can be saved."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from typing import Any, Self
 RESTART = 79
 """Exit status of a worker that cannot go on without what another one held: all have to start again, from the last checkpoint."""
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
-    """Within this context SIGINT and SIGTERM only leave a note. *local*
+    """Within this context SIGINT, SIGTERM and SIGHUP only leave a note. *local*
 
     Whoever owns the loop asks `requested` between two steps, saves, and raises `SystemExit(128 + signum)`.
 
     - The first signal is recorded. Signals within `same_event_s` of it are the same event: a terminal sends SIGINT to
       every process of its foreground group, and a launcher passes the same stop on to its workers once more.
-    - A SIGINT after that raises KeyboardInterrupt at once, so a person can always get out. A later SIGTERM changes
-      nothing: the stop is already under way.
+    - A SIGINT after that raises KeyboardInterrupt at once, so a person can always get out. Any later one of the others
+      changes nothing: the stop is already under way.
+    - SIGHUP, which a terminal sends as it is closed, counts as SIGTERM: nobody is there any more to insist. Where it was
+      ignored (``nohup``) it stays so.
     - Processes forked within the context (loader workers) inherit the handlers but have nothing to save: there SIGINT
-      is ignored, because their parent still needs them for its last step, and SIGTERM ends the process quietly.
+      and SIGHUP, which a terminal sends to them too, are ignored, because their parent still needs them for its last
+      step, and SIGTERM ends the process quietly.
     - Python runs handlers in the main thread only; entered in another thread, the context does nothing.
 
     On exit the previous handlers are back.
@@ -34,7 +37,7 @@ class StopRequest:
 
     def __init__(self, *, same_event_s: float = 2.0) -> None:
         self.requested: signal.Signals | None = None
-        """The signal that asked to stop, or None."""
+        """The signal that asked to stop, SIGINT or SIGTERM; or None."""
         self._same_event_s = same_event_s
         self._first_s = 0.0
         self._pid = 0
@@ -44,6 +47,8 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             self._pid = os.getpid()
             for signum in _SIGNALS:
+                if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
+                    continue
                 self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
@@ -60,7 +65,7 @@ class StopRequest:
             return
         now_s = time.monotonic()
         if self.requested is None:
-            self.requested = signal.Signals(signum)
+            self.requested = signal.SIGINT if signum == signal.SIGINT else signal.SIGTERM
             self._first_s = now_s
         elif signum == signal.SIGINT and now_s - self._first_s > self._same_event_s:
             raise KeyboardInterrupt

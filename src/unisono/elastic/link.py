@@ -20,6 +20,7 @@ from unisono.collective.regions import Memory
 from unisono.collective.shared_memory import SharedMemory, host_identity
 from unisono.elastic.membership import Generation, Member, Membership, Store, store_is_gone
 from unisono.errors import WorkerFailure
+from unisono.output import say
 from unisono.process import Process
 from unisono.world import World
 
@@ -134,7 +135,7 @@ class Link:
             self._memory = Memory()  # that of an earlier trainer stays with its model
         if not self.membership.is_founder and self.generation is None:
             if self.trainers > 1:
-                print("unisono: the run has come to another trainer before this worker could join it", flush=True)
+                say("unisono: the run has come to another trainer before this worker could join it")
                 raise SystemExit(0)
             return SharedMemory(0, [None], memory=self._memory) if self.device.type == "cpu" else InProcess()
         while True:

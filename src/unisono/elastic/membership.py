@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -23,6 +22,7 @@ from torch.distributed import DistError
 
 from unisono.collective import LostWorker
 from unisono.errors import WorkerFailure
+from unisono.output import say
 from unisono.process import Process
 from unisono.signals import RESTART
 
@@ -78,7 +78,7 @@ class StateLost(SystemExit):
 
     def __init__(self, why: str) -> None:
         super().__init__(RESTART)
-        print(f"unisono: {why}: the run starts again from the last checkpoint", file=sys.stderr, flush=True)
+        say(f"unisono: {why}: the run starts again from the last checkpoint", error=True)
 
 
 class TooFewWorkers(WorkerFailure):

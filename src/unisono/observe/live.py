@@ -25,6 +25,7 @@ from rich.text import Text
 
 from unisono.observe import formats
 from unisono.observe.reading import Reading
+from unisono.output import is_terminal
 
 _REFRESH_PER_SECOND = 8
 _MIN_BAR_WIDTH = 8
@@ -56,8 +57,8 @@ class LiveView:
             get_renderable=lambda: self._picture,
             console=self._console,
             refresh_per_second=_REFRESH_PER_SECOND,
-            redirect_stdout=sys.stdout.isatty(),
-            redirect_stderr=sys.stderr.isatty(),
+            redirect_stdout=is_terminal(sys.stdout),
+            redirect_stderr=is_terminal(sys.stderr),
         )
         view = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _keep_child_off(view()))

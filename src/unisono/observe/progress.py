@@ -7,12 +7,12 @@ view for terminals is ``unisono.observe.live``, the plain one is here.
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
+from unisono import output
 from unisono.observe.reading import Reading
 
 if TYPE_CHECKING:
@@ -28,13 +28,15 @@ _LONGEST_LEFT_S = 1000 * 86400.0
 
 
 def standard_output() -> Console:
-    """A console on standard output that is interactive only if that is a terminal. *Local*.
+    """A console on standard output that is interactive only if that is a terminal, and does not fail. *Local*.
 
-    rich alone also takes ``FORCE_COLOR`` for a terminal, which build servers set, and would fill their logs with bars.
+    rich alone also takes ``FORCE_COLOR`` for a terminal, which build servers set, and would fill their logs with bars; and it
+    ends the process where nobody reads on.
     """
     from rich.console import Console
 
-    return Console(force_interactive=None if sys.stdout.isatty() else False)
+    stream = output.standard_output()
+    return Console(file=stream, force_interactive=None if stream.isatty() else False)
 
 
 class ProgressDisplay(Protocol):

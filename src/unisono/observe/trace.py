@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from unisono.checkpoint.store import Store
 from unisono.errors import ConfigurationError
 from unisono.observe.timing import OUTSIDE, PAUSED, PHASE, PHASES, SINCE, STEP, Shown
+from unisono.output import say
 from unisono.training.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class Trace(Callback):
         if trainer.collective.rank == 0:
             last = recorder.first + self._steps - 1
             where = _store(trainer).where(f"{FOLDER}/{TRACE_FILE}")
-            print(f"trace of steps {recorder.first} to {last}: {where} (open it at https://ui.perfetto.dev)", flush=True)
+            say(f"trace of steps {recorder.first} to {last}: {where} (open it at https://ui.perfetto.dev)")
 
     @staticmethod
     def _write_part(trainer: Trainer, recorder: _Recorder) -> None:

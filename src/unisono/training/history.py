@@ -15,6 +15,7 @@ from typing import Any
 
 from unisono.elastic.link import Link
 from unisono.errors import FingerprintMismatch
+from unisono.output import say
 
 _POLL_S = 0.02
 
@@ -72,7 +73,7 @@ class History:
         result = self._link.ask(self._key("history"))
         if result is None:
             if self._link.ask("over") is not None:
-                print("unisono: the run was finished before this worker could join it", flush=True)
+                say("unisono: the run was finished before this worker could join it")
                 raise SystemExit(0)
             self._link.membership.check_members()
             return []

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from unisono.observe.progress import Progress, ProgressDisplay, SilentProgress
 from unisono.observe.timing import StepClock
+from unisono.output import say
 from unisono.training.record import show
 from unisono.training.run import Run
 from unisono.training.step import StepResult
@@ -56,4 +57,4 @@ class Screen:
         """Says something, also where no progress is shown."""
         self._progress.note(text)
         if isinstance(self._progress, SilentProgress):
-            print(text, flush=True)
+            say(text)

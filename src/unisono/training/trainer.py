@@ -26,6 +26,7 @@ from unisono.observe import trace
 from unisono.observe.summary import Summary, show_summary
 from unisono.observe.timing import StepClock
 from unisono.order import Order, OrderLike
+from unisono.output import say
 from unisono.sync import Exact, Sync
 from unisono.training.acts import Part, Settings, Taken
 from unisono.training.buffers import Buffers
@@ -272,7 +273,8 @@ class Trainer:
         """*collective*. Trains until ``epochs`` epochs of the whole run are done, earlier starts included.
 
         Shows progress; writes checkpoints, metrics and, at the end, ``model.safetensors`` and ``summary.json``. A run that is
-        done already is left as it is. SIGINT and SIGTERM end it after the current step, with a checkpoint.
+        done already is left as it is. SIGINT, SIGTERM and SIGHUP end it after the current step, with a
+        checkpoint.
 
         Args:
             dataset: Map-style: ``len(dataset)`` samples, read by number.
@@ -473,10 +475,7 @@ class Trainer:
         summary = self._run.summary()
         if self.collective.rank == 0:
             where = f"the run in {self._run.url}" if self._run.is_kept else "this run"
-            print(
-                f"{where} is finished ({self.position.epoch} epochs, {self.position.step} steps): nothing to do",
-                flush=True,
-            )
+            say(f"{where} is finished ({self.position.epoch} epochs, {self.position.step} steps): nothing to do")
             if self._run.url is not None:
                 show_summary(summary, self._run.url)
         return summary
