@@ -4,11 +4,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test thorough check bench clean
 
 help:
 	@echo "make demo   train on a real data set, on all cores, and see the digest of the weights"
 	@echo "make test   run the test suite"
+	@echo "make thorough  let workers die at every moment, of which the suite takes a few (an hour)"
 	@echo "make check  check formatting, lint and types"
 	@echo "make bench  compare step times with DistributedDataParallel on this machine"
 	@echo "make clean  remove .venv and caches"
@@ -19,6 +20,9 @@ demo: $(STAMP)
 # Two at a time, each in the order of its files: more would crowd tests that start several workers.
 test: $(STAMP)
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+thorough: $(STAMP)
+	@UNISONO_THOROUGH=1 $(BIN)/python -m pytest -q -n 2 --timeout 3600 tests/training/test_recovery.py tests/training/test_records.py
 
 check: $(STAMP)
 	@$(BIN)/ruff format --check --quiet .

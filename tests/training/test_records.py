@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.memory import empty_memory
+from tests.moments import moments
 from tests.training.small_run import Augmented, EachEpoch, elastic_trainer, read_lines
 from unisono.checkpoint.checkpoints import Checkpoints
 from unisono.checkpoint.format import digest
@@ -78,7 +79,7 @@ def survive(deaths: dict[int, Death], *, workers: int = 3, **settings: Any) -> t
 def test_a_run_whose_main_worker_dies_at_the_end_leaves_weights_and_summary(told_to: int | None) -> None:
     expected = undisturbed(evaluates=False)
     calls = survive({}, evaluates=False)[1][0]
-    for call in range(calls - 16, calls + 1):
+    for call in moments(calls - 16, calls + 1, every=2):
         assert survive({0: Death(call, told=True, told_to=told_to)}, evaluates=False)[0] == expected, call
 
 
@@ -89,13 +90,13 @@ def test_the_log_has_each_step_and_evaluation_once_and_in_order_whenever_its_wri
         monkeypatch.setattr("unisono.observe.metrics._FLUSH_EVERY_S", flush_every_s)
         calls = survive({}, **settings)[1][0]
         # Around an evaluation in a call, and around the last one, after which nobody would miss its writer.
-        for call in [*range(48, 72), *range(calls - 8, calls + 1)]:
+        for call in [*moments(48, 72, every=3), *moments(calls - 8, calls + 1, every=2)]:
             assert survive({0: Death(call, told=True)}, **settings)[0] == expected, call
 
 
 @pytest.mark.parametrize("told", [False, True], ids=["unheard", "heard"])
 def test_a_checkpoint_is_taken_again_soon_if_the_one_who_completes_it_dies(told: bool) -> None:
-    for call in range(62, 80):
+    for call in moments(62, 80, every=2):
         run = uuid.uuid4().hex
         work = functools.partial(train, run=run, calls=[4], evaluates=False, checkpoint_every=5, keep=100)
         run_lives(3, work, {0: Death(call, told)})

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import unisono
 from tests.memory import empty_memory
+from tests.moments import moments
 from tests.training.hard_problem import digest
 from tests.training.small_run import BATCH_SIZE, MICROBATCHES, SAMPLES, Augmented, Net, elastic_trainer, loss
 from unisono.elastic.link import Link
@@ -143,7 +144,7 @@ def test_a_worker_may_die_at_any_call_to_the_others(victim: int, replicate_kib: 
     calls = live({}, replicate_kib=replicate_kib).calls[victim]
     assert calls > 40
 
-    for call in range(1 + 2 * told, calls + 1, 9):
+    for call in moments(1 + 2 * told, calls + 1, every=13):
         lives = live({victim: Death(call, told)}, replicate_kib=replicate_kib)
         # A checkpoint that is complete a step earlier or later makes a few calls more or less.
         died = {victim} if lives.calls[victim] >= call else set()
@@ -153,7 +154,7 @@ def test_a_worker_may_die_at_any_call_to_the_others(victim: int, replicate_kib: 
 
 
 def test_two_may_die_the_second_while_the_others_still_recover() -> None:
-    for call in range(20, 110, 9):
+    for call in moments(20, 110, every=13):
         lives = live({0: Death(40), 1: Death(call)}, workers=4, replicate_kib=0.0)
         assert {2, 3} <= set(lives.results)
         for found in lives.results.values():
@@ -272,8 +273,9 @@ class Scales(unisono.Callback):
 def test_weights_that_a_callback_edits_are_edited_once_whoever_hears_of_a_death(replicate_kib: float) -> None:
     expected = train(None, replicate_kib=0.0, callbacks=[Scales()])
     calls = live({}, replicate_kib=replicate_kib, callbacks=[Scales()]).calls[2]
+    tried = moments(12, calls + 1, every=7)
     ended = 0
-    for call in range(12, calls + 1, 3):
+    for call in tried:
         try:
             lives = live({2: Death(call, told=True, told_to=0)}, replicate_kib=replicate_kib, callbacks=[Scales()])
         except StateLost:  # then all start again from the checkpoint
@@ -281,7 +283,7 @@ def test_weights_that_a_callback_edits_are_edited_once_whoever_hears_of_a_death(
         ended += 1
         for found in lives.results.values():
             assert found == expected, call
-    assert ended > (calls - 12) / 6
+    assert ended > len(tried) / 2
 
 
 class CountsInGroups(torch.optim.SGD):
@@ -315,8 +317,9 @@ def test_whatever_an_optimizer_counts_in_a_death_does_not_count_twice(kind: type
 
     expected = train(None, replicate_kib=0.0, make_optimizer=make)
     calls = live({}, replicate_kib=replicate_kib, make_optimizer=make).calls
+    tried = moments(12, calls[2] + 1, every=7)
     ended = 0
-    for call in range(12, calls[2] + 1, 5):
+    for call in tried:
         victim = call % 3
         try:
             lives = live(
@@ -327,7 +330,7 @@ def test_whatever_an_optimizer_counts_in_a_death_does_not_count_twice(kind: type
         ended += 1
         for found in lives.results.values():
             assert found == expected, call
-    assert ended > 4
+    assert ended > len(tried) / 3
 
 
 class ChangesItsState(torch.optim.SGD):
@@ -360,8 +363,9 @@ def test_state_may_come_late_and_take_another_shape(machines: dict[int, str] | N
     settings: dict[str, Any] = {"replicate_kib": 0.0, "make_optimizer": make, "epochs": 3}
     expected = train(None, **settings)
     calls = live({}, machines=machines, **settings).calls[2]
+    tried = moments(30, calls + 1, every=11)
     ended = 0
-    for call in range(30, calls + 1, 7):
+    for call in tried:
         victim = call % 3
         try:
             lives = live({victim: Death(call, told=call % 2 == 0, told_to=(victim + 1) % 3)}, machines=machines, **settings)
@@ -370,7 +374,7 @@ def test_state_may_come_late_and_take_another_shape(machines: dict[int, str] | N
         ended += 1
         for found in lives.results.values():
             assert found == expected, call
-    assert ended > 9
+    assert ended > len(tried) / 2
 
 
 @pytest.mark.parametrize("own_loop", [False, True])
@@ -379,7 +383,7 @@ def test_state_that_came_in_the_last_step_of_a_loop_is_held_before_it_ends(own_l
     expected = train(None, **settings)
     calls = live({}, **settings).calls[2]
     first = live({}, **settings, epochs=1).calls[2]
-    for call in range(first - 8, calls + 1):
+    for call in moments(first - 8, calls + 1, every=3):
         lives = live({2: Death(call)}, **settings)
         for found in lives.results.values():
             assert found == expected, call
@@ -394,14 +398,14 @@ def test_a_step_that_is_left_out_right_after_the_first_one_loses_no_state() -> N
     assert "skipped=False" in expected["result 1"]
     assert "skipped=True" in expected["result 2"]
     calls = live({}, **settings).calls[2]
-    for call in range(24, calls + 1, 3):
+    for call in moments(24, calls + 1, every=7):
         for found in live({2: Death(call)}, **{**settings, "own_loop": call % 2 == 0}).results.values():
             assert {**expected, **found} == expected, call
 
 
 def test_one_that_was_behind_stays_right_when_the_one_that_helped_it_dies_too() -> None:
-    for first in range(44, 56, 2):
-        for call in range(first + 7, first + 26, 3):
+    for first in moments(44, 56, every=4):
+        for call in moments(first + 7, first + 26, every=4):
             lives = live({2: Death(first, told=True, told_to=0), 0: Death(call)}, replicate_kib=0.0)
             assert 1 in lives.results
             for found in lives.results.values():
@@ -413,8 +417,8 @@ def test_one_may_die_while_steps_are_done_again(monkeypatch: pytest.MonkeyPatch)
     expected = train(None, replicate_kib=0.0, calls=[1], epochs=3)
     calls = live({}, workers=4, replicate_kib=0.0, calls=[1], epochs=3).calls[2]
     repeated = 0
-    for first in range(70, calls, 31):
-        for call in range(first + 8, first + 34, 3):
+    for first in moments(70, calls, every=31):
+        for call in moments(first + 8, first + 34, every=7):
             deaths = {2: Death(first), 1: Death(call, told=call % 2 == 0, told_to=0)}
             try:
                 lives = live(deaths, workers=4, replicate_kib=0.0, calls=[1], epochs=3)
@@ -442,7 +446,7 @@ def evaluate_and_draw(link: Link | None) -> str:
 
 def test_what_is_drawn_after_an_evaluation_is_the_same_for_those_who_were_given_its_result() -> None:
     expected = evaluate_and_draw(None)
-    for call in range(44, 58):
+    for call in moments(44, 58, every=2):
         for told_to in (0, 1):
             lives = run_lives(3, evaluate_and_draw, {2: Death(call, told=True, told_to=told_to)})
             assert lives.results == {0: expected, 1: expected}, (call, told_to)
@@ -491,7 +495,9 @@ def two_trainers(link: Link | None, replicate_kib: float) -> Found:
 
 
 @pytest.mark.parametrize(
-    ("replicate_kib", "calls"), [(0.0, range(42, 62)), (4096.0, range(12, 26))], ids=["owners", "everywhere"]
+    ("replicate_kib", "calls"),
+    [(0.0, moments(42, 62, every=3)), (4096.0, moments(12, 26, every=2))],
+    ids=["owners", "everywhere"],
 )
 def test_a_worker_may_die_when_some_have_come_to_the_next_trainer_and_others_have_not(replicate_kib: float, calls: range) -> None:
     work = functools.partial(two_trainers, replicate_kib=replicate_kib)
@@ -583,7 +589,7 @@ def test_one_may_come_in_the_last_step_of_a_call_as_in_any_other() -> None:
 
 @pytest.mark.parametrize("replicate_kib", [0.0, 4096.0], ids=["owners", "everywhere"])
 def test_one_that_comes_may_die_at_any_moment(replicate_kib: float) -> None:
-    for call in range(1, 26, 4):
+    for call in moments(1, 26, every=5):
         lives = live({2: Death(call)}, workers=2, joiners=1, replicate_kib=replicate_kib)
         assert {0, 1} <= set(lives.results), call
         assert lives.results[0] == lives.results[1] == undisturbed(), call
@@ -596,7 +602,7 @@ HOSTS = {0: "one", 1: "one", 2: "other", 3: "other"}
 @pytest.mark.parametrize("told", [False, True], ids=["unheard", "heard"])
 def test_one_of_several_hosts_may_lose_a_worker(victim: int, told: bool) -> None:
     calls = live({}, workers=4, machines=HOSTS, replicate_kib=0.0).calls[victim]
-    for call in range(1 + 3 * told, calls + 1, 17):
+    for call in moments(1 + 3 * told, calls + 1, every=23):
         lives = live({victim: Death(call, told)}, workers=4, machines=HOSTS, replicate_kib=0.0)
         died = {victim} if lives.calls[victim] >= call else set()
         assert sorted(lives.results) == sorted({0, 1, 2, 3} - died), call
@@ -611,7 +617,7 @@ def test_one_of_many_hosts_may_lose_a_worker_or_be_lost(machines: tuple[str, ...
     where = dict(enumerate(machines))
     for victim in (0, len(machines) - 1):
         calls = live({}, workers=len(machines), machines=where, replicate_kib=0.0).calls[victim]
-        for call in range(1 + 3 * told, calls + 1, 13):
+        for call in moments(1 + 3 * told, calls + 1, every=23):
             lives = live({victim: Death(call, told)}, workers=len(machines), machines=where, replicate_kib=0.0)
             died = {victim} if lives.calls[victim] >= call else set()
             assert sorted(lives.results) == sorted(set(where) - died), call
@@ -619,7 +625,7 @@ def test_one_of_many_hosts_may_lose_a_worker_or_be_lost(machines: tuple[str, ...
                 assert found == undisturbed(), call
 
 
-@pytest.mark.parametrize("calls", [range(15, 30), range(72, 92)], ids=["begins", "ends"])
+@pytest.mark.parametrize("calls", [moments(15, 30, every=2), moments(72, 92, every=3)], ids=["begins", "ends"])
 def test_a_worker_may_die_when_some_are_in_the_call_in_which_weights_are_shared_and_others_are_not(calls: range) -> None:
     for call in calls:
         lives = live({2: Death(call, told=True)}, replicate_kib=0.0)
@@ -629,7 +635,7 @@ def test_a_worker_may_die_when_some_are_in_the_call_in_which_weights_are_shared_
 
 
 def test_some_may_have_begun_when_the_others_have_not_and_everyone_holds_everything_from_now_on() -> None:
-    for call in range(12, 25):
+    for call in moments(12, 25, every=2):
         lives = live({0: Death(call, told=True)}, machines={0: "a", 1: "a", 2: "b"}, replicate_kib=0.0)
         assert sorted(lives.results) == [1, 2], call
         for found in lives.results.values():
@@ -637,7 +643,9 @@ def test_some_may_have_begun_when_the_others_have_not_and_everyone_holds_everyth
 
 
 @pytest.mark.parametrize(
-    ("victims", "calls"), [((0, 3), range(50, 60)), ((3, 0), range(50, 68))], ids=["first, then last", "last, then first"]
+    ("victims", "calls"),
+    [((0, 3), moments(50, 60, every=2)), ((3, 0), moments(50, 68, every=3))],
+    ids=["first, then last", "last, then first"],
 )
 def test_another_may_die_while_steps_are_done_again_or_everyone_gets_all_of_the_state(
     victims: tuple[int, int], calls: range
@@ -670,7 +678,7 @@ def test_a_lone_worker_may_die_when_others_have_come_to_the_other_host(victim: i
 
 @pytest.mark.parametrize("host", [(0, 1), (2, 3)])
 def test_a_whole_host_may_be_lost(host: tuple[int, int]) -> None:
-    for call in range(25, 100, 11):
+    for call in moments(25, 100, every=14):
         lives = live(dict.fromkeys(host, Death(call)), workers=4, machines=HOSTS, replicate_kib=0.0)
         assert {0, 1, 2, 3}.difference(host) <= set(lives.results), call
         for found in lives.results.values():
