@@ -39,13 +39,15 @@ _MOST_CHESTS = 64
 """An optimizer whose state takes another shape again and again would fill the memory."""
 _HEAD = 8
 """Numbers at the beginning of the board."""
+_NUMBERS: dict[type, torch.dtype] = {int: torch.int64, float: torch.float64, bool: torch.bool}
+_INT64 = range(-(1 << 63), 1 << 63)
 _COPIED, _BEGUN, _DONE = range(3)
 """Columns of the board: the step that an owner's copy shows, the step whose update it has begun, and has finished."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Entry:
-    """One tensor of the optimizer's state."""
+    """One value of the optimizer's state: a tensor, a number, or None."""
 
     slot: int
     key: str
@@ -56,20 +58,17 @@ class _Entry:
     offset: int = 0
     """In bytes, from the beginning of its chest."""
     nbytes: int = 0
+    number: str = ""
+    """Name of the Python type of a plain number, which lies there as a tensor of no dimensions."""
 
     @classmethod
-    def of(cls, slot: int, key: str, value: Tensor | None) -> _Entry:
+    def of(cls, slot: int, key: str, value: Any) -> _Entry | None:
+        """None: it cannot be held."""
         if value is None:
             return cls(slot=slot, key=key, dtype=None)
-        room = 1 + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True)) if value.numel() else 0
-        return cls(
-            slot=slot,
-            key=key,
-            dtype=str(value.dtype).removeprefix("torch."),
-            shape=tuple(value.shape),
-            stride=value.stride(),
-            nbytes=room * value.element_size(),
-        )
+        if _is_number(value):
+            return _of_tensor(slot, key, torch.empty((), dtype=_NUMBERS[type(value)]), number=type(value).__name__)
+        return _of_tensor(slot, key, value) if isinstance(value, Tensor) and value.device.type == "cpu" else None
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> _Entry:
@@ -77,16 +76,40 @@ class _Entry:
 
     def fits(self, value: Any) -> bool:
         """Whether the value can be where this one was."""
+        if self.number:
+            return type(value).__name__ == self.number and _is_number(value)
         if self.dtype is None or not isinstance(value, Tensor):
             return self.dtype is None and value is None
         kind = str(value.dtype).removeprefix("torch.")
         return value.device.type == "cpu" and (kind, tuple(value.shape)) == (self.dtype, self.shape)
 
     def view(self, chest: Tensor) -> Tensor | None:
+        """Where it lies; None if it is None."""
         if self.dtype is None:
             return None
         room = chest[self.offset : self.offset + self.nbytes].view(getattr(torch, self.dtype))
         return room.as_strided(self.shape, self.stride)
+
+    def shown(self, view: Tensor | None) -> Any:
+        """What the optimizer finds in its state for what lies at ``view``."""
+        return view.item() if self.number and view is not None else view
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in _NUMBERS and (type(value) is not int or value in _INT64)
+
+
+def _of_tensor(slot: int, key: str, value: Tensor, number: str = "") -> _Entry:
+    room = 1 + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True)) if value.numel() else 0
+    return _Entry(
+        slot=slot,
+        key=key,
+        dtype=str(value.dtype).removeprefix("torch."),
+        shape=tuple(value.shape),
+        stride=value.stride(),
+        nbytes=room * value.element_size(),
+        number=number,
+    )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -192,6 +215,7 @@ class Holdings:
             Whether that can be done; the same on all workers.
         """
         self._collective = collective
+        owned = self._mine.slots if self._generation in self._parts else frozenset()
         self._near = next(tuple(host) for host in collective.hosts if collective.rank in host)
         self._place = self._near.index(collective.rank)
         self._board = collective.common(_HEAD + 2 * _MOST_WORKERS * 3, torch.int64, self._board)
@@ -204,7 +228,7 @@ class Holdings:
         counts, side = divmod(int(self._numbers[0]), 2)
         self._parts = {number: parts for number, parts in self._parts.items() if number >= counts}
         self._generation, self._side = generation, 1 - side
-        self._learn()
+        self._learn(owned)
         if not self.settle(step):
             return False
         self.will_grow = not self._chests
@@ -221,8 +245,12 @@ class Holdings:
         self._numbers[0] = 2 * generation + self._side
         return True
 
-    def _learn(self) -> None:
-        """*collective*. Everyone has everything that someone has; whoever joins sees it in the optimizer."""
+    def _learn(self, owned: frozenset[int]) -> None:
+        """*collective*. Everyone has everything that someone has; whoever joins sees it in the optimizer.
+
+        Args:
+            owned: The slots that this worker owned until now.
+        """
         known = [bool(has) for has in self._collective.all_gather(torch.tensor([bool(self._chests)]))]
         here = any(known[rank] for rank in self._near)  # else it comes from another host, and lies in each optimizer alone
         mine = json.dumps([{"born": c.born, "nbytes": c.nbytes, "entries": [vars(e) for e in c.entries]} for c in self._chests])
@@ -236,7 +264,8 @@ class Holdings:
             chest.memory = self._collective.common(chest.nbytes, torch.uint8, chest.memory)
             chest.copy = self._collective.common(chest.nbytes, torch.uint8, chest.copy)
         self._places = {}
-        self._show(take=not here or len(self._near) == 1)
+        alone = len(self._near) == 1  # and what it owned may lie elsewhere, if it was alone before
+        self._show(take=(owned if alone else frozenset()) if here else frozenset(range(len(self._layout.parameters))))
 
     def settle(self, step: int) -> bool:
         """*collective*. Takes what is new in the optimizer's state into common memory.
@@ -245,7 +274,7 @@ class Holdings:
             step: Steps that the state has behind it.
 
         Returns:
-            Whether all of the state can be held; the same on all workers. Numbers that are no tensors cannot.
+            Whether all of the state can be held; the same on all workers. Tensors on the CPU can, numbers, and None.
         """
         new = self._news()
         mine = None if new is None else [vars(entry) for entry in new]
@@ -259,7 +288,7 @@ class Holdings:
             chest.memory = self._collective.common(chest.nbytes, torch.uint8)
             chest.copy = self._collective.common(chest.nbytes, torch.uint8)
             self._chests.append(chest)
-            self._show(take=True)
+            self._show(take=self._mine.slots)
         if any(told):
             self._collective.barrier()  # all of a host have it, before a mark says that it is there
         self._keep()
@@ -279,13 +308,13 @@ class Holdings:
             for key, value in state.items():
                 if key in known and known[key].entry.fits(value):
                     continue
-                if value is not None and not (isinstance(value, Tensor) and value.device.type == "cpu"):
+                if (entry := _Entry.of(slot, key, value)) is None:
                     return None
-                found.append(_Entry.of(slot, key, value))
+                found.append(entry)
         return None if found and len(self._chests) == _MOST_CHESTS else found
 
-    def _show(self, *, take: bool) -> None:
-        """Makes the optimizer's state lie in the chests; with ``take``, what this worker has of it is copied there first."""
+    def _show(self, *, take: frozenset[int]) -> None:
+        """Makes the optimizer's state lie in the chests; what this worker has of slots to ``take`` is copied there first."""
         before, self._places = self._places, {}
         for chest in self._chests:
             assert chest.memory is not None
@@ -293,20 +322,17 @@ class Holdings:
                 self._places.setdefault(entry.slot, {})[entry.key] = _Place(entry, entry.view(chest.memory))
         for slot, places in self._places.items():
             state = self._optimizer.state[self._layout.parameters[slot]]
-            owns = slot in self._mine.slots
             for key, (entry, view) in places.items():
                 known = before.get(slot, {}).get(key)
                 if known is not None and known.entry is entry:
                     places[key] = known
                     continue
-                if take and (owns or (known is None and key in state)):
+                if slot in take and (key in state or slot in self._mine.slots):
                     if key not in state or not entry.fits(state[key]):
                         continue  # it is not so any more, which is yet to be said
                     if view is not None:
-                        # Several workers may have it, and it is the same then; none may be left with what another one is yet
-                        # to copy. But where it lay elsewhere before, the others still have what it was then.
-                        view.copy_(state[key])
-                state[key] = view
+                        _put(view, state[key])  # where several workers have it, it is the same
+                state[key] = entry.shown(view)
 
     # ------------------------------------------------------------------ a step
 
@@ -368,7 +394,9 @@ class Holdings:
                 if not entry.fits(value):
                     whole = False
                 elif view is not None:
-                    state[key] = view.copy_(value)
+                    _put(view, value)
+                    if not entry.number:
+                        state[key] = view
         return whole
 
     def _copy(self, part: _Part, *, back: bool, weights: bool = True) -> None:
@@ -438,7 +466,7 @@ class Holdings:
                     flat[lo:hi].copy_(copy[lo:hi])
         self._chests, self._places = [chest for chest in self._chests if chest.born <= point.step], {}
         self._optimizer.state.clear()
-        self._show(take=False)
+        self._show(take=frozenset())
         self.grown = False
 
     # ------------------------------------------------------------------ the board
@@ -477,6 +505,10 @@ class _Budget:
         if due:
             self._first, self._saved_s = False, 0.0
         return due
+
+
+def _put(view: Tensor, value: Any) -> None:
+    view.copy_(value) if isinstance(value, Tensor) else view.fill_(value)
 
 
 def _chest(entries: Sequence[_Entry], step: int) -> _Chest:
