@@ -21,6 +21,7 @@ from pathlib import Path
 
 from unisono.errors import WorkerFailure
 from unisono.launch.guard import Guard, Leftovers
+from unisono.launch.logs import Logs
 from unisono.launch.nursery import BLOCKED_SIGNALS, Child, Nursery, Refusal, standard_streams
 from unisono.launch.report import ERROR_FILE, Failure, FailureRecord, read_record
 from unisono.launch.statuses import STOP_CODES
@@ -108,6 +109,7 @@ class WorkerProcesses:
         self._ends: dict[int, int] = {}
         """A descriptor that tells the end of each process that is not the nursery's."""
         self._leftovers = Leftovers(guard, grace_s=_LEFTOVERS_S)
+        self._logs = Logs()
 
     def start(
         self, rank: int, command: Sequence[str], env: Mapping[str, str], *, uid: str = "", joins: bool = False
@@ -210,6 +212,7 @@ class WorkerProcesses:
                 os.close(ended)
             self._leftovers.add(process.pid)
         self._leftovers.end()
+        self._logs.shorten(process.log for process in self._by_rank.values() if process.log is not None)
         return buried
 
     @property
