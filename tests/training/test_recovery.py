@@ -465,7 +465,7 @@ def test_one_may_die_while_steps_are_done_again(monkeypatch: pytest.MonkeyPatch)
     expected = train(None, replicate_kib=0.0, calls=[1], epochs=3)
     calls = live({}, workers=4, replicate_kib=0.0, calls=[1], epochs=3).calls[2]
     repeated = 0
-    for first in moments(70, calls, every=31):
+    for first in range(70, calls, 31):
         for call in moments(first + 8, first + 34, every=7):
             deaths = {2: Death(first), 1: Death(call, told=call % 2 == 0, told_to=0)}
             try:
