@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -59,6 +59,15 @@ def test_in_another_thread_it_does_nothing() -> None:
     assert seen == [None, before]
 
 
+@pytest.fixture
+def on_a_terminal() -> Iterator[None]:
+    """The tests may run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("on_a_terminal")
 def test_a_closed_terminal_counts_as_sigterm() -> None:
     with StopRequest(same_event_s=0.0) as stop:
         signal.raise_signal(signal.SIGHUP)
@@ -89,6 +98,7 @@ def status_of_child(do: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+@pytest.mark.usefixtures("on_a_terminal")
 def test_a_forked_child_ignores_what_a_terminal_sends_and_ends_at_sigterm() -> None:
     with StopRequest(same_event_s=0.0) as stop:
 
