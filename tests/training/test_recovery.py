@@ -334,6 +334,16 @@ def test_whatever_an_optimizer_counts_in_a_death_does_not_count_twice(
             assert found == expected, call
 
 
+def test_what_an_optimizer_counts_is_told_to_a_host_that_is_ahead() -> None:
+    settings: dict[str, Any] = {"replicate_kib": 0.0, "make_optimizer": numbers, "epochs": 3}
+    machines = {0: "a", 1: "b", 2: "b"}
+    expected = train(None, **settings)
+    calls = live({}, machines=machines, **settings).calls[2]
+    for call in moments(40, calls + 1, every=11):
+        for found in live({1 + call % 2: Death(call)}, machines=machines, **settings).results.values():
+            assert found == expected, call
+
+
 @pytest.mark.parametrize("machines", [None, {0: "a", 1: "a", 2: "b"}], ids=["one host", "two hosts"])
 def test_who_comes_later_is_given_what_an_optimizer_counts(machines: dict[int, str] | None) -> None:
     settings: dict[str, Any] = {"replicate_kib": 0.0, "make_optimizer": numbers, "epochs": 8}

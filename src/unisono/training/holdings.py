@@ -198,6 +198,7 @@ class Holdings:
         self._copies: list[Tensor] = []
         self._parts: dict[int, list[_Part]] = {}  # of all workers of this host, by generation
         self._generation = 0
+        self._updated: frozenset[int] = frozenset()  # the slots that this worker updates, or did in the last generation
         self._side = 0
         self._place = 0
         self._due = _Budget()
@@ -215,7 +216,6 @@ class Holdings:
             Whether that can be done; the same on all workers.
         """
         self._collective = collective
-        owned = self._mine.slots if self._generation in self._parts else frozenset()
         self._near = next(tuple(host) for host in collective.hosts if collective.rank in host)
         self._place = self._near.index(collective.rank)
         self._board = collective.common(_HEAD + 2 * _MOST_WORKERS * 3, torch.int64, self._board)
@@ -228,7 +228,7 @@ class Holdings:
         counts, side = divmod(int(self._numbers[0]), 2)
         self._parts = {number: parts for number, parts in self._parts.items() if number >= counts}
         self._generation, self._side = generation, 1 - side
-        self._learn(owned)
+        self._learn()
         if not self.settle(step):
             return False
         self.will_grow = not self._chests
@@ -245,12 +245,8 @@ class Holdings:
         self._numbers[0] = 2 * generation + self._side
         return True
 
-    def _learn(self, owned: frozenset[int]) -> None:
-        """*collective*. Everyone has everything that someone has; whoever joins sees it in the optimizer.
-
-        Args:
-            owned: The slots that this worker owned until now.
-        """
+    def _learn(self) -> None:
+        """*collective*. Everyone has everything that someone has; whoever joins sees it in the optimizer."""
         known = [bool(has) for has in self._collective.all_gather(torch.tensor([bool(self._chests)]))]
         here = any(known[rank] for rank in self._near)  # else it comes from another host, and lies in each optimizer alone
         mine = json.dumps([{"born": c.born, "nbytes": c.nbytes, "entries": [vars(e) for e in c.entries]} for c in self._chests])
@@ -265,7 +261,8 @@ class Holdings:
             chest.copy = self._collective.common(chest.nbytes, torch.uint8, chest.copy)
         self._places = {}
         alone = len(self._near) == 1  # and what it owned may lie elsewhere, if it was alone before
-        self._show(take=(owned if alone else frozenset()) if here else frozenset(range(len(self._layout.parameters))))
+        self._show(take=(self._updated if alone else frozenset()) if here else frozenset(range(len(self._layout.parameters))))
+        self._updated = self._mine.slots
 
     def settle(self, step: int) -> bool:
         """*collective*. Takes what is new in the optimizer's state into common memory.
@@ -361,9 +358,10 @@ class Holdings:
         if alone and not settles:
             return
         marks = self._marks(self._side)[self._place]
-        if alone:
-            marks[_DONE] = step - 1
-        if alone or self._due.now(max(map(self._nbytes, self._parts[self._generation])), step_s, replay=self.replay):
+        marks[_DONE] = step - 1 if alone else marks[_DONE]
+        if alone and not self._keep():  # after_update has not done it: nobody else needed it
+            marks[_COPIED] = self.copied = -1
+        elif alone or self._due.now(max(map(self._nbytes, self._parts[self._generation])), step_s, replay=self.replay):
             self._copy(self._mine, back=False)
             marks[_COPIED] = self.copied = step - 1
         marks[_BEGUN] = step
@@ -468,6 +466,15 @@ class Holdings:
         self._optimizer.state.clear()
         self._show(take=frozenset())
         self.grown = False
+
+    def read_numbers(self) -> None:
+        """*local*, once nobody of the generation writes any more. Numbers that others have updated: tensors show that by
+        themselves."""
+        for slot, places in self._places.items():
+            state = self._optimizer.state.get(self._layout.parameters[slot], {})
+            for key, (entry, view) in places.items():
+                if entry.number and slot not in self._updated and key in state:
+                    state[key] = entry.shown(view)
 
     # ------------------------------------------------------------------ the board
 

@@ -499,6 +499,8 @@ class Team:
                 if not self._repeats.begins_after(step):
                     raise StateLost(f"the buffers after step {step} are not known any more")
                 self._own.buffers.go_to(self._repeats.buffers)
+        elif point is not None and self._holdings is not None:
+            self._holdings.read_numbers()
         self.reached = min(self.reached, step)  # whoever is behind has yet to be given what it lacks
         return step, needy
 
