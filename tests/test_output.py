@@ -59,6 +59,7 @@ def test_without_standard_error_nothing_is_said_about_it(unread: IO[str], monkey
     monkeypatch.setattr(sys, "stderr", unread)
     say("one")
     say("two", error=True)
+    assert os.path.samestat(os.fstat(unread.fileno()), Path(os.devnull).stat())
 
 
 @pytest.mark.parametrize("state", ["never there", "closed"])

@@ -358,7 +358,8 @@ class Holdings:
         if alone and not settles:
             return
         marks = self._marks(self._side)[self._place]
-        marks[_DONE] = step - 1 if alone else marks[_DONE]
+        if alone:
+            marks[_DONE] = step - 1
         if alone and not self._keep():  # after_update has not done it: nobody else needed it
             marks[_COPIED] = self.copied = -1
         elif alone or self._due.now(max(map(self._nbytes, self._parts[self._generation])), step_s, replay=self.replay):
