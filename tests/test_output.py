@@ -13,7 +13,7 @@ import pytest
 from rich.live import Live
 
 from unisono.observe.progress import standard_output as console
-from unisono.output import is_terminal, say, standard_output
+from unisono.system.output import is_terminal, say, standard_output
 
 
 @pytest.fixture

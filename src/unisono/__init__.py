@@ -18,12 +18,12 @@ from unisono.errors import (
 from unisono.version import __version__
 
 if TYPE_CHECKING:
+    from unisono.data.loader import Loader
     from unisono.integrations.prometheus import Prometheus
     from unisono.integrations.tensorboard import TensorBoard
     from unisono.observe.summary import Summary
     from unisono.sync.exact import Exact
     from unisono.training.callbacks import Callback
-    from unisono.training.loader import Loader
     from unisono.training.step import Batch, StepResult
     from unisono.training.trainer import Trainer
     from unisono.world import World
@@ -33,7 +33,7 @@ _HOMES = {
     "Batch": "unisono.training.step",
     "Callback": "unisono.training.callbacks",
     "Exact": "unisono.sync.exact",
-    "Loader": "unisono.training.loader",
+    "Loader": "unisono.data.loader",
     "Prometheus": "unisono.integrations.prometheus",
     "StepResult": "unisono.training.step",
     "Summary": "unisono.observe.summary",

@@ -19,7 +19,7 @@ from unisono.checkpoint.store import Store
 from unisono.demos import forecast
 from unisono.demos._tables import Table
 from unisono.errors import CheckpointError, ConfigurationError, DataError
-from unisono.observe.attachments import read_attachments
+from unisono.report.attachments import read_attachments
 
 DATA: dict[str, Callable[[Path], Path]] = {
     "vision": small.clothes,

@@ -1,4 +1,4 @@
-"""Findings as a person and a program read them."""
+"""RecoveryPlan as a person and a program read them."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch.distributed import HashStore
 
 from unisono.collective import LostWorker
 from unisono.elastic.membership import Member, Membership
-from unisono.process import Process, state_of
+from unisono.system.process import Process, state_of
 
 
 @pytest.fixture

@@ -30,8 +30,8 @@ from unisono.guard.stragglers import (
     Stragglers,
     warning,
 )
-from unisono.observe.report.run_data import RunReader
 from unisono.observe.summary import Summary
+from unisono.report.run_data import RunReader
 from unisono.testing import run_threads
 from unisono.training.header import Signals
 from unisono.world import World

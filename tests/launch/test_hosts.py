@@ -199,7 +199,7 @@ def test_members_that_stand_still_on_another_host_than_those_who_wait_for_them_a
         launcher,
         """
         from unisono.elastic.membership import Member, Membership
-        from unisono.process import Process
+        from unisono.system.process import Process
 
         if world.uid == "1.0":
             store.set("members", '["1.0"]')
@@ -333,7 +333,7 @@ def test_who_joins_where_all_founders_have_died_before_they_could_say_so_finds_i
         launcher,
         """
         from unisono.elastic.membership import Member, Membership
-        from unisono.process import Process
+        from unisono.system.process import Process
 
         if world.attempt == 0:
             sys.exit(79)

@@ -164,7 +164,7 @@ def test_a_killed_nursery_ends_the_run_and_its_workers_and_is_named(launcher: La
 def test_a_stop_of_all_processes_at_once_leaves_the_saving_to_the_workers(launcher: Launcher) -> None:
     launch = launcher.run(
         """
-        from unisono.signals import StopRequest
+        from unisono.system.signals import StopRequest
         with StopRequest() as stop:
             tell(os.getpid())
             while stop.requested is None:

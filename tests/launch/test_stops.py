@@ -11,7 +11,7 @@ from tests.launch.conftest import Launcher, assert_gone
 
 SAVES = """
 import time
-from unisono.signals import StopRequest
+from unisono.system.signals import StopRequest
 
 with StopRequest() as stop:
     tell(os.getpid())

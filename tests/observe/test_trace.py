@@ -13,8 +13,8 @@ from unisono.checkpoint.store import Store
 from unisono.collective import Collective
 from unisono.errors import ConfigurationError
 from unisono.observe.timing import PHASES
-from unisono.observe.trace import ENVIRONMENT, Trace, chrome_trace, from_environment
 from unisono.testing import run_threads
+from unisono.training.trace import ENVIRONMENT, Trace, chrome_trace, from_environment
 
 
 @pytest.fixture

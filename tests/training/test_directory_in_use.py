@@ -14,7 +14,7 @@ import pytest
 from tests.training.small_run import Augmented, make_trainer, train
 from tests.training.test_bad_input import everybodys_errors
 from unisono.errors import ConfigurationError
-from unisono.process import Process, state_of
+from unisono.system.process import Process, state_of
 from unisono.testing import run_threads
 
 

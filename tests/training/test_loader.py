@@ -25,8 +25,8 @@ from torch.utils.data import (
 
 from unisono import ConfigurationError, DataError, Loader, Trainer
 from unisono.collective import Collective
+from unisono.data.loader import Request, dataset_length, load
 from unisono.testing import run_threads
-from unisono.training.loader import Request, dataset_length, load
 
 # More loader processes than cores are what these tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")

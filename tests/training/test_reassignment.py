@@ -18,11 +18,11 @@ from tests.training.restless import Ranges, drawn, make_restless
 from tests.training.test_promise import differing
 from unisono import ConfigurationError, Exact, Loader
 from unisono.collective import Collective, InProcess
+from unisono.data.batches import BatchStream
 from unisono.layout import Layout
 from unisono.observe.timing import StepClock
 from unisono.order import Indices, Listed
 from unisono.testing import run_threads, run_workers
-from unisono.training.batches import BatchStream
 from unisono.training.step import Batch
 
 EPOCHS = 3

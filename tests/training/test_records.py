@@ -17,7 +17,7 @@ from unisono.checkpoint.checkpoints import Checkpoints
 from unisono.checkpoint.format import digest
 from unisono.checkpoint.store import Store
 from unisono.elastic.link import Link
-from unisono.testing.lives import Death, run_lives
+from unisono.testing.fault_injection import Death, run_lives
 
 
 def url_of(run: str) -> str:

@@ -24,7 +24,7 @@ from tests.training.small_run import BATCH_SIZE, MICROBATCHES, SAMPLES, Augmente
 from unisono.elastic.link import Link
 from unisono.elastic.membership import StateLost
 from unisono.errors import FingerprintMismatch
-from unisono.testing.lives import Death, Died, Lives, run_lives
+from unisono.testing.fault_injection import Death, Died, Lives, run_lives
 
 EPOCHS = 2
 Found = dict[str, str]
@@ -471,7 +471,7 @@ def test_one_that_was_behind_stays_right_when_the_one_that_helped_it_dies_too() 
 
 
 def test_one_may_die_while_steps_are_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unisono.training.holdings._BYTES_PER_S", 1e-3)  # as for large models: copies are rare
+    monkeypatch.setattr("unisono.elastic.shared_state._BYTES_PER_S", 1e-3)  # as for large models: copies are rare
     expected = train(None, replicate_kib=0.0, calls=[1], epochs=3)
     calls = live({}, workers=4, replicate_kib=0.0, calls=[1], epochs=3).calls[2]
     repeated = 0

@@ -21,8 +21,8 @@ from unisono.checkpoint.fingerprint import fingerprint
 from unisono.collective import Collective, InProcess
 from unisono.layout import ALIGNMENT_BYTES
 from unisono.order import microbatch_bounds
+from unisono.replica.torch_replica import to_device
 from unisono.testing import run_threads
-from unisono.training.replica import to_device
 from unisono.tree import assignment, fold_all
 
 SOURCE = Path(unisono.__file__).parent

@@ -14,7 +14,7 @@ from torch import nn
 from unisono.checkpoint.format import decode
 from unisono.checkpoint.store import Store
 from unisono.errors import CheckpointError, ConfigurationError
-from unisono.observe.attachments import Comparison, attach
+from unisono.report.attachments import Comparison, attach
 from unisono.training.callbacks import Callback
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from unisono.demos import _application as application
 from unisono.demos._data import obtain
 from unisono.demos._flights import FLIGHTS, flight_columns, is_flights
 from unisono.demos._tables import Features, Integers, Table, read_csv
-from unisono.observe.attachments import Forecast, attach
+from unisono.report.attachments import Forecast, attach
 
 MICROBATCHES = 4
 QUANTILES = (0.1, 0.5, 0.9)

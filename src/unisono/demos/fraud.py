@@ -26,7 +26,7 @@ from unisono.demos import _application as application
 from unisono.demos._data import existing
 from unisono.demos._tables import Features, Floats, Integers, Table, Words, read_csv
 from unisono.demos._transactions import DAY_S, LABEL_DELAY_DAYS, simulate, with_history
-from unisono.observe.attachments import Curves, Line, attach
+from unisono.report.attachments import Curves, Line, attach
 
 MICROBATCHES = 4
 TEST_SHARE = 0.2

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 import unisono
 from unisono.demos import _application as application
 from unisono.demos._text import compressed, n_gram, read_text
-from unisono.observe.attachments import TextSample, attach
+from unisono.report.attachments import TextSample, attach
 
 MICROBATCHES = 4
 HELD_OUT = 0.1

@@ -22,7 +22,7 @@ import unisono
 from unisono.demos import _application as application
 from unisono.demos._data import obtain
 from unisono.demos._ratings import MOVIELENS, Known, Ratings, read_ratings
-from unisono.observe.attachments import Table, attach
+from unisono.report.attachments import Table, attach
 
 MICROBATCHES = 4
 TEST_SHARE = 0.2

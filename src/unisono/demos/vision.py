@@ -22,7 +22,7 @@ from torch.utils.data import TensorDataset
 import unisono
 from unisono.demos import _application as application
 from unisono.demos._data import Download, Source, obtain
-from unisono.observe.attachments import ConfusionMatrix, attach
+from unisono.report.attachments import ConfusionMatrix, attach
 
 MICROBATCHES = 4
 SIDE = 28

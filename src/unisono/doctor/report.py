@@ -1,4 +1,4 @@
-"""Findings as a person reads them, and as JSON."""
+"""RecoveryPlan as a person reads them, and as JSON."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def worst(found: Sequence[Finding]) -> Level:
 
 
 def as_json(examination: Examination, found: Sequence[Finding]) -> str:
-    """Findings, and the facts behind them. *local*"""
+    """RecoveryPlan, and the facts behind them. *local*"""
     document = {"level": worst(found), "findings": [asdict(finding) for finding in found], "facts": asdict(examination)}
     return json.dumps(document, indent=2, allow_nan=False)
 

@@ -20,8 +20,8 @@ from unisono.collective.regions import Memory
 from unisono.collective.shared_memory import SharedMemory, host_identity
 from unisono.elastic.membership import Generation, Member, Membership, Store, store_is_gone
 from unisono.errors import WorkerFailure
-from unisono.output import say
-from unisono.process import Process
+from unisono.system.output import say
+from unisono.system.process import Process
 from unisono.world import World
 
 if TYPE_CHECKING:

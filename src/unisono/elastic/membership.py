@@ -22,9 +22,9 @@ from torch.distributed import DistError
 
 from unisono.collective import LostWorker
 from unisono.errors import WorkerFailure
-from unisono.output import say
-from unisono.process import Process
-from unisono.signals import RESTART
+from unisono.system.output import say
+from unisono.system.process import Process
+from unisono.system.signals import RESTART
 
 _POLL_S = 0.0005
 _SLOW_POLL_S = 0.01

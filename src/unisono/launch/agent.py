@@ -32,7 +32,7 @@ from unisono.launch.processes import WorkerProcess, WorkerProcesses
 from unisono.launch.report import brief, root_cause
 from unisono.launch.statuses import STOP_CODES
 from unisono.launch.survival import Course, Survival
-from unisono.signals import StopRequest
+from unisono.system.signals import StopRequest
 
 _WAIT_S = 0.05
 """How long to wait for news of a worker before looking whether a person asked to stop."""

@@ -263,7 +263,7 @@ def report(run_dirs: tuple[str, ...], output: str | None, open_page: bool) -> No
 
     By default RUN_DIR/report.html, or comparison.html in the current folder for several runs.
     """
-    from unisono.observe.report import command
+    from unisono.report import command
 
     try:
         written = command.write_report(run_dirs, output=output)
@@ -283,7 +283,7 @@ def watch(run_dir: str, port: int, open_page: bool) -> None:
 
     The run may train here or on any host that writes to the same folder; it need not have begun. Needs the extra `report`.
     """
-    from unisono.observe.dashboard import command
+    from unisono.report import dashboard_command as command
 
     try:
         command.watch(run_dir, port=port, open_page=open_page, say=click.echo)

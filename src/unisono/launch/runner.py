@@ -24,7 +24,7 @@ from unisono.launch.processes import WorkerProcesses
 from unisono.launch.report import Failure, has_output, report, root_cause
 from unisono.launch.statuses import STOP_CODES
 from unisono.launch.survival import Survival
-from unisono.signals import StopRequest
+from unisono.system.signals import StopRequest
 
 if TYPE_CHECKING:
     from unisono.launch.agent import Agent

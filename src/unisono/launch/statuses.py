@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from unisono.signals import RESTART
+from unisono.system.signals import RESTART
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """What asks a run to stop."""

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from unisono.observe import formats
 from unisono.observe.reading import Reading
-from unisono.output import is_terminal
+from unisono.system.output import is_terminal
 
 _REFRESH_PER_SECOND = 8
 _MIN_BAR_WIDTH = 8

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
-from unisono import output
 from unisono.observe.reading import Reading
+from unisono.system import output
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from unisono.collective import Collective
+from unisono.data.loader import Loader, Request, dataset_length, load
 from unisono.errors import ConfigurationError, DataError
 from unisono.order import derive_seed
-from unisono.training.loader import Loader, Request, dataset_length, load
-from unisono.training.randomness import seed_generators
-from unisono.training.replica import TorchReplica, sum_and_count, to_device
+from unisono.replica.randomness import seed_generators
+from unisono.replica.torch_replica import TorchReplica, sum_and_count, to_device
 from unisono.tree import Fold, Span, combine, pieces
 
 MetricFunction = Callable[[Any, Any], Any]

@@ -38,7 +38,7 @@ class Signals(NamedTuple):
     admits: bool = False
     """Whether others wait to join; worker 0 says so."""
     grown: bool = False
-    """Whether its part of the optimizer's state has something new (see ``unisono.training.holdings``)."""
+    """Whether its part of the optimizer's state has something new (see ``unisono.elastic.shared_state``)."""
 
 
 class Header(NamedTuple):

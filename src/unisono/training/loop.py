@@ -10,21 +10,21 @@ from typing import Any
 
 import torch
 
+from unisono.data.batches import BatchStream, Feed, following
+from unisono.data.loader import Loader, dataset_length, read_sample
+from unisono.elastic.call_log import CallLog
 from unisono.elastic.link import Link
+from unisono.elastic.session import ElasticSession
 from unisono.errors import ConfigurationError
 from unisono.guard.data import check_same_data, probe
 from unisono.guard.stragglers import Block, Machine
 from unisono.order import Order, OrderLike, make_order
-from unisono.signals import StopRequest
-from unisono.training.batches import BatchStream, Feed, following
-from unisono.training.crew import Equipment
+from unisono.system.signals import StopRequest
 from unisono.training.header import Signals
-from unisono.training.history import History
-from unisono.training.loader import Loader, dataset_length, read_sample
 from unisono.training.run import Run
 from unisono.training.setup import check_alike, check_unchanged
 from unisono.training.step import Batch
-from unisono.training.team import Team
+from unisono.training.worker_group import LocalState
 from unisono.tree import Span
 
 
@@ -50,12 +50,12 @@ class Loop:
         stop: Whether a person asked to stop; None between loops.
     """
 
-    team: Team
+    team: ElasticSession
     run: Run
 
     def __init__(
         self,
-        equipment: Equipment,
+        equipment: LocalState,
         *,
         batch_size: int,
         microbatches: int,
@@ -65,7 +65,7 @@ class Loop:
         edits_weights: Callable[[], bool],
         machine: Machine,
         link: Link | None,
-        history: History,
+        history: CallLog,
         between: Callable[[], None],
     ) -> None:
         self._own = equipment

@@ -13,7 +13,7 @@ from unisono.guard.ledger import NOTHING, Entry
 from unisono.guard.stragglers import Block, Straggler, reason
 from unisono.observe.progress import ProgressDisplay
 from unisono.observe.timing import PHASES, StepClock
-from unisono.training.memory import peak_memory_bytes
+from unisono.system.memory import peak_memory_bytes
 from unisono.training.step import StepResult
 from unisono.tree import Span
 

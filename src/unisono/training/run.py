@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from unisono.checkpoint.format import digest, encode
+from unisono.elastic.session import ElasticSession
 from unisono.errors import CheckpointError, ConfigurationError, Desync
 from unisono.guard.ledger import LOWER_HALVES, NOTHING, samples_of, whole
 from unisono.guard.stragglers import Block
@@ -21,7 +22,6 @@ from unisono.training.header import Signals
 from unisono.training.record import Position, Record, evaluation_line, log_line, straggler_line
 from unisono.training.run_directory import RunDirectory
 from unisono.training.step import Batch, StepResult
-from unisono.training.team import Team
 from unisono.tree import Span
 
 logger = logging.getLogger("unisono")
@@ -45,7 +45,13 @@ class Run:
     """
 
     def __init__(
-        self, *, model: nn.Module, team: Team, directory: RunDirectory | None, clock: StepClock, checkpoint_every: int | None
+        self,
+        *,
+        model: nn.Module,
+        team: ElasticSession,
+        directory: RunDirectory | None,
+        clock: StepClock,
+        checkpoint_every: int | None,
     ) -> None:
         self.position = Position()
         self.record = Record()

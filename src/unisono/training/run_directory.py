@@ -29,7 +29,7 @@ from unisono.errors import CheckpointError, ConfigurationError, UnisonoError
 from unisono.observe.metrics import MetricsLog
 from unisono.observe.strict_json import Scalar
 from unisono.observe.summary import SUMMARY_FILE, Summary
-from unisono.process import Process
+from unisono.system.process import Process
 from unisono.training.header import Signals
 from unisono.training.record import EVALUATION
 from unisono.version import __version__

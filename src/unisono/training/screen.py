@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from unisono.observe.progress import Progress, ProgressDisplay, SilentProgress
 from unisono.observe.timing import StepClock
-from unisono.output import say
+from unisono.system.output import say
 from unisono.training.record import show
 from unisono.training.run import Run
 from unisono.training.step import StepResult

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from unisono.collective import Collective, InProcess
+from unisono.data.loader import check_loader
 from unisono.elastic.link import Link
 from unisono.errors import ConfigurationError, FingerprintMismatch
 from unisono.layout import Layout
+from unisono.replica.optimizer import hyperparameters
 from unisono.sync import Sync
+from unisono.system.memory import keep_freed_memory
 from unisono.training.callbacks import Callback
-from unisono.training.loader import check_loader
-from unisono.training.memory import keep_freed_memory
-from unisono.training.optimizer import hyperparameters
 from unisono.world import World
 
 if TYPE_CHECKING:

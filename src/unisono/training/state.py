@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from unisono.checkpoint.checkpoints import Checkpoint
 from unisono.collective import Collective
 from unisono.layout import Layout
+from unisono.replica.optimizer import hyperparameters, owned_state, set_hyperparameters, set_state
+from unisono.replica.weights import Weights
 from unisono.sync import Reduction
-from unisono.training.optimizer import hyperparameters, owned_state, set_hyperparameters, set_state
-from unisono.training.weights import Weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

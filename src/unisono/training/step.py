@@ -19,19 +19,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from unisono.collective import Collective, Expected
+from unisono.elastic.shared_state import SharedState
 from unisono.errors import ConfigurationError, DataError, Desync
 from unisono.guard.ledger import LOWER_HALVES, NOTHING, Entry, entry, samples_of, total
 from unisono.guard.replicas import ReplicaGuard
 from unisono.layout import Layout
 from unisono.observe.timing import StepClock
 from unisono.order import derive_seed
+from unisono.replica.buffers import Buffers
+from unisono.replica.randomness import seed_generators
+from unisono.replica.torch_replica import Replica
+from unisono.replica.weights import Weights
 from unisono.sync import Reduced, Reduction
-from unisono.training.buffers import Buffers
 from unisono.training.header import Header, HeaderFormat, Signals, union
-from unisono.training.holdings import Holdings
-from unisono.training.randomness import seed_generators
-from unisono.training.replica import Replica
-from unisono.training.weights import Weights
 from unisono.tree import Span, fold_all
 
 OnNonfinite = Literal["error", "skip"]
@@ -163,7 +163,7 @@ class Stepper:
         self._held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._frozen = [parameter for parameter in self._held if not parameter.requires_grad]
         self.work_s = 0.0
-        self.holdings: Holdings | None = None
+        self.holdings: SharedState | None = None
         """What the workers of this host hold in common, if they do."""
         self._seconds = Signals().seconds  # worker 0's up to the step before: something that all workers know
         self._format = HeaderFormat(leaves, len(layout.parameters), len(buffers.names))

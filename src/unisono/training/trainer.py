@@ -16,29 +16,30 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from unisono.checkpoint.fingerprint import fingerprint
 from unisono.collective import Collective, InProcess, Meeting
+from unisono.data.loader import Loader, check_loader, dataset_length
+from unisono.elastic.call_log import CallLog
 from unisono.elastic.link import Link
+from unisono.elastic.recovery_plan import Part, Settings, Taken
+from unisono.elastic.session import ElasticSession
 from unisono.errors import ConfigurationError
 from unisono.guard.replicas import OnDesync
 from unisono.guard.silence import Board
 from unisono.guard.stragglers import Machine
 from unisono.layout import Layout
-from unisono.observe import trace
 from unisono.observe.summary import Summary, show_summary
 from unisono.observe.timing import StepClock
 from unisono.order import Order, OrderLike
-from unisono.output import say
+from unisono.replica.buffers import Buffers
+from unisono.replica.optimizer import check_optimizer, settle_state
+from unisono.replica.torch_replica import LossFunction, Precision, TorchReplica
+from unisono.replica.weights import Weights
 from unisono.sync import Exact, Sync
-from unisono.training.acts import Part, Settings, Taken
-from unisono.training.buffers import Buffers
+from unisono.system.output import say
+from unisono.training import trace
 from unisono.training.callbacks import Callback
-from unisono.training.crew import Equipment
 from unisono.training.evaluation import MetricFunction, evaluate, seed_after_evaluation
-from unisono.training.history import History
-from unisono.training.loader import Loader, check_loader, dataset_length
 from unisono.training.loop import Loop
-from unisono.training.optimizer import check_optimizer, settle_state
 from unisono.training.record import Position
-from unisono.training.replica import LossFunction, Precision, TorchReplica
 from unisono.training.run import Run
 from unisono.training.run_directory import RunDirectory
 from unisono.training.screen import Screen
@@ -58,8 +59,7 @@ from unisono.training.setup import (
     unify_replicas,
 )
 from unisono.training.step import Batch, OnNonfinite, StepResult
-from unisono.training.team import Team
-from unisono.training.weights import Weights
+from unisono.training.worker_group import LocalState
 from unisono.world import World
 
 
@@ -157,10 +157,10 @@ class Trainer:
         machine = Machine(self.world)
         model.to(self.device)
         self._link, met = meet(self.world, self.device, collective, timeout_s=timeout_s, microbatches=microbatches)
-        self._history = History(self._link, joins=self._link is not None and self._link.generation is None)
+        self._history = CallLog(self._link, joins=self._link is not None and self._link.generation is None)
         board = None if met.size == 1 and self._link is None else Board.make()
         layout = Layout(trainable)
-        self._own = Equipment(
+        self._own = LocalState(
             model=model,
             optimizer=optimizer,
             scheduler=scheduler,
@@ -185,7 +185,7 @@ class Trainer:
             between=self._let_come_and_go,
         )
         self._taken: Taken | None = None
-        self._team = self._loop.team = Team(
+        self._team = self._loop.team = ElasticSession(
             self._own,
             Settings(
                 microbatches=microbatches,

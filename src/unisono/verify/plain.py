@@ -21,10 +21,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Subset
 
+from unisono.data.loader import Loader, dataset_length
 from unisono.order import derive_seed, make_order, microbatch_bounds
+from unisono.replica.randomness import seed_generators
 from unisono.training.callbacks import Callback
-from unisono.training.loader import Loader, dataset_length
-from unisono.training.randomness import seed_generators
 from unisono.training.record import Position
 from unisono.training.step import StepResult
 from unisono.verify.draws import constant_draws

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Subset
 
 from unisono.collective import Collective
-from unisono.training.loader import Loader
+from unisono.data.loader import Loader
 from unisono.training.trainer import Trainer
 from unisono.verify.draws import constant_draws
 from unisono.verify.fresh import add, fresh

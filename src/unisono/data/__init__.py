@@ -1,0 +1,1 @@
+"""From a dataset to this worker's microbatches of each global batch."""

@@ -1,0 +1,1 @@
+"""The only room that knows a framework's models and optimizers."""

@@ -1,0 +1,92 @@
+"""How to get a run's weights again: digest, commands, settings, fingerprint. *Local.*"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from html import escape
+from pathlib import PurePosixPath
+from typing import Any
+
+from unisono.report.run_data import RunData
+from unisono.report.section import Section, command, definitions
+
+
+def reproduce_sections(run: RunData) -> Iterator[Section]:
+    """The digest and how to reproduce it, the settings, the fingerprint."""
+    digest = run.summary.get("weights_sha256")
+    if isinstance(digest, str) and digest and run.has_ended:
+        yield Section(
+            key="digest",
+            kicker="proof",
+            title="The same weights on any number of workers",
+            text="SHA-256 of model.safetensors. The same code, data, seed and settings on the same builds give it again.",
+            body=f'<p class="digest">{escape(digest)}</p>{_advice(run)}',
+        )
+    if run.settings:
+        yield Section(
+            key="settings",
+            kicker="settings",
+            title="What makes this run this run",
+            body=definitions(_settings(run.settings)),
+            half=True,
+        )
+    if run.fingerprint:
+        yield Section(key="ground", kicker="fingerprint", title="What it stood on", body=definitions(run.fingerprint), half=True)
+
+
+def run_command(run: RunData) -> list[str]:
+    """What the user typed after ``unisono run``, or the demo's command; empty if the manifest does not tell."""
+    words = run.manifest.get("command")
+    if not isinstance(words, list) or not words:
+        return []
+    words = [str(word) for word in words]
+    return ["unisono", "demo", PurePosixPath(words[0]).stem, *words[1:]] if _is_demo(words) else words
+
+
+def _advice(run: RunData) -> str:
+    """Commands to check the digest, and to train again, as HTML."""
+    html = ""
+    if "://" not in run.url:
+        check = f"sha256sum {shlex.quote(run.url.rstrip('/') + '/model.safetensors')}"
+        html += f"<h3>Check it</h3>{command(check)}"
+    words = run_command(run)
+    if words:
+        other, threads = run.workers - 1 or 2, run.fingerprint.get("threads")
+        options = ["--workers", str(other), *(["--threads", str(threads)] if threads not in (None, 1) else [])]
+        words = _elsewhere(words, f"-on-{other}")
+        words = [*words[:2], *options, *words[2:]] if words[:2] == ["unisono", "demo"] else ["unisono", "run", *options, *words]
+        html += f"<h3>Train it again, on another number of workers, in a new run directory</h3>{command(shlex.join(words))}"
+    return html
+
+
+def _elsewhere(words: list[str], suffix: str) -> list[str]:
+    """The command with another run directory, where it names one."""
+    return [
+        f"{word.rstrip('/')}{suffix}" if before == "--run-dir" or word.startswith("--run-dir=") else word
+        for before, word in zip(["", *words], words, strict=False)
+    ]
+
+
+def _settings(settings: Mapping[str, Any]) -> dict[str, object]:
+    shown: dict[str, object] = {}
+    for name, value in settings.items():
+        if name == "parameters" and isinstance(value, dict):
+            shown["parameter tensors"] = f"{len(value):,}"
+        elif name == "parameter_groups" and isinstance(value, list):
+            for number, group in enumerate(value):
+                shown[f"group {number}" if len(value) > 1 else "optimizer settings"] = _words(group)
+        elif value is not None:
+            shown[name.replace("_", " ")] = value if isinstance(value, (str, int, float)) else json.dumps(value)
+    return shown
+
+
+def _words(group: object) -> str:
+    if not isinstance(group, dict):
+        return json.dumps(group)
+    return ", ".join(f"{name} {value}" for name, value in group.items() if value not in (None, False))
+
+
+def _is_demo(words: list[str]) -> bool:
+    return PurePosixPath(words[0]).parts[-3:-1] == ("unisono", "demos")

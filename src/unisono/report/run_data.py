@@ -1,0 +1,314 @@
+"""What a run directory tells, read so that nothing in it can stop a reader: files may be missing, growing or damaged. *Local.*"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unisono.checkpoint.store import Store
+from unisono.errors import CheckpointError
+from unisono.observe import formats
+from unisono.observe.metrics import METRICS_FILE
+from unisono.observe.strict_json import decode
+from unisono.observe.summary import SUMMARY_FILE
+from unisono.report.attachments import Attachment, read_attachments
+
+MANIFEST_FILE = "manifest.json"
+Column = NDArray[np.float64]
+
+_OVERLAP = 256
+"""So many bytes before the place where we stopped must be as they were; else the file is another one."""
+_RECENT_STEPS = 50
+"""The time left is reckoned from the pace of so many steps."""
+_METRIC = "metric/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened to the workers between two steps."""
+
+    step: int
+    """Steps done when it happened."""
+    kind: str
+    """"generation", "straggler", "resumed", ..."""
+    text: str
+    """In words."""
+    workers: int | None = None
+    """How many workers there are from then on, if it says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """A run as its directory tells it."""
+
+    name: str
+    """The last part of the address, or more of it where two runs would have the same name."""
+    url: str
+    """The address, as the user gave it."""
+    columns: Mapping[str, Column] = field(default_factory=dict)
+    """Numbers of the log's lines by name, float64 ``[lines]``; NaN where a line does not have that number."""
+    events: tuple[Event, ...] = ()
+    evaluations: tuple[tuple[int, Mapping[str, float]], ...] = ()
+    """Steps done and results by name of each evaluation, as logged."""
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    """``summary.json``; empty if there is none."""
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    """``manifest.json``; empty if there is none."""
+    attachments: tuple[Attachment, ...] = ()
+    troubles: tuple[str, ...] = ()
+    """What could not be read, a sentence each."""
+
+    @property
+    def steps(self) -> Column:
+        """Numbers of the logged steps, float64 ``[lines]``."""
+        return self.column("step")
+
+    def column(self, name: str) -> Column:
+        """One column; NaN everywhere if no line has it."""
+        found = self.columns.get(name)
+        if found is not None:
+            return found
+        return np.full(len(self.columns.get("step", ())), np.nan)
+
+    @property
+    def elapsed_s(self) -> Column:
+        """Seconds of training until the end of each logged step, over all starts of the run."""
+        return np.cumsum(np.nan_to_num(self.column("step_s")))
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the summary tells of the last step that the log has: a run that goes on leaves the old summary behind."""
+        steps = self.summary.get("steps")
+        return isinstance(steps, int) and (not len(self.steps) or bool(self.steps[-1] <= steps))
+
+    @property
+    def workers(self) -> int:
+        """How many workers there are or were at the end; 0 if nothing says so."""
+        for source in (self.summary, self.manifest):
+            if isinstance(source.get("workers"), int):
+                return int(source["workers"])
+        return 0
+
+    @property
+    def planned_steps(self) -> int | None:
+        """Steps of the whole run, as its last start reckoned; None if nothing says so."""
+        planned = self.manifest.get("planned")
+        steps = planned.get("steps") if isinstance(planned, dict) else None
+        return steps if isinstance(steps, int) and not isinstance(steps, bool) and steps > 0 else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds of training until the planned end at the speed of the last steps; None if that cannot be said."""
+        seconds = self.column("step_s")[-_RECENT_STEPS:]
+        seconds = seconds[np.isfinite(seconds)]
+        if self.planned_steps is None or not len(seconds):
+            return None
+        return max(0.0, (self.planned_steps - float(self.steps[-1])) * float(np.mean(seconds)))
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The settings of the manifest; empty if there are none."""
+        found = self.manifest.get("settings")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def fingerprint(self) -> Mapping[str, Any]:
+        """The fingerprint of the manifest; empty if there is none."""
+        found = self.manifest.get("fingerprint")
+        return found if isinstance(found, dict) else {}
+
+    def per_worker(self, name: str) -> list[float]:
+        """A list of the summary, a number for each worker; empty if it is not there, or is something else."""
+        found = self.summary.get(name)
+        if not isinstance(found, list) or not all(_is_number(value) for value in found):
+            return []
+        return [float(value) for value in found]
+
+
+class RunReader:
+    """Reads one run directory, again and again while it grows. *Local*.
+
+    Args:
+        url: The run directory: a path or an fsspec address.
+        name: What to call the run; the last part of the address by default.
+    """
+
+    def __init__(self, url: str | os.PathLike[str], *, name: str | None = None) -> None:
+        self.store = Store(url)
+        self.url = self.store.url
+        self._name = name or run_name(self.url)
+        self._log = _Log()
+
+    def read(self) -> RunData:
+        """What is there now. Of the log only what was added since the last call is read, on a local file system."""
+        troubles: list[str] = []
+        try:
+            self._log.read(self.store)
+        except CheckpointError as error:
+            troubles.append(str(error))
+        summary = self._document(SUMMARY_FILE, troubles)
+        manifest = self._document(MANIFEST_FILE, troubles)
+        try:
+            attachments = tuple(read_attachments(self.store))
+        except CheckpointError as error:
+            attachments = ()
+            troubles.append(str(error))
+        if self._log.damaged:
+            lines = "line is" if self._log.damaged == 1 else "lines are"
+            troubles.append(f"{METRICS_FILE}: {self._log.damaged} {lines} damaged and left out.")
+        return RunData(
+            name=self._name,
+            url=self.url,
+            columns=self._log.columns(),
+            events=tuple(sorted((*self._log.events, *_resumed(manifest)), key=lambda event: event.step)),
+            evaluations=tuple(self._log.evaluations),
+            summary=summary,
+            manifest=manifest,
+            attachments=attachments,
+            troubles=tuple(troubles),
+        )
+
+    def _document(self, path: str, troubles: list[str]) -> dict[str, Any]:
+        try:
+            if not self.store.exists(path):
+                return {}
+            found = decode(json.loads(self.store.read(path)))
+        except (CheckpointError, ValueError, RecursionError) as error:
+            troubles.append(f"{path} cannot be read: {error}")
+            return {}
+        if not isinstance(found, dict):
+            troubles.append(f"{path} holds a {type(found).__name__} instead of an object.")
+            return {}
+        return found
+
+
+class _Log:
+    """``metrics.jsonl`` as columns, as far as it has been read."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._offset = 0
+        self._seen = b""
+        self._columns: dict[str, array[float]] = {}
+        self._lines = 0
+        self.events: list[Event] = []
+        self.evaluations: list[tuple[int, dict[str, float]]] = []
+        self.damaged = 0
+
+    def read(self, store: Store) -> None:
+        size = store.size(METRICS_FILE)
+        if size is None or size < self._offset:
+            self._reset()
+        if size is None or size == self._offset:
+            return
+        begin = max(0, self._offset - len(self._seen))
+        data = _read_from(store, METRICS_FILE, begin)
+        if not data.startswith(self._seen):  # a run that went on has cut the log, or another run has begun here
+            self._reset()
+            data = _read_from(store, METRICS_FILE, 0)
+        new = data[len(self._seen) :]
+        whole = new[: new.rfind(b"\n") + 1]
+        for line in whole.splitlines():
+            self._add(line)
+        self._offset += len(whole)
+        self._seen = (self._seen + whole)[-_OVERLAP:]
+
+    def _add(self, line: bytes) -> None:
+        try:
+            record = decode(json.loads(line))
+            step = record["step"]
+            if isinstance(step, bool) or not isinstance(step, int):
+                raise TypeError
+        except (ValueError, TypeError, KeyError, RecursionError):
+            self.damaged += bool(line.strip())
+            return
+        if record.get("event") == "evaluation":
+            named = {name.removeprefix(_METRIC): value for name, value in record.items() if name.startswith(_METRIC)}
+            self.evaluations.append((step, {name: float(value) for name, value in named.items() if _is_number(value)}))
+            return
+        if "event" in record:
+            self.events.append(_event(record))
+            return
+        if "loss" not in record:
+            return
+        for name, value in record.items():
+            if _is_number(value):
+                column = self._columns.setdefault(name, array("d"))
+                _pad(column, self._lines)
+                column.append(value)
+        self._lines += 1
+
+    def columns(self) -> dict[str, Column]:
+        for column in self._columns.values():
+            _pad(column, self._lines)
+        return {name: np.array(column, dtype=np.float64) for name, column in self._columns.items()}
+
+
+def _pad(column: array[float], length: int) -> None:
+    """Lines that did not have this number."""
+    if len(column) < length:
+        column.extend([math.nan] * (length - len(column)))
+
+
+def run_name(url: str) -> str:
+    """The last part of a run directory's address."""
+    return PurePosixPath(os.path.abspath(url) if "://" not in url else url).name or url  # noqa: PTH100 (keeps links)
+
+
+def run_names(urls: list[str]) -> list[str]:
+    """Names that tell runs apart: the last parts of their addresses, as few as will do."""
+    parts = [PurePosixPath(os.path.abspath(url) if "://" not in url else url).parts for url in urls]  # noqa: PTH100
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{run_name(url)} ({number})" for number, url in enumerate(urls, start=1)]
+
+
+def _read_from(store: Store, path: str, begin: int) -> bytes:
+    if store.path is None:
+        return store.read(path)[begin:]
+    try:
+        with (store.path / path).open("rb") as file:
+            file.seek(begin)
+            return file.read()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {store.where(path)}: {error.strerror}.", file=path) from error
+
+
+def _event(record: Mapping[str, Any]) -> Event:
+    kind = str(record["event"])
+    if kind == "generation":
+        workers = record.get("workers")
+        now = f"{formats.count(workers, 'worker')} from here on" if isinstance(workers, int) else ""
+        text = ": ".join(part for part in (now, str(record.get("reason") or "")) if part) or "the workers changed"
+    else:
+        rest = {name: value for name, value in record.items() if name not in ("step", "event")}
+        words = next((str(rest[name]) for name in ("text", "message", "reason") if rest.get(name)), "")
+        text = words or ", ".join(f"{name} {value}" for name, value in rest.items()) or kind
+    count = record.get("workers")
+    return Event(step=int(record["step"]), kind=kind, text=text, workers=count if isinstance(count, int) else None)
+
+
+def _resumed(manifest: Mapping[str, Any]) -> Iterator[Event]:
+    step = manifest.get("resumed_from_step")
+    if isinstance(step, int) and step > 0:
+        workers = manifest.get("workers")
+        count = workers if isinstance(workers, int) else None
+        on = "" if count is None else f" on {formats.count(count, 'worker')}"
+        yield Event(step=step, kind="resumed", text=f"started again{on} from the checkpoint of step {step}", workers=count)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

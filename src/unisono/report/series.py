@@ -1,0 +1,85 @@
+"""Long columns made short enough to draw: means over equal stretches of the run. *Local.*"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from unisono.report.run_data import Column
+
+POINTS = 600
+"""A line has at most so many points: more than a page has pixels for would only make it heavy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretches:
+    """A division of a log's lines into stretches of equal length, the same for all columns of a run."""
+
+    count: int
+    """How many stretches."""
+    lines_each: int
+    """Lines in a stretch; the last may have fewer."""
+    lines: int
+    """Lines of the log."""
+
+    @classmethod
+    def of(cls, lines: int, *, points: int = POINTS) -> Stretches:
+        """Divide ``lines`` lines into at most ``points`` stretches."""
+        each = max(1, -(-lines // points))
+        return cls(count=-(-lines // each), lines_each=each, lines=lines)
+
+    def mean(self, column: Column) -> Column:
+        """Mean of each stretch, without NaN; NaN where there is nothing else. float64 ``[count]``."""
+        return self._over(np.nanmean, column)
+
+    def low(self, column: Column) -> Column:
+        """The least value of each stretch."""
+        return self._over(np.nanmin, column)
+
+    def high(self, column: Column) -> Column:
+        """The greatest value of each stretch."""
+        return self._over(np.nanmax, column)
+
+    def last(self, column: Column) -> Column:
+        """The last value of each stretch, for what only grows: steps, seconds."""
+        if self.lines == 0:
+            return np.empty(0)
+        ends = np.minimum(np.arange(1, self.count + 1) * self.lines_each, self.lines) - 1
+        ended: Column = column[ends]
+        return ended
+
+    def _over(self, function: Callable[..., Any], column: Column) -> Column:
+        padded = np.full(self.count * self.lines_each, np.nan)
+        padded[: self.lines] = np.where(np.isfinite(column), column, np.nan)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # stretches of NaN alone stay NaN
+            result: Column = function(padded.reshape(self.count, self.lines_each), axis=1)
+        return result
+
+
+def smoothed(column: Column) -> Column:
+    """A mean over each value's neighbours, weighted by a bell curve as wide as a fiftieth of the column. float64, same length."""
+    width = max(1.0, len(column) / 50)
+    reach = min(int(3 * width), max(len(column) - 1, 0))
+    bell = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    known = np.isfinite(column)
+    around = slice(reach, reach + len(column))  # not mode="same": the bell may be longer than the column
+    weights = np.convolve(known.astype(np.float64), bell)[around]
+    sums = np.convolve(np.where(known, column, 0.0), bell)[around]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean: Column = np.where(weights > 0, sums / weights, np.nan)
+    return mean
+
+
+def plain(column: Column) -> list[float | None]:
+    """For JSON: six significant digits, and None for what is no number."""
+    return [float(f"{value:.6g}") if np.isfinite(value) else None for value in column.tolist()]
+
+
+def plain_steps(column: Column) -> list[int | float]:
+    """For JSON: steps in full, seconds to the millisecond."""
+    return [int(value) if value == int(value) else round(value, 3) for value in column.tolist()]

@@ -1,0 +1,1 @@
+"""What an operating system gives: processes, signals, output, memory. *Local.*"""

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.report.made_up import SHA256, evaluations, manifest, summary, write_run
+from unisono.errors import ConfigurationError
+from unisono.report import page as page_module
+from unisono.report.attachments import Table, TextSample, attach
+from unisono.report.page import live_html, news, report_html
+from unisono.report.run_data import RunData, RunReader
+from unisono.report.run_page import run_page
+
+VOID = {"meta", "link", "br", "img", "input"}
+
+
+class Parsed(HTMLParser):
+    """The page's text, ids and scripts; fails if elements are not closed in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.text = ""
+        self.scripts: dict[str | None, str] = {}
+        self.links: list[str] = []
+        self._open: list[str] = []
+        self._script: str | None = None
+        self.feed(html)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag not in VOID:
+            self._open.append(tag)
+        if values.get("id"):
+            self.ids.append(str(values["id"]))
+        if tag == "script":
+            self._script = values.get("id")
+        self.links += [str(values[name]) for name in ("src", "href") if values.get(name)]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open[-1:] == ["script"]:
+            self.scripts[self._script] = self.scripts.get(self._script, "") + data
+        elif self._open[-1:] != ["style"]:
+            self.text += f"{data}\n"
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.scripts["figures"])
+        return found
+
+
+def parsed(folder: Path) -> Parsed:
+    return Parsed(report_html(run_page(RunReader(folder).read())))
+
+
+def test_a_report_needs_nothing_but_itself(tmp_path: Path) -> None:
+    report = parsed(write_run(tmp_path / "run"))
+    assert report.links == ["data:,"]
+    code = gzip.decompress(base64.b64decode(report.scripts["plotly"])).decode()
+    assert "Plotly" in code
+    assert code == page_module.plotly_js()
+
+
+def test_a_report_says_what_was_run_and_what_came_out(tmp_path: Path) -> None:
+    report = parsed(write_run(tmp_path / "my-run", steps=60, workers=3, lost_at=30))
+    for words in (
+        "Trained in unison on 2 workers",
+        "my-run",
+        "train.py --epochs 3 --run-dir runs/one",
+        "0.9875",
+        "The loss fell from",
+        "Workers waited 12% of their time",
+        "worker 2 (pid 4711) was killed by SIGKILL",
+        "A worker sends 2.6 kB a step: as much as a ring all-reduce",
+        "410.0 MB at most in a worker",
+        "CosineAnnealingLR: from 0.003 to 0",
+        SHA256,
+        f"sha256sum {tmp_path}/my-run/model.safetensors",
+        "unisono run --workers 1 train.py --epochs 3 --run-dir runs/one-on-1",
+        "AdamW",
+    ):
+        assert words in report.text, words
+    assert {"loss", "workers", "speed", "shares", "schedule", "gradient", "traffic", "memory"} == set(report.figures)
+    assert all(f"figure-{key}" in report.ids for key in report.figures)
+    assert len(report.ids) == len(set(report.ids))
+
+
+def test_equal_runs_give_equal_reports(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    assert report_html(run_page(RunReader(folder).read())) == report_html(run_page(RunReader(folder).read()))
+
+
+def test_a_page_of_many_steps_stays_small(tmp_path: Path) -> None:
+    report = parsed(write_run(tmp_path / "run", steps=8000, workers=2))
+    assert len(report.scripts["figures"]) < 600_000
+
+
+def test_what_a_run_says_cannot_become_part_of_the_page(tmp_path: Path) -> None:
+    evil = '</script><script>alert("x")</script><img src=x onerror=alert(1)>'
+    folder = write_run(tmp_path / "run", extra=[{"step": 5, "event": evil, "text": evil}], settings={"optimizer": evil})
+    attach(folder, evil, Table(columns=[evil], rows=[[evil]]), finding=evil)
+    attach(folder, "text", TextSample(text=evil, prompt=evil))
+    (folder / "summary.json").write_text(json.dumps(summary(60, metrics={evil: 1.0}, weights_sha256=evil)))
+    html = report_html(run_page(RunReader(folder).read()))
+    assert "<script>alert" not in html
+    assert "<img" not in html
+    assert Parsed(html).text.count("onerror=alert(1)") >= 8
+
+
+@pytest.mark.parametrize(
+    ("summary", "logged", "live", "headline"),
+    [
+        ({}, 0, True, "Nothing to see yet"),
+        ({}, 7, True, "Training, step 7 of 28"),
+        ({}, 7, False, "No end recorded, last at step 7 of 28"),
+        ({"steps": 7, "finished": False, "workers": 2}, 7, False, "Stopped after step 7 of 28"),
+        ({"steps": 7, "finished": True, "workers": 2}, 7, True, "Trained in unison on 2 workers"),
+        ({"steps": 5, "finished": True, "workers": 2}, 7, True, "Training, step 7 of 28"),
+    ],
+)
+def test_the_headline_says_how_far_the_run_is(
+    tmp_path: Path, summary: dict[str, Any], logged: int, live: bool, headline: str
+) -> None:
+    if logged:
+        write_run(tmp_path, steps=logged, ended=False, planned=28)
+    if summary:
+        (tmp_path / "summary.json").write_text(json.dumps(summary))
+    page = run_page(RunReader(tmp_path).read(), live=live)
+    assert headline in page.head
+    assert page.ended == (summary.get("steps") == logged and bool(logged))
+
+
+def test_a_run_under_way_shows_how_much_is_done_and_left_and_one_that_is_done_does_not(tmp_path: Path) -> None:
+    open_run = RunReader(write_run(tmp_path / "open", steps=50, planned=200, ended=False)).read()
+    assert open_run.seconds_left is not None
+    assert open_run.seconds_left == pytest.approx(150 / 50 * open_run.elapsed_s[-1])
+    text = Parsed(run_page(open_run, live=True).head).text
+    assert re.search(r"25%, about 0:0\d left", text)
+    assert 'style="width:25.0%"' in run_page(open_run, live=True).head
+    assert "left" not in Parsed(run_page(open_run).head).text  # a report may be read years later
+    longer = RunReader(write_run(tmp_path / "longer", steps=50, planned=40, ended=False)).read()
+    assert "100%, about 0:00 left" in run_page(longer, live=True).head
+    ended = RunReader(write_run(tmp_path / "ended", steps=50)).read()
+    assert "progress" not in run_page(ended, live=True).head
+
+
+def test_a_run_that_does_not_say_how_far_it_goes_has_no_bar(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", ended=False)
+    for planned in (None, {}, {"steps": 0}, {"steps": "many"}, [60]):
+        (folder / "manifest.json").write_text(json.dumps({**manifest(), "planned": planned}))
+        head = run_page(RunReader(folder).read(), live=True).head
+        assert "Training, step 60</p>" in head
+        assert "progressbar" not in head
+
+
+def test_evaluations_are_figures_over_steps_and_over_seconds(tmp_path: Path) -> None:
+    extra = [*evaluations(20, 40, 60, accuracy=0.5, recall=0.1), *evaluations(60, once=0.3)]
+    run = RunReader(write_run(tmp_path / "run", ended=False, extra=extra)).read()
+    assert run.events == ()
+    page = run_page(run, live=True)
+    found = [section for section in page.sections if section.key.startswith("metric-")]
+    assert [section.title for section in found] == [
+        "accuracy: from 0.5000 to 0.6050",
+        "recall: from 0.1000 to 0.1210",
+    ]
+    assert found[0].text == "Measured 3 times, after step 20 to 60."
+    figure = found[0].figure
+    assert figure is not None
+    assert figure.data[0]["x"] == [20, 40, 60]
+    assert figure.data[0]["y"] == [0.5, 0.55, 0.605]
+    assert figure.seconds is not None
+    assert figure.seconds["x"][0] == pytest.approx(run.elapsed_s[[19, 39, 59]], abs=1e-3)
+    assert "<dt>once</dt><dd>0.3000" in page.head
+
+
+def test_a_live_page_asks_its_server_for_everything_else(tmp_path: Path) -> None:
+    page = run_page(RunReader(write_run(tmp_path / "run", ended=False)).read(), live=True)
+    live = Parsed(live_html(page, version="abc"))
+    assert live.links == ["data:,", "plotly.js"]
+    told = news(page, version="abc")
+    assert [section["key"] for section in told["sections"] if section["figure"]] == list(live.figures)
+    assert (told["version"], told["ended"]) == ("abc", False)
+
+
+def test_without_plotly_the_error_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page_module.plotly_js.cache_clear()
+    page_module._packed_plotly.cache_clear()
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'unisono\[report\]'"):
+        parsed(write_run(tmp_path / "run"))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 10**6) | st.floats(-1e9, 1e9) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_no_manifest_or_summary_stops_a_page(data: st.DataObject) -> None:
+    told = {}
+    for name, whole in (("summary", summary(9)), ("manifest", manifest())):
+        for key in data.draw(st.lists(st.sampled_from(sorted(whole)), max_size=3)):
+            whole[key] = data.draw(JSON)
+        if name == "manifest" and isinstance(whole["settings"], dict):
+            for key in data.draw(st.lists(st.sampled_from(sorted(whole["settings"]) or ["seed"]), max_size=2)):
+                whole["settings"][key] = data.draw(JSON)
+        told[name] = whole
+    import numpy as np
+
+    columns = {name: np.linspace(0.1, 1.0, 9) for name in ("loss", "compute_s", "data_s", "step_s", "samples_per_second", "lr")}
+    run = RunData(name="x", url="x", columns={**columns, "step": np.arange(1.0, 10)}, **told)
+    page = run_page(run)
+    json.dumps(news(page, version="x"), allow_nan=False)
+    Parsed(live_html(page, version="x"))
