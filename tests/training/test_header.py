@@ -33,9 +33,7 @@ def test_a_header_arrives_as_it_was_sent() -> None:
             seconds=(1 / 3, 1e5 + 1e-7, math.pi, 0.0),
             work_s=86_400.1,
             troubles=5,
-            leaves=True,
-            admits=False,
-            grown=True,
+            session=5,
         )
     )
     form = HeaderFormat(leaves=4, slots=3, buffers=2)

@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from unisono.elastic.membership import StateLost
-from unisono.guard.replicas import OnDesync
 from unisono.training.header import Signals
-from unisono.training.step import Batch, OnNonfinite, StepResult
+from unisono.training.step import Batch, StepResult
 
 NEW = -1
 """Acts of a worker that has not been there before."""
@@ -17,20 +16,6 @@ NEW = -1
 
 class Parted(Exception):
     """Another worker has come to the script's next trainer: all have done everything that there was to do with this one."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What steps are computed by, the same on all workers and for the whole run."""
-
-    microbatches: int
-    seed: int
-    max_grad_norm: float | None
-    on_nonfinite: OnNonfinite
-    on_desync: OnDesync
-    compare_every: int | None
-    timeout_s: float
-    overlap: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

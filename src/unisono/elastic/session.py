@@ -20,7 +20,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -28,21 +28,26 @@ import torch
 from unisono.collective import Collective, LostWorker
 from unisono.elastic.link import Link
 from unisono.elastic.membership import Generation, Member, StateLost, TooFewWorkers
-from unisono.elastic.recovery_plan import NEW, Part, Parted, RecoveryPlan, Report, Settings, Taken
+from unisono.elastic.recovery_plan import NEW, Part, Parted, RecoveryPlan, Report, Taken
 from unisono.elastic.replay_log import Past, ReplayLog
 from unisono.elastic.shared_state import Point, SharedState
 from unisono.elastic.transfer import StateTransfer
 from unisono.guard.silence import Board, Watch
 from unisono.replica.optimizer import copied_hyperparameters, put_back_hyperparameters
 from unisono.training.header import Signals
+from unisono.training.session import Session
+from unisono.training.settings import Settings
 from unisono.training.step import Batch, StepResult
 from unisono.training.worker_group import LocalState, WorkerGroup
 
 T = TypeVar("T")
+LEAVES, ADMITS, GROWN = 1, 2, 4
+"""Flags: this worker leaves after the step; others wait to join (worker 0 says so); its part of the optimizer's state has
+something new."""
 logger = logging.getLogger("unisono")
 
 
-class ElasticSession:
+class ElasticSession(Session):
     """See the module.
 
     Args:
@@ -121,7 +126,8 @@ class ElasticSession:
     def _muster(self, collective: Collective, watch: Watch, *, dense: Sequence[int] = ()) -> None:
         if hasattr(self, "crew"):
             self.crew.close()
-        self.crew = WorkerGroup(self._own, self._settings, collective, watch, per_host=self._link is not None, dense=dense)
+        per_host = self._link is not None
+        self.crew = WorkerGroup(self._own, self._settings, collective, watch, session=self, per_host=per_host, dense=dense)
 
     def _watch(self, collective: Collective) -> Watch:
         return Watch.begin(collective, self._settings.timeout_s, self._board)
@@ -140,7 +146,7 @@ class ElasticSession:
         if self._link is not None and generation is not None and not reduction.replicates:
             holdings = SharedState(self._own.layout, self._own.weights, self._own.optimizer)
             if holdings.bind(self.collective, reduction, generation.number, step):
-                self._holdings = self.crew.stepper.holdings = holdings
+                self._holdings = holdings
             elif self.collective.rank == 0:
                 self._link.tell("whole", "0")
         if self._link is None or generation is not None:
@@ -163,10 +169,34 @@ class ElasticSession:
         """*local*. Whether workers may be lost, leave and come while the run goes on."""
         return self._link is not None
 
-    @property
-    def grown(self) -> bool:
-        """*local*. Whether this worker's part of the optimizer's state has something new, or will after the next step."""
-        return self._holdings is not None and (self._holdings.grown or self._holdings.will_grow)
+    def flags(self, *, leaves: bool = False, admits: bool = False) -> int:
+        """*local*. What the others are told with the next step.
+
+        Args:
+            leaves: Whether this worker leaves after it.
+            admits: Whether others wait to join.
+        """
+        grown = self._holdings is not None and (self._holdings.grown or self._holdings.will_grow)
+        return LEAVES * leaves | ADMITS * admits | GROWN * grown
+
+    @contextlib.contextmanager
+    def updating(self, step: int, flags: Sequence[int], step_s: float, *, skips: bool = False) -> Iterator[None]:
+        held = self._holdings
+        if held is None:
+            yield
+            return
+        grown = any(flag & GROWN for flag in flags)
+        if grown:
+            held.settle(step - 1)
+        if skips:
+            held.skip(step)
+            yield
+            return
+        held.before_update(step, step_s, settles=grown)
+        yield
+        held.after_update(step)
+        if grown:  # a death meanwhile is one before the step's end, so that it is done again
+            held.settle(step)
 
     def end(self) -> None:
         """*collective*. No more steps follow for now, and those that are done can soon not be done again."""
@@ -239,8 +269,8 @@ class ElasticSession:
             return Taken(
                 result=result,
                 told=told,
-                leavers=[uid for uid, signal in zip(uids, told, strict=False) if signal.leaves],
-                admits=told[0].admits,
+                leavers=[uid for uid, signals in zip(uids, told, strict=False) if signals.session & LEAVES],
+                admits=bool(told[0].session & ADMITS),
                 groups=self._groups(),
             )
 
@@ -548,7 +578,7 @@ class ElasticSession:
         if not holdings.bind(self.collective, self.crew.reduction, self._link.generation.number, step):
             raise StateLost("the state cannot be held in common")
         holdings.replay = self._repeats.allowed
-        self._holdings = self.crew.stepper.holdings = holdings
+        self._holdings = holdings
 
     def _replay(self) -> None:
         """*collective*. From where the state is to the last step of the run: the same bits as the first time."""
@@ -561,7 +591,7 @@ class ElasticSession:
                 put_back_hyperparameters(self._own.optimizer, one.groups)
                 batch = self._part.batch(one.epoch, one.number)
                 self.crew.reassign(batch)
-                self._run(batch, one, Signals(grown=self.grown))
+                self._run(batch, one, Signals(session=self.flags()))
         finally:  # another worker may be lost meanwhile
             put_back_hyperparameters(self._own.optimizer, now)
 

@@ -33,12 +33,8 @@ class Signals(NamedTuple):
     """How much of that went into its microbatches and would not, if others computed them; loading aside."""
     troubles: int = 0
     """What might slow it down, as bits (see ``unisono.guard.stragglers``)."""
-    leaves: bool = False
-    """Whether it leaves after this step, and the others go on."""
-    admits: bool = False
-    """Whether others wait to join; worker 0 says so."""
-    grown: bool = False
-    """Whether its part of the optimizer's state has something new (see ``unisono.elastic.shared_state``)."""
+    session: int = 0
+    """What its session has to tell those of the others, as 8 bits."""
 
 
 class Header(NamedTuple):
@@ -96,7 +92,7 @@ class HeaderFormat:
             signals.failed,
             header.torn,
             signals.troubles,
-            signals.leaves | signals.admits << 1 | signals.grown << 2,
+            signals.session,
             *signals.seconds,
             signals.work_s,
             *header.losses,
@@ -109,7 +105,7 @@ class HeaderFormat:
     def unpack(self, packed: Tensor) -> Header:
         """What ``pack`` was given."""
         fields = self._struct.unpack(packed.numpy().data)
-        digest, ledger, replica, written, stop, failed, torn, troubles, flags, s0, s1, s2, s3, work = fields[:_FIXED]
+        digest, ledger, replica, written, stop, failed, torn, troubles, session, s0, s1, s2, s3, work = fields[:_FIXED]
         numbers = fields[_FIXED:]
         return Header(
             losses=numbers[: self._leaves],
@@ -127,9 +123,7 @@ class HeaderFormat:
                 seconds=(s0, s1, s2, s3),
                 work_s=work,
                 troubles=troubles,
-                leaves=bool(flags & 1),
-                admits=bool(flags & 2),
-                grown=bool(flags & 4),
+                session=session,
             ),
         )
 

@@ -231,9 +231,7 @@ class Loop:
             seconds=self.run.record.phases_s,
             work_s=self.team.crew.stepper.work_s,
             troubles=self._troubles,
-            leaves=leaves,
-            admits=self.team.applicants(),
-            grown=self.team.grown,
+            session=self.team.flags(leaves=leaves, admits=self.team.applicants()),
         )
 
     def balance(self, block: Block) -> tuple[Span, ...] | None:

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from unisono.collective import Collective, Expected
-from unisono.elastic.shared_state import SharedState
 from unisono.errors import ConfigurationError, DataError, Desync
 from unisono.guard.ledger import LOWER_HALVES, NOTHING, Entry, entry, samples_of, total
 from unisono.guard.replicas import ReplicaGuard
@@ -32,6 +31,7 @@ from unisono.replica.torch_replica import Replica
 from unisono.replica.weights import Weights
 from unisono.sync import Reduced, Reduction
 from unisono.training.header import Header, HeaderFormat, Signals, union
+from unisono.training.session import Session
 from unisono.tree import Span, fold_all
 
 OnNonfinite = Literal["error", "skip"]
@@ -122,6 +122,7 @@ class Stepper:
         on_nonfinite: "error", or "skip" such steps.
         overlap: Whether gradients may leave during backward.
         clock: Told where the time goes.
+        session: Told when the update begins and ends.
 
     Attributes:
         work_s: Seconds that microbatches have taken this worker so far, loading aside.
@@ -144,7 +145,9 @@ class Stepper:
         on_nonfinite: OnNonfinite,
         overlap: bool,
         clock: StepClock,
+        session: Session,
     ) -> None:
+        self._session = session
         self._replica = replica
         self._layout = layout
         self._weights = weights
@@ -163,8 +166,6 @@ class Stepper:
         self._held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._frozen = [parameter for parameter in self._held if not parameter.requires_grad]
         self.work_s = 0.0
-        self.holdings: SharedState | None = None
-        """What the workers of this host hold in common, if they do."""
         self._seconds = Signals().seconds  # worker 0's up to the step before: something that all workers know
         self._format = HeaderFormat(leaves, len(layout.parameters), len(buffers.names))
 
@@ -206,15 +207,8 @@ class Stepper:
                 return self._skip(batch, step, losses, counts, told), told
             self._explain_gradient(norms, batch, step)
         learning_rates = self._learning_rates()
-        if self.holdings is not None:
-            self._settle(told, step - 1)
-            settles = any(signal.grown for signal in told)
-            self.holdings.before_update(step, _passed_s(before, self._seconds), settles=settles)
-        with self._clock.phase("compute"):
+        with self._session.updating(step, _flags(told), _passed_s(before, self._seconds)), self._clock.phase("compute"):
             self._update(reduced, norm)
-        if self.holdings is not None:
-            self.holdings.after_update(step)
-            self._settle(told, step)  # a death meanwhile is one before the step's end, so that it is done again
         if not self._reduction.replicated:
             with self._clock.phase("communication"):
                 self._publish()
@@ -234,20 +228,13 @@ class Stepper:
         )
         return result, told
 
-    def _settle(self, told: Sequence[Signals], step: int) -> None:
-        """*collective*. What is new in the optimizer's state since step ``step`` is held in common from now on."""
-        if self.holdings is not None and any(signal.grown for signal in told):
-            self.holdings.settle(step)
-
     def _skip(
         self, batch: Batch, step: int, losses: Sequence[float], counts: Sequence[float], told: Sequence[Signals]
     ) -> StepResult:
         """Leaves everything as it was before the step; all workers do so, since all know the same losses and norms."""
         self._reduction.drop()
-        self._settle(told, step - 1)
-        if self.holdings is not None:
-            self.holdings.skip(step)
-        self._buffers.restore()
+        with self._session.updating(step, _flags(told), 0.0, skips=True):
+            self._buffers.restore()
         self.seed_what_follows(step)
         count = _tree_sum(counts[: batch.filled])
         return StepResult(
@@ -472,6 +459,10 @@ def _tally(batch: Batch) -> Entry:
     if batch.ledger is None:
         return NOTHING
     return total([entry(part.indices) for part in batch.parts])
+
+
+def _flags(told: Sequence[Signals]) -> list[int]:
+    return [signals.session for signals in told]
 
 
 def _passed_s(before: Sequence[float], now: Sequence[float]) -> float:

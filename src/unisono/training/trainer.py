@@ -19,7 +19,7 @@ from unisono.collective import Collective, InProcess, Meeting
 from unisono.data.loader import Loader, check_loader, dataset_length
 from unisono.elastic.call_log import CallLog
 from unisono.elastic.link import Link
-from unisono.elastic.recovery_plan import Part, Settings, Taken
+from unisono.elastic.recovery_plan import Part, Taken
 from unisono.elastic.session import ElasticSession
 from unisono.errors import ConfigurationError
 from unisono.guard.replicas import OnDesync
@@ -43,6 +43,7 @@ from unisono.training.record import Position
 from unisono.training.run import Run
 from unisono.training.run_directory import RunDirectory
 from unisono.training.screen import Screen
+from unisono.training.settings import Settings
 from unisono.training.setup import (
     check_alike,
     check_arguments,

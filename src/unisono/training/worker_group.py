@@ -10,7 +10,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from unisono.collective import Collective
-from unisono.elastic.recovery_plan import Settings
 from unisono.guard.replicas import ReplicaGuard
 from unisono.guard.silence import Watch
 from unisono.guard.stragglers import Stragglers, warn_about
@@ -22,6 +21,8 @@ from unisono.replica.weights import Weights
 from unisono.sync import Sync
 from unisono.sync.exact import host_sizes
 from unisono.training.balance import Balance
+from unisono.training.session import Session
+from unisono.training.settings import Settings
 from unisono.training.state import State
 from unisono.training.step import Batch, Stepper
 
@@ -49,6 +50,7 @@ class WorkerGroup:
         settings: What steps are computed by.
         collective: The workers.
         watch: Who looks after those that do not answer.
+        session: How they do things together.
         per_host: Whether each host is to have all of the state.
         dense: Slots whose gradients were to have few rows, and had not.
 
@@ -71,6 +73,7 @@ class WorkerGroup:
         collective: Collective,
         watch: Watch,
         *,
+        session: Session,
         per_host: bool,
         dense: Sequence[int] = (),
     ) -> None:
@@ -111,6 +114,7 @@ class WorkerGroup:
             on_nonfinite=settings.on_nonfinite,
             overlap=settings.overlap,
             clock=own.clock,
+            session=session,
         )
 
     def reassign(self, batch: Batch) -> None:

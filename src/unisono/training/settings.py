@@ -1,0 +1,22 @@
+"""What steps are computed by."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from unisono.guard.replicas import OnDesync
+from unisono.training.step import OnNonfinite
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What steps are computed by, the same on all workers and for the whole run."""
+
+    microbatches: int
+    seed: int
+    max_grad_norm: float | None
+    on_nonfinite: OnNonfinite
+    on_desync: OnDesync
+    compare_every: int | None
+    timeout_s: float
+    overlap: bool
