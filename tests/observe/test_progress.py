@@ -12,7 +12,7 @@ import time
 import pytest
 from rich.console import Console
 
-from unisono.observe.live import LiveView, Picture
+from unisono.observe.live import LiveView
 from unisono.observe.progress import Progress, ProgressDisplay, SilentProgress, standard_output
 from unisono.observe.reading import Reading
 
@@ -211,7 +211,7 @@ def test_the_live_display_ends_with_the_last_step(terminal: Console) -> None:
         for step in range(1, 21):
             run.step(step, epoch=2)
     last = text_of(run).rstrip().splitlines()[-2:]
-    assert re.fullmatch(r"step 20/20 ━+ 100%  left 0:00 *", last[0])
+    assert re.fullmatch(r"step 20/20 ━+ 100% left 0:00 *", last[0])
     assert last[1].strip() == "epoch 2/2  loss 0.1234  500 samples/s  waiting 4%  4 workers"
 
 
@@ -265,20 +265,22 @@ def picture(width: int, **changes: object) -> list[str]:
     }  # fmt: skip
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=width, color_system=None)
-    console.print(Picture(Reading(**values), 4))  # type: ignore[arg-type]
+    view = LiveView(console, workers=4)
+    view.show(Reading(**values))  # type: ignore[arg-type]
+    console.print(view.get_renderable())
     return [line.rstrip() for line in file.getvalue().splitlines()]
 
 
 def test_the_picture_at_80_columns_is_two_lines() -> None:
     bar, facts = picture(80)
-    assert re.fullmatch(r"step 120/705 ━+╸? +17%  left 0:12", bar)
+    assert re.fullmatch(r"step 120/705 ━+╸? +17% left 0:12", bar)
     assert len(bar) == 80
     assert facts == "epoch 2/5  loss 0.1234  18,400 samples/s  waiting 4%  4 workers"
 
 
 def test_the_picture_at_40_columns_breaks_between_facts() -> None:
     bar, *facts = picture(40)
-    assert re.fullmatch(r"step 120/705 ━+╸? +17%  left 0:12", bar)
+    assert re.fullmatch(r"step 120/705 ━+╸? +17% left 0:12", bar)
     assert facts == ["epoch 2/5  loss 0.1234  18,400 samples/s", "waiting 4%  4 workers"]
 
 
@@ -316,7 +318,7 @@ def test_a_forked_loader_worker_prints_past_the_display(terminal: Console, monke
     stream = Terminal()
     monkeypatch.setattr(sys, "stdout", stream)
     view = LiveView(terminal, workers=1)
-    view.start(Reading(step=0, total_steps=1))
+    view.begin(Reading(step=0, total_steps=1))
     try:
         assert sys.stdout is not stream
         child = os.fork()

@@ -15,8 +15,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
+from unisono.checkpoint.store import Store
 from unisono.errors import CheckpointError, ConfigurationError
 from unisono.observe.strict_json import Scalar, decode, dumps
 
@@ -24,22 +25,6 @@ METRICS_FILE = "metrics.jsonl"
 """Name of the log in the run directory."""
 
 _FLUSH_EVERY_S = 1.0
-
-
-class MetricsStore(Protocol):
-    """The part of the run directory's store that the log needs. Paths are relative to the run directory."""
-
-    def exists(self, path: str, /) -> bool:
-        """Whether the file is there."""
-
-    def read(self, path: str, /) -> bytes:
-        """The whole file."""
-
-    def write(self, path: str, data: bytes, /) -> None:
-        """Replace the whole file atomically."""
-
-    def append(self, path: str, text: str, /) -> None:
-        """Add text at the end of the file, which is made if it is not there; CheckpointError if that fails."""
 
 
 class MetricsLog:
@@ -55,7 +40,7 @@ class MetricsLog:
 
     def __init__(
         self,
-        store: MetricsStore,
+        store: Store,
         *,
         clock: Callable[[], float] = time.monotonic,
         is_over: Callable[[], bool] = lambda: False,
@@ -92,7 +77,7 @@ class MetricsLog:
         """
         self.resume(step)
         # A line about an event may have been written before that of its step.
-        last = max((int(record["step"]) for record in self._read() if "event" not in record), default=0)
+        last = max((int(record["step"]) for record in read_metrics(self._store) if "event" not in record), default=0)
         for record in records:
             if int(record["step"]) > last:
                 self.append(record)
@@ -105,7 +90,7 @@ class MetricsLog:
             CheckpointError: The file cannot be read or written.
         """
         self.flush()
-        return sum((record["step"], record.get("event")) == (step, event) for record in self._read())
+        return sum((record["step"], record.get("event")) == (step, event) for record in read_metrics(self._store))
 
     def append(self, record: Mapping[str, Scalar]) -> None:
         """Add one line. *Local*.
@@ -147,9 +132,6 @@ class MetricsLog:
             self._closed = True
             raise
 
-    def _read(self) -> list[dict[str, Any]]:
-        return [record for _, record in _parse(self._store.read(METRICS_FILE))] if self._store.exists(METRICS_FILE) else []
-
     def close(self) -> None:
         """Flush and accept no more lines. Calling it again does nothing. *Local*.
 
@@ -160,7 +142,7 @@ class MetricsLog:
         self._closed = True
 
 
-def read_metrics(store: MetricsStore) -> list[dict[str, Scalar]]:
+def read_metrics(store: Store) -> list[dict[str, Scalar]]:
     """Read every line of ``metrics.jsonl``, in file order; an empty list if there is no such file. *Local*.
 
     A torn last line (one without its line end that cannot be parsed) is left out.

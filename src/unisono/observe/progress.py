@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from unisono.observe.reading import Reading
 from unisono.system import output
@@ -39,11 +39,12 @@ def standard_output() -> Console:
     return Console(file=stream, force_interactive=None if stream.isatty() else False)
 
 
-class ProgressDisplay(Protocol):
-    """What the trainer needs of a display. *Local*: nothing here communicates."""
+class ProgressDisplay:
+    """What the trainer needs of a display. This one shows nothing. *Local*: nothing here communicates."""
 
-    def __enter__(self) -> ProgressDisplay:
+    def __enter__(self) -> Self:
         """Begin to display."""
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Leave the terminal as it was."""
@@ -58,10 +59,14 @@ class ProgressDisplay(Protocol):
         """Draw the last step reported and end the display."""
 
 
+class SilentProgress(ProgressDisplay):
+    """Shows nothing: for all workers but rank 0, and for those who want quiet. *Local*."""
+
+
 class View(Protocol):
     """Draws readings somewhere. *Local*."""
 
-    def start(self, reading: Reading) -> None:
+    def begin(self, reading: Reading) -> None:
         """Begin; ``reading`` is where the run stands before its first step."""
 
     def show(self, reading: Reading) -> None:
@@ -74,7 +79,7 @@ class View(Protocol):
         """End; what was drawn last stays."""
 
 
-class Progress:
+class Progress(ProgressDisplay):
     """Shows a run while it trains. *Local*: rank 0 has one, the other workers have a ``SilentProgress``.
 
     On an interactive terminal a bar over the steps of the whole run, redrawn at most ten times a second by a thread of
@@ -129,8 +134,8 @@ class Progress:
         self._drawn_at = -math.inf
         self._finished = False
 
-    def __enter__(self) -> Progress:
-        self._view.start(Reading(step=self._first_step, total_steps=self._total_steps, epochs=self._epochs))
+    def __enter__(self) -> Self:
+        self._view.begin(Reading(step=self._first_step, total_steps=self._total_steps, epochs=self._epochs))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -210,32 +215,13 @@ class Progress:
         self._view.stop()
 
 
-class SilentProgress:
-    """Shows nothing: for all workers but rank 0, and for those who want quiet. *Local*."""
-
-    def __enter__(self) -> SilentProgress:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Nothing to end."""
-
-    def update(self, *, step: int, epoch: int, loss: Loss, samples_per_second: float, waiting_share: float) -> None:
-        """Do nothing; ``loss`` is not called."""
-
-    def note(self, text: str) -> None:
-        """Do nothing."""
-
-    def finish(self) -> None:
-        """Do nothing."""
-
-
 class PlainView:
     """One self-contained line a reading, without colour or control characters, never wrapped."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
-    def start(self, reading: Reading) -> None:
+    def begin(self, reading: Reading) -> None:
         """Nothing: the first step is the first line."""
 
     def show(self, reading: Reading) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +98,7 @@ class Summary:
                     continue  # an earlier version did not write it
                 raise _damaged(f"{field.name!r} is missing")
             try:
-                fields[field.name] = _READERS[str(field.type)](values[field.name])
+                fields[field.name] = _checked(values[field.name], str(field.type))
             except TypeError as error:
                 raise _damaged(f"{field.name!r} is {values[field.name]!r} instead of a {field.type}") from error
         return cls(**fields)
@@ -195,48 +194,14 @@ def _damaged(what: str) -> CheckpointError:
     )
 
 
-def _integer(value: object) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
+def _checked(value: object, kind: str) -> Any:
+    """The value of one field; TypeError if it is of another kind than its annotation says."""
+    if kind == "float" and type(number := decode(value)) in (int, float):
+        return float(number)
+    if kind == "list[float]" and isinstance(value, list):
+        return [_checked(item, "float") for item in value]
+    if kind == "dict[str, float]" and isinstance(value, dict):
+        return {key: _checked(item, "float") for key, item in value.items()}
+    if kind in ("int", "str", "bool") and type(value).__name__ == kind:
         return value
     raise TypeError
-
-
-def _number(value: object) -> float:
-    value = decode(value)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    raise TypeError
-
-
-def _text(value: object) -> str:
-    if isinstance(value, str):
-        return value
-    raise TypeError
-
-
-def _truth(value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    raise TypeError
-
-
-def _numbers(value: object) -> dict[str, float]:
-    if isinstance(value, dict):
-        return {key: _number(item) for key, item in value.items()}
-    raise TypeError
-
-
-def _list(value: object) -> list[float]:
-    if isinstance(value, list):
-        return [_number(item) for item in value]
-    raise TypeError
-
-
-_READERS: dict[str, Callable[[object], Any]] = {
-    "int": _integer,
-    "float": _number,
-    "str": _text,
-    "bool": _truth,
-    "dict[str, float]": _numbers,
-    "list[float]": _list,
-}
