@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import signal
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from unisono.guard.stragglers import Block, Machine
 from unisono.order import Order, OrderLike, make_order
 from unisono.system.signals import StopRequest
 from unisono.training.header import Signals
+from unisono.training.observer import Observer
 from unisono.training.run import Run
 from unisono.training.setup import check_alike, check_unchanged
 from unisono.training.step import Batch
@@ -43,6 +44,7 @@ class Loop:
         link: How workers meet again; None: they cannot.
         history: What the workers have done together.
         between: *collective*. What is due between two batches.
+        observer: Sees the batches, and may end them.
 
     Attributes:
         team: Who takes the steps.
@@ -67,6 +69,7 @@ class Loop:
         link: Link | None,
         history: CallLog,
         between: Callable[[], None],
+        observer: Observer,
     ) -> None:
         self._own = equipment
         self._batch_size, self._microbatches, self._seed = batch_size, microbatches, seed
@@ -76,7 +79,7 @@ class Loop:
         self._troubles = machine.troubles()
         self._link = link
         self._history = history
-        self._between = between
+        self._between, self._observer = between, observer
         self._feed: Feed | None = None
         self._call: list[str] = []
         self.stop: StopRequest | None = None
@@ -145,11 +148,7 @@ class Loop:
         with StopRequest() as self.stop, self._own.weights.in_common(self.may_share(own_loop)):
             try:
                 self._begin_steps(dataset, replay=self._may_repeat(own_loop))
-                batch = feed.at(self.run.position.epoch, self.run.position.batch)
-                while batch is not None:
-                    yield batch
-                    self._between()
-                    batch = feed.at(*following(batch))
+                yield from self._observer.around_batches(self._in_order(feed))
                 self.team.end()  # while batches can be had again
             finally:
                 self.stop = None
@@ -158,6 +157,13 @@ class Loop:
                 self.run.end_log()
         self._trains(False)
         self.run.finish()
+
+    def _in_order(self, feed: Feed) -> Iterator[Batch]:
+        batch = feed.at(self.run.position.epoch, self.run.position.batch)
+        while batch is not None:
+            yield batch
+            self._between()
+            batch = feed.at(*following(batch))
 
     def _trains(self, whether: bool) -> None:
         if self._link is not None:

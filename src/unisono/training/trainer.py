@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import signal
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from unisono.training import trace
 from unisono.training.callbacks import Callback
 from unisono.training.evaluation import MetricFunction, evaluate, seed_after_evaluation
 from unisono.training.loop import Loop
+from unisono.training.observer import Observer
 from unisono.training.record import Position
 from unisono.training.run import Run
 from unisono.training.run_directory import RunDirectory
@@ -112,6 +113,9 @@ class Trainer:
             belong to the run that it wants to join.
     """
 
+    observer = Observer()
+    """What a tool's subclass puts here sees the batches (``unisono verify``)."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -184,6 +188,7 @@ class Trainer:
             link=self._link,
             history=self._history,
             between=self._let_come_and_go,
+            observer=self.observer,
         )
         self._taken: Taken | None = None
         self._team = self._loop.team = ElasticSession(
@@ -311,7 +316,7 @@ class Trainer:
             if self.collective.rank == 0:
                 self._screen.begin(self._run, self.collective.size)
             # Closed also after an error, so that the log is written as far as training came.
-            with contextlib.closing(self._batches(dataset, samples, epochs, loader, own_loop=False)) as batches:
+            with contextlib.closing(self._loop.batches(dataset, samples, epochs, loader, own_loop=False)) as batches:
                 for batch in batches:
                     self.step(batch)
         summary = self._run.summary()
@@ -453,13 +458,9 @@ class Trainer:
 
     # ------------------------------------------------------------------ the parts of a step
 
-    def _batches(self, dataset: Any, samples: Order, epochs: int, loader: Loader, *, own_loop: bool) -> Generator[Batch]:
-        """All batches that are trained come by here (``unisono verify`` looks at them)."""
-        return self._loop.batches(dataset, samples, epochs, loader, own_loop=own_loop)
-
     def _own_batches(self, dataset: Any, samples: Order, epochs: int, loader: Loader) -> Iterator[Batch]:
         with self._history.call():
-            yield from self._batches(dataset, samples, epochs, loader, own_loop=True)
+            yield from self._loop.batches(dataset, samples, epochs, loader, own_loop=True)
         self._history.done(None, main=self.collective.rank == 0)
 
     def _step_scheduler(self, result: StepResult) -> None:

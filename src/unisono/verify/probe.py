@@ -12,7 +12,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +24,9 @@ from torch.utils.data import Subset
 
 from unisono.collective import Collective
 from unisono.data.loader import Loader
+from unisono.observe.summary import Summary
+from unisono.training.observer import Observer
+from unisono.training.step import Batch
 from unisono.training.trainer import Trainer
 from unisono.verify.draws import constant_draws
 from unisono.verify.fresh import add, fresh
@@ -108,6 +111,22 @@ class _Here(World):
         return self.meeting or None
 
 
+class _FirstSteps(Observer):
+    """Ends training after the steps that are looked at."""
+
+    def __init__(self, trainer: ProbeTrainer) -> None:
+        self._trainer = trainer
+
+    def around_batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        bench = self._trainer.bench
+        while self._trainer.position.step < bench.steps:
+            with bench.phase("data"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+
 class ProbeTrainer(Trainer):
     """See the module."""
 
@@ -133,6 +152,8 @@ class ProbeTrainer(Trainer):
         self._probe.callbacks = [type(callback).__name__ for callback in settings.get("callbacks") or ()]
         self._probe_edits: dict[str, list[str]] = {}
         settings["callbacks"] = callbacks
+        self._probe_loader = settings.get("loader") or Loader()
+        self.observer = _FirstSteps(self)
         for callback in callbacks:
             self._watch_callback(callback)
         if settings.get("run_dir") is not None:
@@ -188,28 +209,30 @@ class ProbeTrainer(Trainer):
 
     # ------------------------------------------------------------------ few steps
 
-    def _batches(self, dataset: Any, samples: Any, epochs: int, loader: Loader, *, own_loop: bool) -> Generator[Any]:
-        bench = self.bench
-        if Change.NO_LOADER_WORKERS in bench.changes:
+    def fit(self, dataset: Any, epochs: int, *, loader: Loader | None = None, **settings: Any) -> Summary:
+        """The first steps only."""
+        with self._watched_data(dataset, loader) as (dataset, loader):
+            return super().fit(dataset, epochs, loader=loader, **settings)
+
+    def batches(self, dataset: Any, epochs: int, *, loader: Loader | None = None, **settings: Any) -> Iterator[Batch]:
+        """The first batches only."""
+        with self._watched_data(dataset, loader) as (dataset, loader):
+            yield from super().batches(dataset, epochs, loader=loader, **settings)
+
+    @contextlib.contextmanager
+    def _watched_data(self, dataset: Any, loader: Loader | None) -> Iterator[tuple[Any, Loader]]:
+        """Data set and loader as the experiment wants them; notes what reading changes."""
+        bench, loader = self.bench, loader or self._probe_loader
+        if bench.changes & {Change.NO_LOADER_WORKERS, Change.FRESH_DATA}:
             loader = _without_workers(loader)
         self._probe.loader_workers = max(self._probe.loader_workers, loader.num_workers)
         if Change.FRESH_DATA in bench.changes:
-            dataset = fresh(dataset, bench.record.data_state)
-            loader = _without_workers(loader)
-        stream = super()._batches(dataset, samples, epochs, loader, own_loop=own_loop)
+            yield fresh(dataset, bench.record.data_state), loader
+            return
         snapshot = Snapshot({"dataset": dataset}) if loader.num_workers == 0 else None
-        with contextlib.closing(stream):
-            while self.position.step < bench.steps:
-                with bench.phase("data"):
-                    batch = next(stream, None)
-                if batch is None:
-                    break
-                self._probe.asked = max(self._probe.asked, batch.of * epochs)
-                yield batch
-        if snapshot is not None and Change.FRESH_DATA not in bench.changes:
+        yield dataset, loader
+        if snapshot is not None:
             add(bench.record.data_state, snapshot.changed())
-        if self.position.step >= bench.steps and not self._loop.is_done(epochs):
-            self._run.finish()
 
     def step(self, batch: Any) -> Any:
         """One step, written down."""
