@@ -16,7 +16,7 @@ import torch
 
 from tests.launch.warm import warm_parent
 from tests.memory import empty_memory
-from unisono.launch.nursery import Nursery, is_possible
+from unisono.system.fork_server import ForkServer, is_possible
 from unisono.testing import Workers
 
 # A shell ignores Ctrl-C for what it starts in the background, and so would everything that the tests start.
@@ -39,7 +39,7 @@ def run_workers() -> Iterator[Callable[..., list[Any]]]:
 
 
 @pytest.fixture(scope="session")
-def warm_commands() -> Iterator[Nursery | None]:
+def warm_commands() -> Iterator[ForkServer | None]:
     """From what `unisono` commands are forked, for the same reason; None where that is impossible."""
     with warm_parent() if is_possible() else contextlib.nullcontext() as source:
         yield source

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from unisono.errors import ConfigurationError
-from unisono.world import World, cgroup_quota, expand_hosts, room_for_workers, usable_cores
+from unisono.world import World, expand_hosts, room_for_workers, usable_cores
 
 TORCHRUN = {
     "RANK": "5",
@@ -218,44 +218,6 @@ def write(root: Path, files: dict[str, str]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
     return root
-
-
-@pytest.mark.parametrize(
-    ("files", "cores"),
-    [
-        ({}, float("inf")),
-        ({"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "max 100000"}, float("inf")),
-        ({"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "250000 100000"}, 2.5),
-        ({"proc/self/cgroup": "0::/a/b", "sys/fs/cgroup/a/cpu.max": "150000 100000"}, 1.5),
-        (
-            {
-                "proc/self/cgroup": "0::/a/b",
-                "sys/fs/cgroup/a/b/cpu.max": "400000 100000",
-                "sys/fs/cgroup/a/cpu.max": "50000 100000",
-                "sys/fs/cgroup/cpu.max": "300000 100000",
-            },
-            0.5,
-        ),
-        (
-            {
-                "proc/self/cgroup": "5:memory:/x\n4:cpu,cpuacct:/docker/abc\n0::/",
-                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "300000",
-                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000",
-            },
-            3.0,
-        ),
-        (
-            {
-                "proc/self/cgroup": "4:cpu,cpuacct:/docker/abc",
-                "sys/fs/cgroup/cpu/docker/abc/cpu.cfs_quota_us": "-1",
-                "sys/fs/cgroup/cpu/docker/abc/cpu.cfs_period_us": "100000",
-            },
-            float("inf"),
-        ),
-    ],
-)
-def test_the_tightest_cgroup_quota_counts(tmp_path: Path, files: dict[str, str], cores: float) -> None:
-    assert cgroup_quota(write(tmp_path, files)) == cores
 
 
 def test_each_gpu_has_room_for_a_worker_and_without_gpus_cores_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import os
 import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from unisono.errors import ConfigurationError
+from unisono.system.cgroups import cpu_quota
 
 ALONE = "alone"
 UNISONO_RUN = "unisono run"
@@ -317,7 +317,7 @@ def usable_cores(root: Path = Path("/")) -> int:
         At least 1. A quota of two and a half cores counts as 2: a third thread would only wait.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.floor(min(allowed, cgroup_quota(root))))
+    return max(1, math.floor(min(allowed, cpu_quota(root))))
 
 
 def room_for_workers(threads: int, root: Path = Path("/")) -> int:
@@ -335,44 +335,3 @@ def room_for_workers(threads: int, root: Path = Path("/")) -> int:
 
             gpus = torch.cuda.device_count()
     return gpus or max(1, usable_cores(root) // threads)
-
-
-def cgroup_quota(root: Path = Path("/")) -> float:
-    """The least CPU quota, in cores, among the cgroups (v1 and v2) around this process; infinite without one. *local*
-
-    Args:
-        root: Where /proc and /sys/fs/cgroup are looked up.
-    """
-    quota = math.inf
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        # Every cgroup up to the mount's root limits this process. In a container the path may be the host's, of which
-        # only the mount's root is visible: files that are not there limit nothing.
-        inside = PurePosixPath(path.lstrip("/"))
-        if number == "0" and not controllers:
-            for group in (inside, *inside.parents):
-                quota = min(quota, _quota_v2(root / "sys/fs/cgroup" / group))
-        elif "cpu" in controllers.split(","):
-            for mount, group in itertools.product((controllers, "cpu"), (inside, *inside.parents)):
-                quota = min(quota, _quota_v1(root / "sys/fs/cgroup" / mount / group))
-    return quota
-
-
-def _quota_v2(folder: Path) -> float:
-    """From cpu.max: "QUOTA PERIOD" in microseconds, or "max PERIOD"."""
-    quota, _, period = _read(folder / "cpu.max").strip().partition(" ")
-    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() and int(period) else math.inf
-
-
-def _quota_v1(folder: Path) -> float:
-    """From cpu.cfs_quota_us (-1: no limit) and cpu.cfs_period_us."""
-    quota, period = _read(folder / "cpu.cfs_quota_us").strip(), _read(folder / "cpu.cfs_period_us").strip()
-    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() and int(period) else math.inf
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text()
-    except OSError:
-        return ""

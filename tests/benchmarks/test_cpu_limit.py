@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-LOOK = "from unisono.world import cgroup_quota; print(cgroup_quota())"
+LOOK = "from unisono.system.cgroups import cpu_quota; print(cpu_quota())"
 
 
 @pytest.fixture

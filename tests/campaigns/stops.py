@@ -194,7 +194,7 @@ class Launched:
     def _workers(self) -> list[psutil.Process]:
         """The workers, once there are any."""
         while self.process.poll() is None:
-            children = psutil.Process(self.process.pid).children(recursive=True)  # they are the nursery's
+            children = psutil.Process(self.process.pid).children(recursive=True)  # they are the fork server's
             workers = [child for child in children if "unisono.launch.worker" in _command(child)]
             if workers:
                 return workers

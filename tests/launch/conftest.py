@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from tests.launch.warm import COMMAND, WarmCommand
-from unisono.launch.nursery import Nursery
+from unisono.system.fork_server import ForkServer
 
 LIMIT_S = 120.0
 
@@ -41,7 +41,7 @@ def gloo():
 class Launch:
     """A running command, its words, and its end."""
 
-    def __init__(self, command: list[str], folder: Path, source: Nursery | None) -> None:
+    def __init__(self, command: list[str], folder: Path, source: ForkServer | None) -> None:
         pipe = folder / "tell"
         os.mkfifo(pipe)
         self._heard = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
@@ -125,7 +125,7 @@ class Launcher:
         source: From what `unisono` commands with one thread a worker are forked; None: each is a new interpreter.
     """
 
-    def __init__(self, folder: Path, source: Nursery | None = None) -> None:
+    def __init__(self, folder: Path, source: ForkServer | None = None) -> None:
         self.folder = folder
         self._source = source
         self._launches: list[Launch] = []
@@ -155,7 +155,7 @@ class Launcher:
 
 
 @pytest.fixture
-def launcher(tmp_path: Path, warm_commands: Nursery | None) -> Iterator[Launcher]:
+def launcher(tmp_path: Path, warm_commands: ForkServer | None) -> Iterator[Launcher]:
     with contextlib.closing(Launcher(tmp_path, warm_commands)) as launcher:
         yield launcher
 

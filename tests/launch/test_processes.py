@@ -1,4 +1,4 @@
-"""The workers' processes: from the nursery as from a fresh interpreter, and once more in the place of a dead one."""
+"""The workers' processes: from the fork server as from a fresh interpreter, and once more in the place of a dead one."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ import pytest
 
 from tests.launch.conftest import Launcher, assert_gone
 from unisono.launch import logs
-from unisono.launch.guard import Guard
-from unisono.launch.nursery import Nursery, is_possible
 from unisono.launch.processes import WorkerProcesses
+from unisono.system import fork_server
+from unisono.system.fork_server import ForkServer
+from unisono.system.reaper import Reaper
 
-pytestmark = pytest.mark.skipif(not is_possible(), reason="no nursery on this system")
+pytestmark = pytest.mark.skipif(not fork_server.is_possible(), reason="no fork server on this system")
 
 FACTS = """
 import sys, os
@@ -63,15 +64,17 @@ class Workers:
         self.folder = folder
         self._ends = ExitStack()
         self._environment = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-        guard = self._ends.enter_context(Guard())
-        self.nursery: Nursery | None = None
-        if preload is not None:
-            path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-            self._environment["PYTHONPATH"] = path
-            self.nursery = self._ends.enter_context(
-                Nursery(environment=self._environment, preload=preload, guard=guard, label=["script.py", "some", "words"])
-            )
-        self.processes = WorkerProcesses(folder, guard, self.nursery)
+        reaper = self._ends.enter_context(Reaper())
+        path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._environment["PYTHONPATH"] = path
+        server = ForkServer(
+            environment=self._environment, preload=preload or (), reaper=reaper, label=["script.py", "some", "words"]
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            if preload is None:
+                patch.setattr(fork_server, "is_possible", lambda: False)
+            self._ends.enter_context(server)
+        self.processes = WorkerProcesses(folder, reaper, server)
 
     def __enter__(self) -> Workers:
         return self
@@ -100,24 +103,21 @@ def facts(tmp_path: Path, name: str, **options: Any) -> dict[str, Any]:
     return found
 
 
-def test_a_worker_from_the_nursery_finds_what_it_finds_in_a_fresh_interpreter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forked_worker_finds_what_it_finds_in_a_fresh_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     forked = facts(tmp_path, "forked", preload=("multiprocessing", "unisono.launch.worker"))
     fresh = facts(tmp_path, "fresh", preload=None)
-    # What was said when the nursery started is what ps shows; and the test's own module path stands in its environment.
+    # What was said when the server started is what ps shows; and the test's own module path stands in its environment.
     for found in (forked, fresh):
         found["environment"].pop("PYTHONPATH")
     assert (
         forked.pop("command").split("\0")[1:4] == fresh.pop("command").split("\0")[1:4] == ["-P", "-m", "unisono.launch.worker"]
     )
     assert forked.pop("orig_argv")[:4] == fresh.pop("orig_argv")[:4]
-    forked["path"].remove("FOLDER")  # once as the script's folder, once more through PYTHONPATH
     assert forked == fresh
 
 
-def test_a_worker_that_the_nursery_refuses_starts_in_a_fresh_interpreter_and_the_log_says_why(
+def test_a_worker_that_the_fork_server_refuses_starts_in_a_fresh_interpreter_and_the_log_says_why(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "threaded.py").write_text(
@@ -126,7 +126,9 @@ def test_a_worker_that_the_nursery_refuses_starts_in_a_fresh_interpreter_and_the
     caplog.set_level(logging.DEBUG, logger="unisono")
     with Workers(tmp_path, preload=("threaded",)) as workers:
         assert workers.run("import sys; sys.exit('threaded' in sys.modules)") == 0
-    assert caplog.messages == ["worker 1 starts in a fresh interpreter: threads run beside the one that would fork: 1"]
+    assert caplog.messages == [
+        "unisono.launch.worker:forked starts in a new interpreter: threads run beside the one that would fork: 1"
+    ]
 
 
 @pytest.mark.parametrize("preload", [None, ("unisono.launch.worker",)])
@@ -140,7 +142,7 @@ def test_a_worker_may_start_again_in_the_place_of_one_that_failed(tmp_path: Path
     assert (tmp_path / "worker-1.log").read_text() == "first\nsecond\n"
 
 
-def test_a_killed_nursery_ends_the_run_and_its_workers_and_is_named(launcher: Launcher) -> None:
+def test_a_killed_fork_server_ends_the_run_and_its_workers_and_is_named(launcher: Launcher) -> None:
     launch = launcher.run(
         """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -150,14 +152,14 @@ def test_a_killed_nursery_ends_the_run_and_its_workers_and_is_named(launcher: La
         """
     )
     workers = launch.hear_processes(2)
-    (nursery,) = [child for child in psutil.Process(launch.process.pid).children() if "unisono.launch.parent" in child.cmdline()]
-    assert {worker.ppid() for worker in workers} == {nursery.pid}
-    nursery.kill()
+    (server,) = [child for child in psutil.Process(launch.process.pid).children() if "unisono.system.parent" in child.cmdline()]
+    assert {worker.ppid() for worker in workers} == {server.pid}
+    server.kill()
     status, out, err = launch.finish(limit_s=10.0)
     assert status == 1
-    assert err.count(f"the process from which workers start (pid {nursery.pid}) was killed by SIGKILL") == 1
+    assert err.count(f"the process from which workers start (pid {server.pid}) was killed by SIGKILL") == 1
     assert "Traceback" not in out + err
-    assert_gone([*workers, nursery])
+    assert_gone([*workers, server])
     assert list(launch.temporary.iterdir()) == []
 
 

@@ -218,7 +218,7 @@ def test_every_worker_can_speak_to_the_person(launcher: Launcher, fresh: bool) -
         store.set("over", "1")
         """)
     )
-    if fresh:  # the nursery refuses a folder with such a file
+    if fresh:  # the fork server refuses a folder with such a file
         (launcher.folder / "rich.py").touch()
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "unisono.launch", "run", "--workers", "2", str(script)]

@@ -12,11 +12,11 @@ from torch.distributed import HashStore, PrefixStore, Store
 
 from unisono.elastic.membership import TooFewWorkers
 from unisono.launch.board import Board
-from unisono.launch.nursery import Child
 from unisono.launch.processes import WorkerProcess
 from unisono.launch.report import FailureRecord, describe
-from unisono.launch.statuses import RESTART
 from unisono.launch.survival import REPLACE_S, Course, Survival
+from unisono.system.fork_server import Child
+from unisono.system.signals import RESTART
 
 KILLED = -signal.SIGKILL
 LATE_S = 100.0
@@ -53,8 +53,8 @@ class Run:
 
     def process(self, rank: int, *, joins: bool = False) -> WorkerProcess:
         self._pid += 1
-        popen = cast(Child, Numbered(self._pid))
-        return WorkerProcess(rank, f"0.{self._pid}", popen, Path("none"), None, joins=joins)
+        child = cast(Child, Numbered(self._pid))
+        return WorkerProcess(rank, f"0.{self._pid}", child, Path("none"), None, joins=joins)
 
     def end(self, *ends: tuple[int, int | str], stops: bool = False, now_s: float = 0.0) -> Course:
         """Workers end: with a status, with the message of an error, or, after a question mark, for lost contact."""

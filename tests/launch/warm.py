@@ -1,8 +1,8 @@
-"""`unisono` commands that start at once: forked, with their nurseries, from a process that has done their imports already.
+"""`unisono` commands that start at once: forked, with their fork servers, from a process that has done their imports already.
 
-A launcher and its nursery each spend seconds on importing PyTorch, which is most of what a test of them would take. All else
+A launcher and its fork server each spend seconds on importing PyTorch, which is most of what a test of them would take. All else
 is as it is on a desk: the launcher is a process that leads a session, with variables, folder and streams of its own; its
-nursery is its child, knows what it has been told, and is asked for workers in the same words.
+fork server is its child, knows what it has been told, and is asked for workers in the same words.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unisono.launch import nursery, parent, runner
-from unisono.launch.guard import Guard
-from unisono.launch.messages import receive, send
+from unisono.launch import runner
+from unisono.system import fork_server, parent
+from unisono.system.fork_server import ForkServer
+from unisono.system.messages import receive, send
+from unisono.system.reaper import Reaper
 
 COMMAND = ("-m", "unisono.launch")
 _IMPORTS = ("unisono.launch.cli", "unisono.launch.meeting", "unisono.launch.agent", "tests.launch.warm")
@@ -31,11 +33,12 @@ _ROOT = Path(__file__).parents[2]
 
 
 @contextlib.contextmanager
-def warm_parent() -> Iterator[nursery.Nursery]:
+def warm_parent() -> Iterator[ForkServer]:
     """The process from which commands are forked; for one test at a time."""
     path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    with Guard() as guard, nursery.Nursery(environment=environment, preload=[*runner._PRELOADED, *_IMPORTS], guard=guard) as made:
+    preload = [*runner._PRELOADED, *_IMPORTS]
+    with Reaper() as reaper, ForkServer(environment=environment, preload=preload, reaper=reaper) as made:
         yield made
 
 
@@ -45,14 +48,14 @@ def warm_parent() -> Iterator[nursery.Nursery]:
 class WarmCommand:
     """A forked command, as `subprocess.Popen` with pipes for its output would show it."""
 
-    def __init__(self, source: nursery.Nursery, arguments: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, source: ForkServer, arguments: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
         self._said = {1: b"", 2: b""}
         pipes = {stream: os.pipe() for stream in self._said}
         self._unread = {reader: stream for stream, (reader, _) in pipes.items()}
         nothing = os.open(os.devnull, os.O_RDONLY)
         streams = {0: nothing, **{stream: writer for stream, (_, writer) in pipes.items()}}
         try:
-            self._child = source.start(
+            self._child = source.fork(
                 "tests.launch.warm:launch",
                 {"arguments": list(arguments), "folder": str(folder)},
                 environment=environment,
@@ -106,25 +109,25 @@ class WarmCommand:
 
 
 def launch(spec: Mapping[str, Any]) -> None:
-    """Is the command, or (in another process) the nursery that the command will ask for."""
+    """Is the command, or (in another process) the fork server that the command will ask for."""
     tempfile.tempdir = None  # found again where it is asked for: TMPDIR is another now
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if not pid:
         ours.close()
-        _wait_to_be_the_nursery(theirs)
+        _wait_to_be_the_server(theirs)
         return
     theirs.close()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, nursery.BLOCKED_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, fork_server.BLOCKED_SIGNALS)
     os.chdir(spec["folder"])
     sys.argv[:] = ["unisono", *spec["arguments"]]
-    nursery.subprocess = _Starting(_Waiting(pid, ours))  # type: ignore[assignment]
+    fork_server.subprocess = _Starting(_Waiting(pid, ours))  # type: ignore[assignment]
     from unisono.launch.cli import main
 
     main()
 
 
-def _wait_to_be_the_nursery(channel: socket.socket) -> None:
+def _wait_to_be_the_server(channel: socket.socket) -> None:
     received = receive(channel)
     channel.close()
     if received is None:
@@ -139,7 +142,7 @@ def _wait_to_be_the_nursery(channel: socket.socket) -> None:
 
 
 class _Starting:
-    """The module `subprocess`, for the one process that a nursery starts."""
+    """The module `subprocess`, for the process of a fork server."""
 
     DEVNULL = subprocess.DEVNULL
     TimeoutExpired = subprocess.TimeoutExpired
@@ -147,14 +150,15 @@ class _Starting:
     def __init__(self, process: _Waiting) -> None:
         self._process = process
 
-    def Popen(self, command: Sequence[str], *, env: Mapping[str, str], stdin: int, **_: Any) -> _Waiting:
-        assert list(command[1:4]) == ["-P", "-m", "unisono.launch.parent"]
+    def Popen(self, command: Sequence[str], *, env: Mapping[str, str], stdin: int, **others: Any) -> Any:
+        if "unisono.system.parent" not in command:  # a worker that it has refused to fork
+            return subprocess.Popen(command, env=env, stdin=stdin, **others)
         self._process.begin(env, stdin)
         return self._process
 
 
 class _Waiting:
-    """A process that has waited to be the nursery, as `subprocess.Popen` would show it."""
+    """A process that has waited to be the fork server, as `subprocess.Popen` would show it."""
 
     def __init__(self, pid: int, channel: socket.socket) -> None:
         self.pid = pid
@@ -174,6 +178,6 @@ class _Waiting:
         if self.returncode is None:
             ready, _, _ = select.select([self._ended], [], [], timeout)
             if not ready:
-                raise subprocess.TimeoutExpired("nursery", timeout or 0.0)
+                raise subprocess.TimeoutExpired("fork server", timeout or 0.0)
             self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return self.returncode

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from unisono.world import cgroup_quota
+from unisono.system.cgroups import cpu_quota
 
 VARIABLES = (
     "CUBLAS_WORKSPACE_CONFIG",
@@ -104,7 +104,7 @@ def read_machine(root: Path = Path("/")) -> Machine:
     """What this machine gives to this process. *local*"""
     status = _fields(root / "proc/self/status")
     memory = _fields(root / "proc/meminfo")
-    quota = cgroup_quota(root)
+    quota = cpu_quota(root)
     limit, left = _cgroup_memory(root)
     available = _kib(memory.get("MemAvailable"))
     free = [value for value in (available, left) if value is not None]

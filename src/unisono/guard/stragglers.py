@@ -14,14 +14,15 @@ import itertools
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from unisono.observe.timing import PHASES
+from unisono.system.cgroups import throttling
 from unisono.tree import Span
 from unisono.world import World, usable_cores
 
@@ -311,7 +312,7 @@ class Machine:
     def __init__(self, world: World, *, root: Path = Path("/"), clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._stat = root / "proc/stat"
-        self._groups = _cpu_stats(root)
+        self._root = root
         self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
         self._fixed = CROWDED if world.local_size * world.threads > usable_cores(root) else 0
         self._troubles = self._fixed
@@ -335,7 +336,7 @@ class Machine:
 
     def _read_throttled(self) -> float:
         """Seconds that the cgroups around this process have been throttled, all cores together."""
-        return sum(_throttled_s(_fields(file)) for file in self._groups)
+        return sum(cgroup.throttled_s for cgroup in throttling(self._root))
 
     def _read_ticks(self) -> tuple[int, int]:
         """Ticks that this process's cores were stolen, and all their ticks."""
@@ -348,34 +349,3 @@ class Machine:
                     stolen += int(fields[7])
                     ticks += sum(map(int, fields[:8]))
         return stolen, ticks
-
-
-def _cpu_stats(root: Path) -> list[Path]:
-    """The ``cpu.stat`` of every cgroup (v1 and v2) around this process; one that is not visible in a container has none."""
-    found: dict[Path, None] = {}
-    with contextlib.suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            number, _, rest = line.partition(":")
-            controllers, _, path = rest.partition(":")
-            mounts = (
-                [""] if number == "0" and not controllers else [controllers, "cpu"] if "cpu" in controllers.split(",") else []
-            )
-            inside = PurePosixPath(path.lstrip("/"))
-            for mount in mounts:
-                for group in (inside, *inside.parents):
-                    file = (root / "sys/fs/cgroup" / mount / group / "cpu.stat").resolve()
-                    if file.exists():
-                        found[file] = None
-    return list(found)
-
-
-def _fields(file: Path) -> Mapping[str, int]:
-    with contextlib.suppress(OSError, ValueError):
-        pairs = (line.split() for line in file.read_text().splitlines())
-        return {name: int(value) for name, value in pairs}
-    return {}
-
-
-def _throttled_s(fields: Mapping[str, int]) -> float:
-    # cgroup v2 counts microseconds, v1 nanoseconds.
-    return fields["throttled_usec"] / 1e6 if "throttled_usec" in fields else fields.get("throttled_time", 0) / 1e9

@@ -30,9 +30,8 @@ from unisono.launch.board import FINE, Board, uid_of
 from unisono.launch.meeting import BrokenOff, Meeting, Stopped
 from unisono.launch.processes import WorkerProcess, WorkerProcesses
 from unisono.launch.report import brief, root_cause
-from unisono.launch.statuses import STOP_CODES
 from unisono.launch.survival import Course, Survival
-from unisono.system.signals import StopRequest
+from unisono.system.signals import STOP_CODES, StopRequest
 
 _WAIT_S = 0.05
 """How long to wait for news of a worker before looking whether a person asked to stop."""

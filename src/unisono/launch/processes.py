@@ -8,26 +8,21 @@ ends the loader workers too.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import select
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from unisono.errors import WorkerFailure
-from unisono.launch.guard import Guard, Leftovers
 from unisono.launch.logs import Logs
-from unisono.launch.nursery import BLOCKED_SIGNALS, Child, Nursery, Refusal, standard_streams
 from unisono.launch.report import ERROR_FILE, Failure, FailureRecord, read_record
-from unisono.launch.statuses import STOP_CODES
 from unisono.launch.worker import LAUNCHER_PID, TERMINAL
-
-_log = logging.getLogger(__name__)
+from unisono.system.fork_server import Child, ForkServer, overlaid, standard_streams, wait_for_end
+from unisono.system.process import state_of
+from unisono.system.reaper import Leftovers, Reaper
+from unisono.system.signals import STOP_CODES
 
 _POLL_S = 0.02
 _LEFTOVERS_S = 0.5
@@ -41,7 +36,7 @@ class WorkerProcess:
     """Number of the worker. A process that takes the place of a dead one has the same."""
     uid: str
     """Name of the process."""
-    popen: subprocess.Popen[bytes] | Child
+    child: Child
     error_file: Path
     """Where it leaves its failure record."""
     log: Path | None
@@ -64,7 +59,7 @@ class WorkerProcess:
     @property
     def pid(self) -> int:
         """Its process number."""
-        return self.popen.pid
+        return self.child.pid
 
     @property
     def failure(self) -> Failure | None:
@@ -81,13 +76,13 @@ class WorkerProcess:
     def is_stopped(self) -> bool:
         """Whether SIGSTOP holds it, by the kernel's account."""
         with contextlib.suppress(OSError):
-            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+            return state_of(self.pid)[0] == "T"
         return False
 
     def send(self, signum: signal.Signals) -> None:
         """Send it a signal, and remember that."""
         self.sent.add(signum)
-        self.popen.send_signal(signum)
+        self.child.send_signal(signum)
 
 
 class WorkerProcesses:
@@ -95,20 +90,17 @@ class WorkerProcesses:
 
     Args:
         folder: Where workers leave output and failure records.
-        guard: Who ends the workers if this process is killed.
-        nursery: Who forks the workers. Without one, or where it refuses, each gets a fresh interpreter.
+        reaper: Ends the workers if this process is killed.
+        fork_server: Starts them.
         terminal: Standard output and error of this process, under numbers from 3 up, for every worker to have.
     """
 
-    def __init__(self, folder: Path, guard: Guard, nursery: Nursery | None = None, *, terminal: Sequence[int] = ()) -> None:
+    def __init__(self, folder: Path, reaper: Reaper, fork_server: ForkServer, *, terminal: Sequence[int] = ()) -> None:
         self._folder = folder
-        self._guard = guard
-        self._nursery = nursery
+        self._fork_server = fork_server
         self._terminal = terminal
         self._by_rank: dict[int, WorkerProcess] = {}
-        self._ends: dict[int, int] = {}
-        """A descriptor that tells the end of each process that is not the nursery's."""
-        self._leftovers = Leftovers(guard, grace_s=_LEFTOVERS_S)
+        self._leftovers = Leftovers(reaper, grace_s=_LEFTOVERS_S)
         self._logs = Logs()
 
     def start(
@@ -125,91 +117,48 @@ class WorkerProcesses:
                 are). All others write to files.
 
         Raises:
-            WorkerFailure: The nursery has ended.
+            WorkerFailure: The fork server has ended.
         """
         error_file = self._folder / f"error-{uid or rank}.json"
         error_file.unlink(missing_ok=True)  # its predecessor's
         log = None if rank == 0 and not joins else self._folder / f"worker-{rank}.log"
         # What we tell our workers is not what an outer `unisono run` told us.
-        inherited = {name: value for name, value in os.environ.items() if name not in env and name != TERMINAL}
-        env = {**inherited, **{name: value for name, value in env.items() if value}, ERROR_FILE: str(error_file)}
+        env = overlaid({TERMINAL: "", **env, ERROR_FILE: str(error_file), LAUNCHER_PID: str(os.getpid())})
         with contextlib.ExitStack() as files:
-            output = files.enter_context(log.open("ab")).fileno() if log else None
-            popen = self._fork(rank, command, env, output) or self._spawn(command, env, output)
-            process = self._by_rank[rank] = WorkerProcess(rank, uid, popen, error_file, log, joins=joins)
+            streams = standard_streams()
+            if log is not None:
+                output = files.enter_context(log.open("ab")).fileno()
+                streams = {0: files.enter_context(Path(os.devnull).open("rb")).fileno(), 1: output, 2: output}
+            child = self._fork_server.start(
+                "unisono.launch.worker:forked",
+                {"command": list(command)},
+                environment=env,
+                streams=streams,
+                handed={TERMINAL: self._terminal} if self._terminal else {},
+                folder=None if env.get("PYTHONSAFEPATH") else Path(command[0]).resolve().parent,
+                fresh=["-m", "unisono.launch.worker", *command],
+            )
+        process = self._by_rank[rank] = WorkerProcess(rank, uid, child, error_file, log, joins=joins)
         return process
 
     def forget_ended(self) -> None:
         """Before another attempt: in it the workers of this host may have other numbers."""
         self._by_rank = {rank: process for rank, process in self._by_rank.items() if process.status is None}
 
-    def _fork(self, rank: int, command: Sequence[str], env: Mapping[str, str], output: int | None) -> Child | None:
-        """None where a worker from the nursery would not be as it is from a fresh interpreter."""
-        if self._nursery is None:
-            return None
-        streams = standard_streams()
-        with contextlib.ExitStack() as files:
-            if output is not None:
-                nothing = files.enter_context(Path(os.devnull).open("rb")).fileno()
-                streams = {0: nothing, 1: output, 2: output}
-            try:
-                return self._nursery.start(
-                    "unisono.launch.worker:forked",
-                    {"command": list(command)},
-                    environment=env,
-                    streams=streams,
-                    handed={TERMINAL: self._terminal} if self._terminal else {},
-                    folder=None if env.get("PYTHONSAFEPATH") else Path(command[0]).resolve().parent,
-                )
-            except Refusal as refusal:
-                _log.debug("worker %d starts in a fresh interpreter: %s", rank, refusal)
-                return None
-
-    def _spawn(self, command: Sequence[str], env: Mapping[str, str], output: int | None) -> subprocess.Popen[bytes]:
-        terminal = {TERMINAL: ",".join(map(str, self._terminal))} if self._terminal else {}
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
-        try:
-            popen = subprocess.Popen(
-                [sys.executable, "-P", "-m", "unisono.launch.worker", *command],
-                env={**env, **terminal, LAUNCHER_PID: str(os.getpid())},
-                stdin=None if output is None else subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=self._terminal,
-                start_new_session=True,
-            )
-            self._guard.add(popen.pid)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        if hasattr(os, "pidfd_open"):
-            with contextlib.suppress(OSError):  # Linux before 5.3: `wait` looks now and then
-                self._ends[popen.pid] = os.pidfd_open(popen.pid)
-        return popen
-
     def wait(self, limit_s: float) -> None:
         """Wait until it is worth to `poll`: a worker has ended, or `limit_s` seconds are over."""
-        told = select.poll()
-        heard = len(self._ends)
-        for ended in self._ends.values():
-            told.register(ended, select.POLLIN)
-        if self._nursery is not None and self._nursery.status is None:
-            told.register(self._nursery.news, select.POLLIN)
-            heard += sum(1 for process in self._running() if isinstance(process.popen, Child))
-        if self._leftovers or heard < self.running:
-            limit_s = min(limit_s, _POLL_S)
-        told.poll(limit_s * 1000)
+        limit_s = min(limit_s, _POLL_S) if self._leftovers else limit_s
+        wait_for_end([process.child for process in self._running()], limit_s)
 
     def poll(self) -> list[WorkerProcess]:
         """See who has ended or failed since the last time; begin to end what the dead left running. Those who have ended."""
         for process in self._by_rank.values():
             if process.record is None:
                 process.record = read_record(process.error_file)
-        buried = [process for process in self._running() if process.popen.poll() is not None]
+        buried = [process for process in self._running() if process.child.poll() is not None]
         for process in buried:
-            process.status, process.ended_s = process.popen.returncode, time.time()
+            process.status, process.ended_s = process.child.returncode, time.time()
             process.record = process.record or read_record(process.error_file)
-            if (ended := self._ends.pop(process.pid, None)) is not None:
-                os.close(ended)
             self._leftovers.add(process.pid)
         self._leftovers.end()
         self._logs.shorten(process.log for process in self._by_rank.values() if process.log is not None)
@@ -217,8 +166,8 @@ class WorkerProcesses:
 
     @property
     def lost(self) -> WorkerFailure | None:
-        """Why nobody can tell how the workers end, if the nursery has ended before them."""
-        return self._nursery.failure if self._nursery else None
+        """Why nobody can tell how the workers end, if the fork server has ended before them."""
+        return self._fork_server.failure
 
     @property
     def all_ended(self) -> bool:
@@ -258,7 +207,7 @@ class WorkerProcesses:
     def kill(self, processes: Sequence[WorkerProcess]) -> None:
         """Kill these, which the others have given up: that counts as their failure, so they are replaced."""
         for process in processes:
-            process.popen.send_signal(signal.SIGKILL)
+            process.child.send_signal(signal.SIGKILL)
 
     def end_stopped(self) -> None:
         """Kill the workers that run, if SIGSTOP holds every one of them: nobody is left to let them go on."""

@@ -15,7 +15,8 @@ from pathlib import Path
 from types import TracebackType
 
 from unisono.errors import DataError, UnisonoError, WorkerFailure
-from unisono.launch.statuses import RESTART
+from unisono.system.process import ending
+from unisono.system.signals import RESTART
 
 ERROR_FILE = "UNISONO_ERROR_FILE"
 """Environment variable: where a worker leaves its failure record."""
@@ -175,7 +176,7 @@ def _lines(failure: Failure, size: int, host: str) -> Iterator[str]:
     rank = failure.rank if record is None or record.rank is None else record.rank
     who = f"unisono: worker {rank} of {size} on {record.host if record and record.host else host}"
     if record is None and failure.status is not None and failure.status < 0:
-        yield f"{who} (pid {failure.pid}) was killed by {_signal_name(-failure.status)}{_hint(-failure.status)}"
+        yield f"{who} (pid {failure.pid}) {ending(failure.status)}"
         yield from _tail(failure.log)
         return
     if record is None and failure.status == RESTART:
@@ -201,27 +202,13 @@ def brief(failure: Failure) -> str:
     """How a worker failed, in a few words that go on a sentence: "was killed by SIGKILL". *local*"""
     record = failure.record
     if record is None and failure.status is not None and failure.status < 0:
-        return f"was killed by {_signal_name(-failure.status)}"
+        return ending(failure.status, hint=False)
     if record is None:
         return f"ended with exit status {failure.exit_code}"
     message = record.message.strip().partition("\n")[0]
     if len(message) > _BRIEF:
         message = message[:_BRIEF] + "..."
     return f"failed: {record.kind}: {message}" if message else f"failed: {record.kind}"
-
-
-def nursery_report(pid: int, status: int) -> str:
-    """What a person sees if the nursery has ended under its workers. *local*
-
-    Args:
-        pid: Its process number.
-        status: Its exit status, -N if signal N killed it.
-    """
-    how = f"was killed by {_signal_name(-status)}{_hint(-status)}" if status < 0 else f"ended with exit status {status}"
-    return (
-        f"unisono: the process from which workers start (pid {pid}) {how}. "
-        "Without it nobody hears how workers end, so they were ended too: start the run again"
-    )
 
 
 def has_output(log: Path | None) -> bool:
@@ -237,16 +224,3 @@ def _tail(log: Path | None) -> Iterator[str]:
         lines = file.read().decode(errors="replace").splitlines()
     yield f"unisono: its last output, all of which is in {log}:"
     yield from (f"  {line}" for line in lines[-_TAIL_LINES:])
-
-
-def _signal_name(signum: int) -> str:
-    try:
-        return signal.Signals(signum).name
-    except ValueError:  # real-time signals have no name
-        return f"signal {signum}"
-
-
-def _hint(signum: int) -> str:
-    if signum == signal.SIGKILL:
-        return ": by someone, or by the kernel because memory ran out (see dmesg; then use fewer workers)"
-    return ""

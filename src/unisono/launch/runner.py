@@ -12,19 +12,17 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unisono.errors import WorkerFailure
-from unisono.launch.guard import Guard
-from unisono.launch.nursery import Nursery, is_possible
 from unisono.launch.processes import WorkerProcesses
 from unisono.launch.report import Failure, has_output, report, root_cause
-from unisono.launch.statuses import STOP_CODES
 from unisono.launch.survival import Survival
-from unisono.system.signals import StopRequest
+from unisono.system.fork_server import ForkServer
+from unisono.system.reaper import Reaper
+from unisono.system.signals import STOP_CODES, StopRequest
 
 if TYPE_CHECKING:
     from unisono.launch.agent import Agent
@@ -38,7 +36,7 @@ _PRELOADED = (
     "unisono.training.trainer",
     "unisono.launch.worker",
 )
-"""What the nursery imports: what every training script needs, and nothing that a script may need in another way."""
+"""What the fork server imports: what every training script needs, and nothing that a script may need in another way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +79,8 @@ def run(settings: Run) -> int:
     keep_output = False
     survival = Survival(max_restarts=settings.max_restarts, say=_say)
     try:
-        with StopRequest() as stop, Guard() as guard, _nursery(settings, guard) as nursery, _terminal() as terminal:
-            processes = WorkerProcesses(folder, guard, nursery, terminal=terminal)
+        with StopRequest() as stop, Reaper() as reaper, _fork_server(settings, reaper) as server, _terminal() as terminal:
+            processes = WorkerProcesses(folder, reaper, server, terminal=terminal)
             elsewhere = contact = None
             leaves = False
             try:
@@ -120,12 +118,10 @@ def run(settings: Run) -> int:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _nursery(settings: Run, guard: Guard) -> AbstractContextManager[Nursery | None]:
+def _fork_server(settings: Run, reaper: Reaper) -> ForkServer:
     """Started first of all, it imports PyTorch while we do the same."""
-    if not is_possible():
-        return contextlib.nullcontext()
-    command = (settings.script, *settings.args)
-    return Nursery(environment=_environment(settings), preload=_PRELOADED, guard=guard, label=command)
+    label = (settings.script, *settings.args)
+    return ForkServer(environment=_environment(settings), preload=_PRELOADED, reaper=reaper, label=label)
 
 
 @contextlib.contextmanager
@@ -149,7 +145,7 @@ def _run_agent(settings: Run, processes: WorkerProcesses, survival: Survival, st
 
     Raises:
         ConfigurationError: The hosts cannot meet where they are told to.
-        WorkerFailure: The nursery has ended, or contact with the other hosts was lost.
+        WorkerFailure: The fork server has ended, or contact with the other hosts was lost.
     """
     from unisono.launch.meeting import Meeting, Stopped  # imports torch, which takes a second
 

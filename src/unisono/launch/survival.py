@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from unisono.launch.processes import WorkerProcess
 from unisono.launch.report import Failure, brief, root_cause
-from unisono.launch.statuses import RESTART, STOP_CODES
+from unisono.system.signals import RESTART, STOP_CODES
 
 if TYPE_CHECKING:  # it imports torch, and the command must not wait for that
     from unisono.launch.board import Board

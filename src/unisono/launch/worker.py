@@ -1,4 +1,4 @@
-"""What runs inside each worker, a child of the nursery or `python -m unisono.launch.worker SCRIPT ARGS…`: the script.
+"""What runs inside each worker, a child of the fork server or `python -m unisono.launch.worker SCRIPT ARGS…`: the script.
 
 It runs as under `python SCRIPT ARGS…`.
 
@@ -21,8 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from unisono.launch.nursery import BLOCKED_SIGNALS
 from unisono.launch.report import ERROR_FILE, describe, write_record
+from unisono.system.fork_server import BLOCKED_SIGNALS
 
 LAUNCHER_PID = "UNISONO_LAUNCHER_PID"
 """Environment variable: the process that must be this one's parent."""
@@ -35,14 +35,14 @@ def main() -> None:
     """Run the script named by the arguments, in an interpreter of its own, then end with its status."""
     for descriptor in filter(None, os.environ.get(TERMINAL, "").split(",")):
         os.set_inheritable(int(descriptor), False)  # for this process, and not for what it starts
-    # If the launcher was killed before its guard heard of this process, nobody would ever end it.
+    # If the launcher was killed before its reaper heard of this process, nobody would ever end it.
     if os.getppid() != int(os.environ[LAUNCHER_PID]):
         sys.exit(1)
     _work(sys.argv[1:])
 
 
 def forked(spec: Mapping[str, Any]) -> None:
-    """Run the script named by `spec["command"]`, in a child of the nursery, then end with its status."""
+    """Run the script named by `spec["command"]`, in a child of the fork server, then end with its status."""
     _work(spec["command"])
 
 

@@ -75,6 +75,23 @@ def state_of(pid: int) -> tuple[str, int]:
     return fields[0], int(fields[19])
 
 
+def ending(status: int, *, hint: bool = True) -> str:
+    """How a process ended, in words that go on a sentence.
+
+    Args:
+        status: Its exit status, -N if signal N killed it.
+        hint: Whether to say what SIGKILL may come from.
+    """
+    if status >= 0:
+        return f"ended with exit status {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:  # real-time signals have no name
+        name = f"signal {-status}"
+    why = ": by someone, or by the kernel because memory ran out (see dmesg; then use fewer workers)"
+    return f"was killed by {name}{why if hint and -status == signal.SIGKILL else ''}"
+
+
 _known: dict[int, Process] = {}
 
 

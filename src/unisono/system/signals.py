@@ -10,10 +10,16 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""What asks a run to stop."""
+
+STOP_CODES = frozenset(128 + signum for signum in STOP_SIGNALS)
+"""Exit statuses of a worker that stopped because a signal asked it to."""
+
 RESTART = 79
 """Exit status of a worker that cannot go on without what another one held: all have to start again, from the last checkpoint."""
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
 
 
 class StopRequest:

@@ -8,7 +8,6 @@ import multiprocessing.spawn
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,15 +18,14 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from unisono.collective.base import Collective
 from unisono.errors import WorkerFailure
-from unisono.launch.guard import Guard, end_groups, end_processes
-from unisono.launch.nursery import BLOCKED_SIGNALS, Child, Nursery, is_possible, standard_streams
+from unisono.system.fork_server import BLOCKED_SIGNALS, Child, ForkServer, standard_streams, wait_for_end
+from unisono.system.reaper import Reaper, end_groups, end_processes
 
 T = TypeVar("T")
 Transport = Literal["gloo", "shared memory"]
-_Process = Child | subprocess.Popen[bytes]
 
 _PRELOADED = ("numpy", "torch", "torch._dynamo", "torch.distributed", "unisono.training.trainer", "unisono.testing.processes")
-_POLL_S = 0.005
+_LOOK_S = 1.0
 _LEFTOVERS_S = 0.5
 
 
@@ -42,8 +40,8 @@ class Workers:
 
     Used as a context; whatever was started ends with it, and with this process, whatever kills that. A worker has this process's
     module path, folder, streams and variables as they are when it starts; variables that are read while PyTorch loads (see
-    `unisono.launch.nursery`) as they are when the context is entered. Where a process cannot be forked like that, as on macOS,
-    each worker is a new interpreter. *Local*, for one thread at a time.
+    `unisono.system.fork_server`) as they are when the context is entered. Where a process cannot be forked like that, as on
+    macOS, each worker is a new interpreter. *Local*, for one thread at a time.
 
     Args:
         preload: Modules that most tasks need; they are imported once, too.
@@ -54,10 +52,8 @@ class Workers:
 
     def __enter__(self) -> Workers:
         with contextlib.ExitStack() as opened:
-            self._guard = opened.enter_context(Guard())
-            self._nursery = (
-                opened.enter_context(Nursery(environment={}, preload=self._preload, guard=self._guard)) if is_possible() else None
-            )
+            self._reaper = opened.enter_context(Reaper())
+            self._fork_server = opened.enter_context(ForkServer(environment={}, preload=self._preload, reaper=self._reaper))
             self._closing = opened.pop_all()
         return self
 
@@ -85,7 +81,7 @@ class Workers:
         with tempfile.TemporaryDirectory(prefix="unisono-test-") as name:
             folder = Path(name)
             _task_file(folder).write_bytes(pickle.dumps((_surroundings(), pickle.dumps((work, args)))))
-            processes: list[_Process] = []
+            processes: list[Child] = []
             try:
                 for rank in range(size):
                     processes.append(self._start({"folder": name, "rank": rank, "size": size, "transport": transport}))
@@ -99,17 +95,11 @@ class Workers:
             raise WorkerFailure("\n".join(failures))
         return [result for _, result in outcomes]
 
-    def _start(self, spec: Mapping[str, Any]) -> _Process:
-        if self._nursery is not None:
-            return self._nursery.start(
-                "unisono.testing.processes:enter", spec, environment=os.environ, streams=standard_streams()
-            )
-        code = f"from unisono.testing.processes import enter; enter({dict(spec)!r})"
-        process = subprocess.Popen([sys.executable, "-P", "-c", code], start_new_session=True)
-        self._guard.add(process.pid)
-        return process
+    def _start(self, spec: Mapping[str, Any]) -> Child:
+        streams = standard_streams()
+        return self._fork_server.start("unisono.testing.processes:enter", spec, environment=os.environ, streams=streams)
 
-    def _wait(self, processes: Sequence[_Process], deadline_s: float) -> list[int]:
+    def _wait(self, processes: Sequence[Child], deadline_s: float) -> list[int]:
         """Until all have ended, with what they have started; the numbers of those that have not."""
         while True:
             left = [number for number, process in enumerate(processes) if process.returncode is None]
@@ -117,11 +107,11 @@ class Workers:
                 process = processes[number]
                 if process.poll() is not None:
                     end_groups([process.pid], grace_s=_LEFTOVERS_S)
-                    self._guard.remove(process.pid)
+                    self._reaper.remove(process.pid)
             left = [number for number in left if processes[number].returncode is None]
             if not left or time.monotonic() >= deadline_s:
                 return left
-            time.sleep(_POLL_S)
+            wait_for_end([processes[number] for number in left], min(deadline_s - time.monotonic(), _LOOK_S))
 
 
 def enter(spec: Mapping[str, Any]) -> NoReturn:

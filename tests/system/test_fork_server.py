@@ -1,4 +1,4 @@
-"""The nursery: a child of it is what a new interpreter would be, or it is refused."""
+"""The fork server: a child of it is what a new interpreter would be, or it is refused."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ import pytest
 
 from tests.launch.conftest import assert_gone
 from unisono.errors import WorkerFailure
-from unisono.launch.guard import Guard
-from unisono.launch.nursery import BLOCKED_SIGNALS, Child, Nursery, Refusal, is_possible
+from unisono.system.fork_server import BLOCKED_SIGNALS, Child, ForkServer, Refusal, is_possible, wait_for_end
+from unisono.system.reaper import Reaper, end_processes
 
-pytestmark = pytest.mark.skipif(not is_possible(), reason="no nursery on this system")
+pytestmark = pytest.mark.skipif(not is_possible(), reason="no fork server on this system")
 
 CHORES = """
 import atexit, json, os, random, signal, sys
@@ -45,7 +46,7 @@ def tells(spec):
     print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), file=sys.stderr)
 """
 
-Make = Callable[..., Nursery]
+Make = Callable[..., ForkServer]
 
 
 class Place:
@@ -74,19 +75,19 @@ def place(tmp_path: Path) -> Place:
 
 @pytest.fixture
 def make(place: Place) -> Iterator[Make]:
-    """Makes nurseries, which end with the test."""
+    """Makes fork servers, which end with the test."""
     with ExitStack() as ends:
-        guard = ends.enter_context(Guard())
+        reaper = ends.enter_context(Reaper())
 
-        def make(*preload: str, guard: Guard = guard, **environment: str) -> Nursery:
-            nursery = Nursery(environment={**place.environment, **environment}, preload=preload, guard=guard)
-            return ends.enter_context(nursery)
+        def make(*preload: str, reaper: Reaper = reaper, **environment: str) -> ForkServer:
+            server = ForkServer(environment={**place.environment, **environment}, preload=preload, reaper=reaper)
+            return ends.enter_context(server)
 
         yield make
 
 
-def start(nursery: Nursery, place: Place, function: str, *, streams: Mapping[int, int] | None = None, **spec: Any) -> Child:
-    return nursery.start(
+def start(server: ForkServer, place: Place, function: str, *, streams: Mapping[int, int] | None = None, **spec: Any) -> Child:
+    return server.fork(
         f"chores:{function}",
         spec,
         environment={**os.environ, **place.environment},
@@ -95,9 +96,9 @@ def start(nursery: Nursery, place: Place, function: str, *, streams: Mapping[int
     )
 
 
-def finish(nursery: Nursery, child: Child) -> int:
+def finish(server: ForkServer, child: Child) -> int:
     while child.returncode is None:
-        nursery.listen(wait=True)
+        server.listen(limit_s=None)
     return child.returncode
 
 
@@ -113,36 +114,36 @@ def finish(nursery: Nursery, child: Child) -> int:
     ],
 )
 def test_a_child_ends_with_the_status_that_an_interpreter_would_have(make: Make, place: Place, code: str, status: int) -> None:
-    nursery = make()
+    server = make()
     with Path(os.devnull).open("wb") as nothing:
-        child = start(nursery, place, "ends", code=code, streams={1: 1, 2: nothing.fileno()})
-        assert finish(nursery, child) == status
+        child = start(server, place, "ends", code=code, streams={1: 1, 2: nothing.fileno()})
+        assert finish(server, child) == status
 
 
-def test_the_functions_for_the_end_run_once_in_each_child_and_never_in_the_nursery(make: Make, place: Place) -> None:
-    nursery = make("chores")
-    children = [start(nursery, place, "ends", code="pass") for _ in range(2)]
+def test_the_functions_for_the_end_run_once_in_each_child_and_never_in_the_server(make: Make, place: Place) -> None:
+    server = make("chores")
+    children = [start(server, place, "ends", code="pass") for _ in range(2)]
     for child in children:
-        finish(nursery, child)
-    nursery._channel.shutdown(socket.SHUT_WR)  # it ends by itself, not killed as by close()
-    while nursery.status is None:
-        nursery.listen(wait=True)
-    assert nursery.status == 0
+        finish(server, child)
+    server._channel.shutdown(socket.SHUT_WR)  # it ends by itself, not killed as by close()
+    while server.status is None:
+        server.listen(limit_s=None)
+    assert server.status == 0
     assert sorted(place.notes) == sorted(["atexit", child.pid] for child in children)
 
 
 def test_a_child_has_its_own_environment_streams_and_session_and_blocks_stops(make: Make, place: Place) -> None:
-    nursery = make("chores", ONLY_THE_NURSERYS="1")
+    server = make("chores", ONLY_THE_SERVERS="1")
     inputs, words = os.pipe()
     os.write(words, b"hello\n")
     out, err = (os.open(place.folder / name, os.O_RDWR | os.O_CREAT) for name in ("out", "err"))
-    child = nursery.start(
+    child = server.fork(
         "chores:tells",
         {},
         environment={"NOTES": str(place.notes_file), "MY_RANK": "5"},
         streams={0: inputs, 1: out, 2: err},
     )
-    assert finish(nursery, child) == 0
+    assert finish(server, child) == 0
     for descriptor in (inputs, words, out, err):
         os.close(descriptor)
     environment = {"NOTES": str(place.notes_file), "MY_RANK": "5"}
@@ -151,25 +152,25 @@ def test_a_child_has_its_own_environment_streams_and_session_and_blocks_stops(ma
 
 
 def test_streams_that_are_not_given_are_closed(make: Make, place: Place) -> None:
-    nursery = make()
+    server = make()
     code = "open_now = os.listdir('/proc/self/fd'); note(sys.stdin, sys.stdout, sys.stderr, len(open_now))"
-    child = start(nursery, place, "ends", code=code, streams={})
-    assert finish(nursery, child) == 0
+    child = start(server, place, "ends", code=code, streams={})
+    assert finish(server, child) == 0
     assert place.notes[0] == [None, None, None, 1]  # the one that lists them
 
 
-def test_a_child_holds_nothing_of_the_nursery_or_of_its_siblings(make: Make, place: Place) -> None:
-    nursery = make()
-    start(nursery, place, "waits")
-    child = start(nursery, place, "ends", code="note(sorted(map(int, os.listdir('/proc/self/fd'))))")
-    assert finish(nursery, child) == 0
+def test_a_child_holds_nothing_of_the_server_or_of_its_siblings(make: Make, place: Place) -> None:
+    server = make()
+    start(server, place, "waits")
+    child = start(server, place, "ends", code="note(sorted(map(int, os.listdir('/proc/self/fd'))))")
+    assert finish(server, child) == 0
     assert place.notes[0] == [[0, 1, 2]]  # 0, which was not given, is the listing itself
 
 
 def test_random_numbers_differ_between_children(make: Make, place: Place) -> None:
-    nursery = make("chores", "numpy", "torch", "multiprocessing")
-    for child in [start(nursery, place, "draws") for _ in range(2)]:
-        assert finish(nursery, child) == 0
+    server = make("chores", "numpy", "torch", "multiprocessing")
+    for child in [start(server, place, "draws") for _ in range(2)]:
+        assert finish(server, child) == 0
     first, second = (note for note in place.notes if note[0] != "atexit")
     assert all(one != other for one, other in zip(first, second, strict=True))
 
@@ -183,10 +184,10 @@ def test_no_child_is_forked_beside_a_thread(make: Make, place: Place) -> None:
 
 
 def test_threads_that_end_for_a_fork_are_no_reason_to_refuse(make: Make, place: Place) -> None:
-    nursery = make("numpy", OMP_NUM_THREADS="2", OPENBLAS_NUM_THREADS="2")
+    server = make("numpy", OMP_NUM_THREADS="2", OPENBLAS_NUM_THREADS="2")
     code = "import numpy; square = numpy.ones((300, 300)); note((square @ square).sum())"
-    child = start(nursery, place, "ends", code=code)
-    assert finish(nursery, child) == 0
+    child = start(server, place, "ends", code=code)
+    assert finish(server, child) == 0
     assert place.notes[0] == [300.0**3]
 
 
@@ -198,24 +199,24 @@ def test_no_child_is_forked_after_an_import_that_failed(make: Make, place: Place
 
 @pytest.mark.parametrize("file", ["calendar.py", "calendar/__init__.py"])
 def test_no_child_is_forked_whose_folder_shadows_what_is_imported(make: Make, place: Place, tmp_path: Path, file: str) -> None:
-    nursery = make("calendar")
-    start(nursery, place, "ends", code="pass")
+    server = make("calendar")
+    start(server, place, "ends", code="pass")
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).touch()
     with pytest.raises(Refusal, match=r"comes before the calendar that is already imported"):
-        start(nursery, place, "ends", code="pass")
+        start(server, place, "ends", code="pass")
 
 
 def test_folders_that_imports_make_in_advance_are_removed(make: Make, place: Place) -> None:
     (place.folder / "maker.py").write_text("import os\nos.makedirs('" + str(place.folder / "cache/inner") + "')")
-    nursery = make("maker")
-    finish(nursery, start(nursery, place, "ends", code="pass"))
+    server = make("maker")
+    finish(server, start(server, place, "ends", code="pass"))
     assert not (place.folder / "cache").exists()
 
 
-def test_a_child_that_was_not_guarded_yet_ends_without_a_deed(make: Make, place: Place) -> None:
-    class Interrupted(Guard):
-        """As if the asking process ended just before it told its guard."""
+def test_a_child_that_the_reaper_did_not_know_yet_ends_without_a_deed(make: Make, place: Place) -> None:
+    class Interrupted(Reaper):
+        """As if the asking process ended just before it told its reaper."""
 
         def add(self, pid: int) -> None:
             if known:
@@ -223,35 +224,88 @@ def test_a_child_that_was_not_guarded_yet_ends_without_a_deed(make: Make, place:
             known.append(pid)
 
     known: list[int] = []
-    with Interrupted() as guard:
-        nursery = make(guard=guard)
+    with Interrupted() as reaper:
+        server = make(reaper=reaper)
         with pytest.raises(KeyboardInterrupt):
-            start(nursery, place, "ends", code="note('a deed')")
-        (child,) = nursery._children.values()
-        assert finish(nursery, child) == 1
+            start(server, place, "ends", code="note('a deed')")
+        (child,) = server._children.values()
+        assert finish(server, child) == 1
         assert place.notes == []
-        nursery.close()
+        server.close()
 
 
-def test_a_killed_nursery_is_a_failure_and_the_ends_of_its_children_are_still_seen(make: Make, place: Place) -> None:
-    nursery = make()
-    child = start(nursery, place, "waits")
-    os.kill(nursery.pid, signal.SIGKILL)
-    while nursery.status is None:
-        nursery.listen(wait=True)
+def test_a_killed_server_is_a_failure_and_the_ends_of_its_children_are_still_seen(make: Make, place: Place) -> None:
+    server = make()
+    child = start(server, place, "waits")
+    os.kill(server.pid, signal.SIGKILL)
+    while server.status is None:
+        server.listen(limit_s=None)
     assert child.poll() is None
-    assert "was killed by SIGKILL" in str(nursery.failure)
+    assert "was killed by SIGKILL" in str(server.failure)
     process = psutil.Process(child.pid)
     child.send_signal(signal.SIGKILL)
     assert_gone([process])
     assert child.poll() == -signal.SIGKILL
     with pytest.raises(WorkerFailure, match="was killed by SIGKILL"):
-        start(nursery, place, "waits")
+        start(server, place, "waits")
 
 
-def test_a_nursery_that_is_left_ends_its_children(make: Make, place: Place) -> None:
-    nursery = make()
-    child = start(nursery, place, "waits")
-    processes = [psutil.Process(child.pid), psutil.Process(nursery.pid)]
-    nursery.close()
+def test_a_server_that_is_left_ends_its_children(make: Make, place: Place) -> None:
+    server = make()
+    child = start(server, place, "waits")
+    processes = [psutil.Process(child.pid), psutil.Process(server.pid)]
+    server.close()
     assert_gone(processes)
+
+
+def test_modules_can_be_imported_later_and_one_that_fails_is_left_to_the_children(make: Make, place: Place) -> None:
+    (place.folder / "broken.py").write_text("raise ZeroDivisionError")
+    (place.folder / "later.py").write_text("calls = []\ndef warm_up():\n    calls.append('warm')")
+    server = make()
+    server.preload(["broken", "later"], then="later:warm_up")
+    child = start(server, place, "ends", code="note('broken' in sys.modules, sys.modules['later'].calls)")
+    assert finish(server, child) == 0
+    assert place.notes[0] == [False, ["warm"]]
+
+
+def test_where_a_fork_is_refused_a_new_interpreter_does_the_same(make: Make, place: Place) -> None:
+    (place.folder / "broken.py").write_text("raise ZeroDivisionError")
+    server, nothing = make("broken"), os.open(os.devnull, os.O_RDWR)
+    child = server.start(
+        "chores:ends",
+        {"code": "note(os.getppid(), os.getsid(0) == os.getpid(), *sorted(signal.pthread_sigmask(0, []))); sys.exit(3)"},
+        environment={**os.environ, **place.environment},
+        streams=dict.fromkeys(range(3), nothing),
+    )
+    os.close(nothing)
+    while child.poll() is None:
+        wait_for_end([child], 60.0)
+    assert child.returncode == 3
+    assert place.notes[0] == [os.getpid(), True, *BLOCKED_SIGNALS]
+
+
+def test_several_threads_may_start_children_and_wait_for_them(make: Make, place: Place) -> None:
+    server = make("chores")
+
+    def run(status: int) -> int:
+        child = start(server, place, "ends", code=f"sys.exit({status})")
+        while child.poll() is None:
+            wait_for_end([child], 60.0)
+        assert child.returncode is not None
+        return child.returncode
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(run, range(40))) == list(range(40))
+
+
+def test_a_child_ends_with_everything_that_it_started(make: Make, place: Place) -> None:
+    server = make("chores")
+    code = "import subprocess; note(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)']).pid); signal.pause()"
+    child, other = start(server, place, "ends", code=code), start(server, place, "waits")
+    while not place.notes:
+        wait_for_end([child], 0.01)
+    processes = [psutil.Process(child.pid), psutil.Process(place.notes[0][0])]
+    end_processes([child.pid])
+    assert_gone(processes)
+    assert finish(server, child) == -signal.SIGKILL
+    assert other.poll() is None

@@ -1,4 +1,4 @@
-"""A tiny process beside the launcher: if the launcher is killed, it ends the workers and everything they started.
+"""A tiny process beside a launcher: if the launcher is killed, it ends the workers and everything they started.
 
 The launcher writes "+PID" for each worker that it starts and "-PID" for each that it has buried. The end of that stream
 means that the launcher is gone, whatever killed it. A parent-death signal in each worker would not do: it spares the
@@ -21,10 +21,10 @@ _POLL_S = 0.02
 
 
 def end_groups(groups: Iterable[int], *, grace_s: float) -> None:
-    """Ends process groups: SIGTERM, then SIGKILL for whoever is still there after `grace_s` seconds. *local*
+    """Ends process groups: SIGTERM, then SIGKILL for what is left after `grace_s` seconds. *local*
 
     The grace is for Python's resource trackers: they ignore SIGTERM, and unlink the shared memory that a killed
-    process left behind. What is gone already is no error.
+    process left behind. A group that has ended already is no error.
     """
     left = [group for group in groups if _signal_group(group, signal.SIGTERM)]
     deadline_s = time.monotonic() + grace_s
@@ -36,9 +36,9 @@ def end_groups(groups: Iterable[int], *, grace_s: float) -> None:
 
 
 def end_processes(leaders: Iterable[int]) -> None:
-    """Ends processes that each lead a group, with their groups. *local*
+    """Ends processes that each lead a group, with their groups: everything that they started. *local*
 
-    They get SIGKILL at once, for they would take SIGTERM as a wish for a checkpoint.
+    They get SIGKILL at once, because they would take SIGTERM as a request for a checkpoint.
     """
     leaders = list(leaders)
     for pid in leaders:
@@ -51,12 +51,12 @@ class Leftovers:
     """Ends process groups as `end_groups` does, but without waiting: call `end` again until there are none. All *local*.
 
     Args:
-        guard: Who is told when a group is gone.
+        reaper: Told when a group has ended.
         grace_s: Time between SIGTERM and SIGKILL, in seconds.
     """
 
-    def __init__(self, guard: Guard, *, grace_s: float) -> None:
-        self._guard = guard
+    def __init__(self, reaper: Reaper, *, grace_s: float) -> None:
+        self._reaper = reaper
         self._grace_s = grace_s
         self._deadlines_s: dict[int, float] = {}
 
@@ -64,36 +64,36 @@ class Leftovers:
         return bool(self._deadlines_s)
 
     def add(self, group: int) -> None:
-        """Begin to end a group. What is gone already is no error."""
+        """Begin to end a group. One that has ended already is no error."""
         _signal_group(group, signal.SIGTERM)
         self._deadlines_s[group] = time.monotonic() + self._grace_s
 
     def end(self) -> None:
-        """Kill those whose grace is over, and forget those that are gone."""
+        """Kill the groups whose grace is over, and forget those that have ended."""
         for group, deadline_s in list(self._deadlines_s.items()):
             overdue = time.monotonic() > deadline_s
             if overdue or not _signal_group(group, 0):
                 if overdue:
                     _signal_group(group, signal.SIGKILL)
                 del self._deadlines_s[group]
-                self._guard.remove(group)
+                self._reaper.remove(group)
 
 
 def _signal_group(group: int, signum: int) -> bool:
-    """Whether there still was someone to signal."""
+    """Whether there still was a process to signal."""
     try:
         os.killpg(group, signum)
     except ProcessLookupError:
         return False
-    except PermissionError:  # someone in it changed user: it is no longer ours to end
+    except PermissionError:  # a process of it changed user: it is no longer ours to end
         return False
     return True
 
 
-class Guard:
+class Reaper:
     """The launcher's end. Used as a context; `add` and `remove` are *local*."""
 
-    def __enter__(self) -> Guard:
+    def __enter__(self) -> Reaper:
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__],
             stdin=subprocess.PIPE,
@@ -110,11 +110,11 @@ class Guard:
         self._process.wait()
 
     def add(self, pid: int) -> None:
-        """Guard the process group that this process leads."""
+        """From now on the process group that this process leads ends with the launcher."""
         self._tell(f"+{pid}\n")
 
     def remove(self, pid: int) -> None:
-        """The group is gone, and its number may soon be someone else's."""
+        """The group has ended, and its number may soon be another one's."""
         self._tell(f"-{pid}\n")
 
     def _tell(self, line: str) -> None:

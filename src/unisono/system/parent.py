@@ -1,10 +1,10 @@
-"""Inside the nursery: the process that imports once and forks a child for each order. See `nursery` for the other end.
+"""Inside the fork server: the process that imports once and forks a child for each order. See `fork_server` for the other end.
 
 It only ever imports and forks. Nothing is computed here, so there are no threads that a fork would lose, and no device is
 opened that a child could not use; both are looked at before each fork, and an order is refused rather than obeyed wrongly.
 
 A child goes back up to `main` and does what it was asked there. So it ends as any Python program does: threads are waited
-for, atexit functions run, streams are flushed, and the exit status is what the interpreter makes of it. The nursery itself
+for, atexit functions run, streams are flushed, and the exit status is what the interpreter makes of it. The server itself
 leaves without any of this: what the imports have registered is for the children to run.
 """
 
@@ -28,10 +28,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unisono.launch.guard import end_processes
-from unisono.launch.messages import receive, send
+from unisono.system.messages import receive, send
+from unisono.system.reaper import end_processes
 
-_NAME = "unisono.launch.parent"
+_NAME = "unisono.system.parent"
+"""As long as "unisono.launch.worker", which `ps` shows in its place for a worker (see `_retitle`)."""
 _DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/dri/", "/dev/accel")
 """Files that a GPU's driver keeps open once a process has begun to use it."""
 
@@ -62,7 +63,7 @@ class _Parent:
                     return None
                 order, descriptors = received
                 if "preload" in order:
-                    self._preload(order["preload"])
+                    self._preload(order["preload"], optional=order["optional"], then=order["then"])
                     continue
                 if (refusal := self._refusal(order)) is not None:
                     self._tell({"refused": refusal})
@@ -75,14 +76,17 @@ class _Parent:
                 for handed in descriptors:
                     os.close(handed)
 
-    def _preload(self, modules: Sequence[str]) -> None:
+    def _preload(self, modules: Sequence[str], *, optional: bool, then: str | None) -> None:
         with _without_trace():
             for name in modules:
                 try:
                     importlib.import_module(name)
                 except Exception as error:  # the script shall see the whole error itself, from its first half on
-                    self._broken = f"{name} could not be imported: {type(error).__name__}: {error}"
-                    return
+                    if not optional:
+                        self._broken = f"{name} could not be imported: {type(error).__name__}: {error}"
+                        return
+            if then is not None:
+                _function(then)()
         # Some libraries (OpenBLAS within NumPy) start threads when they load, and end them when a process forks, to start
         # them again where they are needed. After a first fork only those are left that would be lost.
         for stream in (sys.stdout, sys.stderr):
@@ -130,10 +134,10 @@ class _Parent:
         _take_streams(dict(zip(order["streams"], streams, strict=True)))
         _seed()
         gc.enable()
-        module, _, name = order["function"].partition(":")
+        module = order["function"].partition(":")[0]
         sys.orig_argv = [module if word == _NAME else word for word in sys.orig_argv]
         _retitle(sys.orig_argv)
-        return functools.partial(getattr(importlib.import_module(module), name), order["spec"])
+        return functools.partial(_function(order["function"]), order["spec"])
 
     def _bury(self, ended: int) -> None:
         os.close(ended)
@@ -143,6 +147,13 @@ class _Parent:
     def _tell(self, message: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError):  # nobody listens any more, which the next poll will find
             send(self._channel, message)
+
+
+def _function(name: str) -> Callable[..., object]:
+    """What "module:function" names."""
+    module, _, function = name.partition(":")
+    found: Callable[..., object] = getattr(importlib.import_module(module), function)
+    return found
 
 
 @contextlib.contextmanager
