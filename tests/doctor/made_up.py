@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from unisono.doctor.facts import Counters, Machine
-from unisono.doctor.records import Build, Examination, Gpu, Links, Pair, Worker
-from unisono.doctor.storage import Storage
+from unisono.doctor.facts import BuildFacts, CpuCounters, Examination, Gpu, HostFacts, Links, Pair, StorageFacts, WorkerFacts
 
 GIB = 2**30
 
 
-def tree(root: Path, files: dict[str, str]) -> Path:
-    """A made-up /proc and /sys."""
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
-
-
-def machine(**changes: Any) -> Machine:
+def machine(**changes: Any) -> HostFacts:
     facts: dict[str, Any] = {
         "host": "alpha",
         "boot_id": "boot-1",
@@ -40,15 +28,15 @@ def machine(**changes: Any) -> Machine:
         "process_memory": 150_000_000,
         "variables": {},
     }
-    return Machine(**(facts | changes))
+    return HostFacts(**(facts | changes))
 
 
-def counters(**changes: Any) -> Counters:
+def counters(**changes: Any) -> CpuCounters:
     names = ("time_s", "busy_s", "stolen_s", "total_s", "periods", "throttled_periods", "process_s")
-    return Counters(**(dict.fromkeys(names, 0) | changes))
+    return CpuCounters(**(dict.fromkeys(names, 0) | changes))
 
 
-def build(**changes: Any) -> Build:
+def build(**changes: Any) -> BuildFacts:
     facts: dict[str, Any] = {
         "fingerprint": {
             "torch": "2.13.0",
@@ -64,7 +52,7 @@ def build(**changes: Any) -> Build:
         "gpus": [],
         "gpus_present": 0,
     }
-    return Build(**(facts | changes))
+    return BuildFacts(**(facts | changes))
 
 
 def gpus(number: int, *, reach: bool = True) -> list[Gpu]:
@@ -77,7 +65,7 @@ def gpus(number: int, *, reach: bool = True) -> list[Gpu]:
     ]
 
 
-def worker(rank: int = 0, **changes: Any) -> Worker:
+def worker(rank: int = 0, **changes: Any) -> WorkerFacts:
     facts: dict[str, Any] = {
         "rank": rank,
         "host": "alpha",
@@ -89,7 +77,7 @@ def worker(rank: int = 0, **changes: Any) -> Worker:
         "before": counters(),
         "after": counters(time_s=2.0, busy_s=3.0, total_s=16.0, process_s=1.5),
     }
-    return Worker(**(facts | changes))
+    return WorkerFacts(**(facts | changes))
 
 
 def pair(first: int, second: int, *, rate: float = 5e9, small_s: float = 50e-6) -> Pair:
@@ -105,10 +93,9 @@ def examination(**changes: Any) -> Examination:
     facts: dict[str, Any] = {
         "workers": [worker(0), worker(1)],
         "links": [links("shared memory", [pair(0, 1)]), links("Gloo", [pair(0, 1, rate=1.5e9)])],
-        "streams": links("TCP", [pair(0, 1, rate=2e9)]),
         "copy_rate": 6e9,
         "clock_offsets": [0.0, 0.0],
-        "storage": Storage(url="runs", small_s=0.001, rate=1e9, free=100 * GIB),
+        "storage": StorageFacts(url="runs", small_s=0.001, rate=1e9, free=100 * GIB),
     }
     return Examination(**(facts | changes))
 

@@ -8,11 +8,11 @@ import pytest
 
 from tests.doctor.made_up import GIB, build, counters, gpus, machine, worker
 from unisono.doctor.checks import check_host
+from unisono.doctor.facts import WorkerFacts
 from unisono.doctor.findings import Finding, Level
-from unisono.doctor.records import Worker
 
 
-def found(name: str, *workers: Worker) -> Finding:
+def found(name: str, *workers: WorkerFacts) -> Finding:
     (finding,) = [finding for finding in check_host(workers) if finding.name == name]
     return finding
 

@@ -8,7 +8,13 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from unisono.doctor.storage import measure, probing, sees
+from unisono.doctor.facts import StorageFacts
+from unisono.doctor.storage import measured, sees
+
+
+def measure(url: str) -> StorageFacts:
+    with measured(url) as (facts, _):
+        return facts
 
 
 def test_a_new_directory_is_measured_and_gone_afterwards(tmp_path: Path) -> None:
@@ -29,9 +35,8 @@ def test_what_was_there_stays(tmp_path: Path) -> None:
 
 
 def test_what_somebody_else_has_put_into_a_new_directory_stays(tmp_path: Path) -> None:
-    with probing(str(tmp_path / "runs")) as (store, name):
-        store.write(name, b"x")
-        store.write("other.json", b"y")
+    with measured(str(tmp_path / "runs")):
+        (tmp_path / "runs" / "other.json").write_text("y")
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other.json"]
 
 
@@ -56,7 +61,6 @@ def test_an_unknown_protocol_says_why() -> None:
 
 @pytest.mark.parametrize("same", [True, False])
 def test_who_looks_at_another_directory_does_not_see_the_file(tmp_path: Path, same: bool) -> None:
-    with probing(str(tmp_path / "one")) as (store, name):
-        store.write(name, b"?")
+    with measured(str(tmp_path / "one")) as (_, name):
         assert sees(str(tmp_path / ("one" if same else "two")), name) is same
     assert not sees(str(tmp_path / "one"), name)

@@ -5,12 +5,12 @@
     command      what `unisono doctor` does, alone or as one worker of a launcher
     local        two workers for a doctor that is alone
     examination  what the workers find out together
-    facts        the machine, as /proc and /sys/fs/cgroup show it        (no torch)
+    machine      the host and its processor time, from psutil and the cgroups   (no torch)
     build        PyTorch, its math libraries and GPUs
     links        what messages between workers cost, through the real transports
-    streams      what plain TCP gives between the same workers
-    storage      the run directory                                       (no torch)
-    checks       facts about one host -> findings                        (no torch)
-    comparisons  facts about links, clocks and several hosts -> findings (no torch)
-    report       findings -> table or JSON                               (no torch)
+    storage      the run directory                                             (no torch)
+    facts        everything that was found out, and its JSON                   (no torch)
+    checks       facts about one host -> findings                              (no torch)
+    comparisons  facts about links, clocks and several hosts -> findings       (no torch)
+    report       findings -> table or JSON                                     (no torch)
 """

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from unisono.checkpoint.fingerprint import fingerprint
-from unisono.doctor.records import Build, Gpu
+from unisono.doctor.facts import BuildFacts, Gpu
 
 _TOPOLOGY_S = 5.0
 
 
-def read_build(*, threads: int, device: torch.device) -> Build:
+def read_build(*, threads: int, device: torch.device) -> BuildFacts:
     """What is installed and in force in this process. *local*
 
     Args:
@@ -24,8 +24,10 @@ def read_build(*, threads: int, device: torch.device) -> Build:
         device: The worker's device.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    links = topology(_nvidia_smi()) if count > 1 and not os.environ.get("CUDA_VISIBLE_DEVICES") else {}
-    return Build(
+    several = count > 1 and not os.environ.get("CUDA_VISIBLE_DEVICES")
+    links = topology(_nvidia_smi()) if several else {}
+    present = Path("/proc/driver/nvidia/gpus")
+    return BuildFacts(
         fingerprint=fingerprint(threads=threads, device=device),
         threads=torch.get_num_threads(),
         deterministic=torch.are_deterministic_algorithms_enabled(),
@@ -40,7 +42,7 @@ def read_build(*, threads: int, device: torch.device) -> Build:
             )
             for number in range(count)
         ],
-        gpus_present=_gpus_present(),
+        gpus_present=len(list(present.iterdir())) if present.is_dir() else 0,
     )
 
 
@@ -59,17 +61,6 @@ def topology(text: str) -> dict[int, dict[str, str]]:
 
 
 def _nvidia_smi() -> str:
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return ""
-    try:
-        return subprocess.run([command, "topo", "-m"], capture_output=True, text=True, timeout=_TOPOLOGY_S).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def _gpus_present() -> int:
-    try:
-        return sum(1 for _ in Path("/proc/driver/nvidia/gpus").iterdir())
-    except OSError:
-        return 0
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=_TOPOLOGY_S).stdout
+    return ""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 
 from unisono.doctor import local
-from unisono.doctor.facts import read_counters, read_machine
-from unisono.doctor.findings import Level
-from unisono.doctor.records import Examination, Worker
-from unisono.doctor.report import as_json, findings, show, worst
+from unisono.doctor.facts import Examination
+from unisono.doctor.findings import Level, worst
+from unisono.doctor.machine import read_worker
+from unisono.doctor.report import as_json, findings, show
 from unisono.world import World, room_for_workers
 
 
@@ -29,49 +29,33 @@ def doctor(world: World, *, workers: int | None, threads: int | None, run_dir: s
     threads = threads or world.threads
     workers = workers or room_for_workers(threads)
     found = local.examine(run_dir=run_dir, workers=workers, threads=threads)
-    if isinstance(found, str):
-        found = _alone(world, workers, threads, found)
-    return _say(found, json=json)
+    if isinstance(found, str):  # what one process can say if the workers failed
+        found = Examination(workers=[read_worker(world, planned=workers, threads=threads)], failure=found)
+    return _print(found, json=json)
 
 
 def _take_part(world: World, run_dir: str, *, json: bool) -> int:
     try:
         import torch
 
-        from unisono.doctor.examination import Plan, connected, examine
+        from unisono.doctor.examination import connected, examine
 
         with connected(world, world.init_method or "env://") as (group, device):
-            examination = examine(group, device, world, Plan(run_dir=run_dir))
-            status = torch.tensor([_say(examination, json=json) if world.is_main else 0])
+            examination = examine(group, device, world, run_dir=run_dir)
+            status = torch.tensor([_print(examination, json=json) if world.is_main else 0])
             # A launcher ends all workers once one has failed: none leaves before everything has been said.
             group.broadcast(status)
             return int(status)
     except Exception as error:  # whatever keeps workers apart is a finding
         failure = f"worker {world.rank} of {world.size} on {world.host}: {type(error).__name__}: {error}"
         if world.is_main:
-            return _say(_alone(world, world.local_size, world.threads, failure), json=json)
+            mine = read_worker(world, planned=world.local_size, threads=world.threads)
+            return _print(Examination(workers=[mine], failure=failure), json=json)
         print(f"unisono doctor: {failure}", file=sys.stderr, flush=True)
         return 0  # else the launcher ends worker 0, which is about to fail too, before it has said so
 
 
-def _alone(world: World, workers: int, threads: int, failure: str) -> Examination:
-    """What one process can say if the workers failed."""
-    counters = read_counters()
-    worker = Worker(
-        rank=world.rank,
-        host=world.host,
-        planned=workers,
-        threads=threads,
-        device="cpu",
-        machine=read_machine(),
-        build=None,
-        before=counters,
-        after=counters,
-    )
-    return Examination(workers=[worker], failure=failure)
-
-
-def _say(examination: Examination, *, json: bool) -> int:
+def _print(examination: Examination, *, json: bool) -> int:
     found = findings(examination)
     if json:
         print(as_json(examination, found), flush=True)

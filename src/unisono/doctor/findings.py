@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
 class Level(enum.StrEnum):
-    """How serious a finding is."""
+    """How serious a finding is, in rising order."""
 
     FINE = "fine"
     NOTE = "note"
@@ -20,19 +21,19 @@ class Level(enum.StrEnum):
 class Finding:
     """A fact, how serious it is, and what to do about it."""
 
-    name: str
-    """What was looked at."""
+    name: str  # what was looked at
     level: Level
-    """How serious it is."""
-    fact: str
-    """What was found, with values."""
-    advice: str = ""
-    """What to do; empty if nothing is to be done."""
-    host: str = ""
-    """Which host it is about; empty if it is about all of them together."""
+    fact: str  # what was found, with values
+    advice: str = ""  # what to do; empty if nothing is to be done
+    host: str = ""  # which host it is about; empty if it is about all of them together
 
 
 def finding(name: str, fact: str, *, problem: str = "", note: str = "") -> Finding:
-    """A finding whose level follows from the kind of its advice; without any, all is fine. *local*"""
+    """A finding whose advice is the problem's, else the note's, and whose level follows from that: without any, all is fine."""
     level = Level.PROBLEM if problem else Level.NOTE if note else Level.FINE
     return Finding(name=name, level=level, fact=fact, advice=problem or note)
+
+
+def worst(findings: Iterable[Finding]) -> Level:
+    """The level of the most serious finding."""
+    return max((found.level for found in findings), key=list(Level).index, default=Level.FINE)

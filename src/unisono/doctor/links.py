@@ -6,17 +6,15 @@ as they do in a run, and W workers need only W - 1 rounds (one more if W is odd)
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from unisono.collective.base import Collective, Expected
-from unisono.doctor.records import Links, Pair
+from unisono.doctor.facts import Links, Pair, dumps, loads
 from unisono.layout import allocate
 
 SMALL_BYTES = 64 * 1024
@@ -25,6 +23,7 @@ _PROBE_BYTES = 1024 * 1024
 _LARGE_S = 0.25  # a slow network gets as many bytes as it moves in this time
 _BARRIERS, _SMALL, _LARGE = 50, 20, 5
 _CLOCK_ROUNDS = 20
+_CPU = torch.device("cpu")
 
 
 def partner(rank: int, turn: int, size: int) -> int | None:
@@ -38,10 +37,9 @@ def partner(rank: int, turn: int, size: int) -> int | None:
     Returns:
         The other worker's rank, or None if this one pauses.
     """
-    even = size + size % 2
-    last = even - 1
-    # All numbers below `last` sit on a circle; i meets (turn - i), and whoever would meet itself meets `last`.
-    other = turn * (even // 2) % last if rank == last else (turn - rank) % last
+    last = size - 1 + size % 2
+    # All numbers below `last` sit on a circle; i meets (turn - i), and the one that would meet itself meets `last`.
+    other = turn * ((last + 1) // 2) % last if rank == last else (turn - rank) % last
     if other == rank:
         other = last
     return other if other < size else None
@@ -52,11 +50,15 @@ def turns(size: int) -> int:
     return size - 1 + size % 2
 
 
-def fitting_bytes(size: int, memory_free: int | None) -> int:
+def fitting_bytes(size: int, memory_free: int) -> int:
     """How large the large message may be, with this many workers and this much memory. *local*"""
     # A transport keeps a landing place for each other worker.
-    limit = min(LARGE_BYTES, 8 * LARGE_BYTES // max(1, size - 1))
-    return max(_PROBE_BYTES, limit if memory_free is None else min(limit, memory_free // (16 * size)))
+    return max(_PROBE_BYTES, min(LARGE_BYTES, 8 * LARGE_BYTES // max(1, size - 1), memory_free // (16 * size)))
+
+
+def large_message(nbytes: int, probe_s: float) -> int:
+    """How large it shall be, at most `nbytes`, where 1 MiB took this long. *local*"""
+    return min(nbytes, max(_PROBE_BYTES, int(_PROBE_BYTES * _LARGE_S / probe_s)))
 
 
 def measure_links(
@@ -75,15 +77,19 @@ def measure_links(
         The same on all workers.
     """
     meter = _Meter(collective, device, large_bytes, in_place)
-    barrier_s = _median(collective.barrier, times=_BARRIERS, finish=meter.finish)
-    mine = [asdict(pair) for turn in range(turns(collective.size)) if (pair := meter.pair(turn)) is not None]
-    rows = [json.loads(text) for text in collective.all_gather_bytes(json.dumps([barrier_s, mine]).encode())]
-    return Links(
-        transport=transport, barrier_s=max(slowest for slowest, _ in rows), pairs=merge([Pair(**p) for _, r in rows for p in r])
-    )
+    barrier_s = median_s(collective.barrier, times=_BARRIERS, finish=meter.finish)
+    pairs = [pair for turn in range(turns(collective.size)) if (pair := meter.pair(turn)) is not None]
+    return gather(collective, Links(transport=transport, barrier_s=barrier_s, pairs=pairs))
 
 
-def merge(seen: list[Pair]) -> list[Pair]:
+def gather(collective: Collective, mine: Links) -> Links:
+    """What all workers saw of a transport: of each figure the slowest. *collective*"""
+    seen = [loads(Links, data) for data in collective.all_gather_bytes(dumps(mine))]
+    barrier_s = max(links.barrier_s for links in seen)
+    return Links(transport=mine.transport, barrier_s=barrier_s, pairs=merge(pair for links in seen for pair in links.pairs))
+
+
+def merge(seen: Iterable[Pair]) -> list[Pair]:
     """One entry for each two workers, with the slower of what both saw. *local*"""
     sides: dict[tuple[int, int], list[Pair]] = {}
     for pair in seen:
@@ -115,18 +121,17 @@ class _Meter:
             torch.cuda.synchronize(self._device)
 
     def pair(self, turn: int) -> Pair | None:
-        """Everybody calls this: a transport may let nobody go before all have said that they send nothing."""
-        collective = self._collective
-        peer = partner(collective.rank, turn, collective.size)
+        """Every worker calls this: a transport may let nobody go before all have said that they send nothing."""
+        rank = self._collective.rank
+        peer = partner(rank, turn, self._collective.size)
         small_s = self._time(peer, SMALL_BYTES, _SMALL)
-        probe_s = self._time(peer, _PROBE_BYTES, 1)
-        wanted = torch.tensor([min(self._large.numel(), max(_PROBE_BYTES, int(_PROBE_BYTES * _LARGE_S / probe_s)))])
+        wanted = torch.tensor([large_message(self._large.numel(), self._time(peer, _PROBE_BYTES, 1))])
         theirs = self._exchange(peer, wanted, (1, wanted.dtype, wanted.device))
         nbytes = min(int(wanted), self._large.numel() if theirs is None else int(theirs))
         large_s = self._time(peer, nbytes, _LARGE)
         if peer is None:
             return None
-        first, second = sorted((collective.rank, peer))
+        first, second = sorted((rank, peer))
         return Pair(first=first, second=second, small_s=small_s, large_rate=nbytes / large_s, large_bytes=nbytes)
 
     def _time(self, peer: int | None, nbytes: int, times: int) -> float:
@@ -137,7 +142,7 @@ class _Meter:
             if received is not None and self._landing is not None:
                 self._landing[:nbytes].copy_(received)
 
-        return _median(call, times=times, finish=self.finish)
+        return median_s(call, times=times, finish=self.finish)
 
     def _exchange(self, peer: int | None, message: Tensor, expected: Expected) -> Tensor | None:
         outgoing: list[list[Tensor]] = [[] for _ in range(self._collective.size)]
@@ -150,13 +155,9 @@ class _Meter:
 
 def copy_rate(collective: Collective, nbytes: int) -> float:
     """Bytes per second that the slowest worker copies within its own memory, with one thread, while all do so. *collective*"""
-    source, target = (allocate(nbytes, torch.uint8, torch.device("cpu")).zero_() for _ in range(2))
-
-    def call() -> None:
-        target.copy_(source)
-
+    source, target = (allocate(nbytes, torch.uint8, _CPU).zero_() for _ in range(2))
     collective.barrier()
-    seconds = torch.tensor([_median(call, times=5)], dtype=torch.float64)
+    seconds = torch.tensor([median_s(lambda: target.copy_(source), times=5)], dtype=torch.float64)
     return nbytes / max(float(other) for other in collective.all_gather(seconds))
 
 
@@ -175,8 +176,8 @@ def clock_offsets(collective: Collective, clock: Callable[[], float] = time.time
     return [(float(rows[rank][0]) - float(rows[0][rank])) / 2 for rank in range(collective.size)]
 
 
-def _median(call: Callable[[], object], *, times: int, finish: Callable[[], None] = lambda: None) -> float:
-    """Median seconds of a call, after one that does not count: it pays for new memory and connections."""
+def median_s(call: Callable[[], object], *, times: int, finish: Callable[[], None] = lambda: None) -> float:
+    """Median seconds of a call, after one that does not count: it pays for new memory and connections. *local*"""
     seconds: list[float] = []
     for _ in range(times + 1):
         began = time.perf_counter()

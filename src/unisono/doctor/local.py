@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -11,9 +10,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from unisono.doctor.records import Examination, loads_examination
+from unisono.doctor.facts import Examination, loads
 
 _SIZE = 2
 _LIMIT_S = 150.0
@@ -30,80 +30,64 @@ def examine(*, run_dir: str, workers: int, threads: int) -> Examination | str:
         workers: How many workers a run has.
         threads: Threads per worker.
     """
-    with tempfile.TemporaryDirectory(prefix="unisono-doctor-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        settings = json.dumps({"run_dir": run_dir, "workers": workers, "threads": threads})
+    settings = json.dumps({"run_dir": run_dir, "workers": workers, "threads": threads})
+    # As `unisono run` sets it for its workers. Gloo would look up the host's own name, which not every machine can resolve.
+    env = {"GLOO_SOCKET_IFNAME": "lo", **os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    with tempfile.TemporaryDirectory(prefix="unisono-doctor-", ignore_cleanup_errors=True) as name, ExitStack() as stack:
         processes: list[subprocess.Popen[bytes]] = []
-        try:
-            for rank in range(_SIZE):
-                with (folder / f"worker-{rank}.log").open("wb") as log:
-                    command = [sys.executable, "-P", "-m", "unisono.doctor.local", name, str(rank), settings]
-                    processes.append(
-                        subprocess.Popen(
-                            command, env=_environment(threads), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-                        )
-                    )
-            failure = _wait(processes, folder)
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    process.kill()
-                process.wait()
-        return failure or loads_examination((folder / _RESULT).read_text())
+        for rank in range(_SIZE):
+            command = [sys.executable, "-P", "-m", "unisono.doctor.local", name, str(rank), settings]
+            with _log(name, rank).open("wb") as log:
+                process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            processes.append(process)
+        return _wait(processes, name) or loads(Examination, Path(name, _RESULT).read_bytes())
 
 
-def _environment(threads: int) -> dict[str, str]:
-    """As `unisono run` sets it for its workers."""
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    if sys.platform == "linux":
-        # Gloo would look up the host's own name, which not every machine can resolve.
-        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    return env
+def _log(folder: str, rank: int) -> Path:
+    return Path(folder, f"worker-{rank}.log")
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], folder: Path) -> str:
+def _wait(processes: Sequence[subprocess.Popen[bytes]], folder: str) -> str:
     """Until all have ended, or one has failed, and the others had a moment to say why. Returns what went wrong."""
     deadline_s = time.monotonic() + _LIMIT_S
-    failed_s: float | None = None
+    failing = False
     while any(process.poll() is None for process in processes):
-        now_s = time.monotonic()
-        if failed_s is None and any(process.poll() for process in processes):
-            failed_s = now_s
-        if now_s > deadline_s:
-            return f"two workers of this host had not found each other and finished after {_LIMIT_S:g} s"
-        if failed_s is not None and now_s - failed_s > _GRACE_S:
+        if not failing and any(process.returncode for process in processes):
+            failing, deadline_s = True, time.monotonic() + _GRACE_S
+        if time.monotonic() > deadline_s:
+            if not failing:
+                return f"two workers of this host had not found each other and finished after {_LIMIT_S:g} s"
             break
         time.sleep(_POLL_S)
     # A worker that died of a signal is the cause of the other's complaint.
     failures = [(process.returncode > 0, rank) for rank, process in enumerate(processes) if process.returncode]
-    return _describe(min(failures)[1], processes, folder) if failures else ""
-
-
-def _describe(rank: int, processes: Sequence[subprocess.Popen[bytes]], folder: Path) -> str:
+    if not failures:
+        return ""
+    rank = min(failures)[1]
     status = processes[rank].returncode
     how = f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
-    lines = (folder / f"worker-{rank}.log").read_text(errors="replace").strip().splitlines()
+    lines = _log(folder, rank).read_text(errors="replace").strip().splitlines()
     return f"worker {rank} of {len(processes)} {how}" + (f": {lines[-1].strip()}" if lines else "")
 
 
 def _signal_name(number: int) -> str:
-    with contextlib.suppress(ValueError):
-        return signal.Signals(number).name
-    return f"signal {number}"
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def _main(folder: Path, rank: int, settings: str) -> None:
     """What each of the two workers does."""
-    from unisono.doctor.examination import Plan, connected, examine
-    from unisono.doctor.records import dumps
+    from unisono.doctor.examination import connected, examine
+    from unisono.doctor.facts import dumps
     from unisono.world import World
 
     plan = json.loads(settings)
     world = World(rank=rank, size=_SIZE, local_rank=rank, local_size=_SIZE, threads=plan["threads"])
     with connected(world, (folder / "meeting").as_uri()) as (group, device):
-        examination = examine(group, device, world, Plan(run_dir=plan["run_dir"], workers=plan["workers"]))
+        examination = examine(group, device, world, run_dir=plan["run_dir"], workers=plan["workers"])
         if world.is_main:
-            (folder / _RESULT).write_text(dumps(examination))
+            (folder / _RESULT).write_bytes(dumps(examination))
         group.barrier()
 
 

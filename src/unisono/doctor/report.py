@@ -1,4 +1,4 @@
-"""RecoveryPlan as a person reads them, and as JSON."""
+"""Findings as a person reads them, and as JSON."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from unisono.doctor.checks import check_host
-from unisono.doctor.comparisons import check_together, matrix
-from unisono.doctor.findings import Finding, Level
-from unisono.doctor.records import Examination
+from unisono.doctor.comparisons import check_together
+from unisono.doctor.facts import Examination, Links
+from unisono.doctor.findings import Finding, Level, worst
 from unisono.observe.formats import count, data_size
 
 if TYPE_CHECKING:
@@ -28,14 +28,8 @@ def findings(examination: Examination) -> list[Finding]:
     return by_host + check_together(examination)
 
 
-def worst(found: Sequence[Finding]) -> Level:
-    """The level of the most serious finding. *local*"""
-    levels = {finding.level for finding in found}
-    return next(level for level in (Level.PROBLEM, Level.NOTE, Level.FINE) if level in levels or level == Level.FINE)
-
-
 def as_json(examination: Examination, found: Sequence[Finding]) -> str:
-    """RecoveryPlan, and the facts behind them. *local*"""
+    """Findings, and the facts behind them. *local*"""
     document = {"level": worst(found), "findings": [asdict(finding) for finding in found], "facts": asdict(examination)}
     return json.dumps(document, indent=2, allow_nan=False)
 
@@ -55,7 +49,8 @@ def show(console: Console, examination: Examination, found: Sequence[Finding]) -
             text.append(f"\n-> {finding.advice}", style=_COLOURS[finding.level])
         table.add_row(Text(finding.level, style=_COLOURS[finding.level]), finding.name, text)
     console.print(table)
-    _show_links(console, examination)
+    if len(examination.workers) > 2 and examination.links:
+        _show_links(console, examination, examination.links[0])
     numbers = {level: sum(finding.level == level for finding in found) for level in Level}
     console.print(
         f"\n{count(numbers[Level.PROBLEM], 'problem')}, {count(numbers[Level.NOTE], 'note')}, {numbers[Level.FINE]} fine",
@@ -85,29 +80,25 @@ def rows(found: Sequence[Finding], hosts: int) -> list[tuple[str, Finding]]:
     return lines
 
 
-def _show_links(console: Console, examination: Examination) -> None:
+def _show_links(console: Console, examination: Examination, links: Links) -> None:
     from rich.table import Table
 
-    size = len(examination.workers)
-    if size < 3 or not examination.links or not examination.links[0].pairs:
-        return
-    links = examination.links[0]
-    host = {worker.rank: worker.host for worker in examination.workers}
-    if size > _LARGEST_MATRIX:
+    host = [worker.host for worker in examination.workers]
+    if len(host) > _LARGEST_MATRIX:
         console.print(f"\nthe slowest links ({links.transport}; all of them: --json)")
         for pair in sorted(links.pairs, key=lambda pair: pair.large_rate)[:_SLOWEST]:
-            console.print(
-                f"  {pair.first} ({host[pair.first]}) - {pair.second} ({host[pair.second]}): "
-                f"{data_size(pair.large_rate)}/s, {pair.small_s * 1e6:,.0f} us"
-            )
+            ends = f"{pair.first} ({host[pair.first]}) - {pair.second} ({host[pair.second]})"
+            console.print(f"  {ends}: {data_size(pair.large_rate)}/s, {pair.small_s * 1e6:,.0f} us")
         return
-    several = len(examination.hosts) > 1
     console.print(f"\n{links.transport}: GB/s each way / microseconds for 64 KiB")
     table = Table(box=None, pad_edge=False)
     table.add_column("worker")
-    for rank in range(size):
+    cells = [["" for _ in host] for _ in host]
+    for pair in links.pairs:
+        text = f"{pair.large_rate / 1e9:.2f} / {pair.small_s * 1e6:,.0f}"
+        cells[pair.first][pair.second] = cells[pair.second][pair.first] = text
+    for rank in range(len(host)):
         table.add_column(str(rank), justify="right")
-    cells = matrix(links, size, lambda pair: f"{pair.large_rate / 1e9:.2f} / {pair.small_s * 1e6:,.0f}")
     for rank, row in enumerate(cells):
-        table.add_row(f"{rank} {host[rank]}" if several else str(rank), *row)
+        table.add_row(f"{rank} {host[rank]}" if len(examination.hosts) > 1 else str(rank), *row)
     console.print(table)

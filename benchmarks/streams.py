@@ -1,4 +1,9 @@
-"""What plain TCP gives between the same workers: the measure for Gloo, which runs over it. Everything here is *collective*."""
+"""What plain TCP gives between each two workers, beside Gloo, which runs over it: is the network slow, or what Gloo makes of it?
+
+Each pair in turn sends and receives at the same time, as `unisono doctor` measures its links. On each host::
+
+    torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST:29500 benchmarks/streams.py
+"""
 
 from __future__ import annotations
 
@@ -12,16 +17,18 @@ import struct
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict
+
+import torch
 
 from unisono.collective.base import Collective
-from unisono.doctor.links import SMALL_BYTES, merge, partner, turns
-from unisono.doctor.records import Links, Pair
+from unisono.doctor.examination import connected
+from unisono.doctor.facts import Links, Pair
+from unisono.doctor.links import SMALL_BYTES, fitting_bytes, gather, large_message, measure_links, partner, turns
+from unisono.doctor.machine import read_host
 from unisono.world import World
 
 _TIMEOUT_S = 5.0
 _PROBE_BYTES = 1024 * 1024
-_LARGE_S = 0.25
 _SMALL, _LARGE = 20, 5
 _NUMBER = struct.Struct("<Q")
 _TOKEN_BYTES = 16
@@ -56,7 +63,8 @@ def measure_streams(collective: Collective, address: str | None, *, large_bytes:
         large_bytes: How large the large message may be.
 
     Returns:
-        The same on all workers. Pairs between which no connection comes about are left out.
+        The same on all workers; in place of the barrier stands the slowest round trip. Pairs between which no connection
+        comes about are left out.
     """
     listener, token = _listen(address), secrets.token_bytes(_TOKEN_BYTES)
     place = None if listener is None else [*listener.getsockname()[:2], token.hex()]
@@ -71,10 +79,8 @@ def measure_streams(collective: Collective, address: str | None, *, large_bytes:
         collective.barrier()  # else the next partner might knock before this one
     if listener is not None:
         listener.close()
-    mine = [[round_trip_s, asdict(pair)] for round_trip_s, pair in seen]
-    rows = [row for text in collective.all_gather_bytes(json.dumps(mine).encode()) for row in json.loads(text)]
-    pairs = merge([Pair(**pair) for _, pair in rows])
-    return Links(transport="TCP", barrier_s=max((round_trip_s for round_trip_s, _ in rows), default=0.0), pairs=pairs)
+    round_trip_s = max((round_trip_s for round_trip_s, _ in seen), default=0.0)
+    return gather(collective, Links(transport="TCP", barrier_s=round_trip_s, pairs=[pair for _, pair in seen]))
 
 
 def _listen(address: str | None) -> socket.socket | None:
@@ -111,7 +117,7 @@ def _measure(connection: socket.socket, rank: int, peer: int, large_bytes: int) 
     small_s = statistics.median(stream.both_ways(SMALL_BYTES) for _ in range(_SMALL))
     stream.both_ways(_PROBE_BYTES)
     probe_s = stream.both_ways(_PROBE_BYTES)
-    nbytes = stream.agree(min(large_bytes, max(_PROBE_BYTES, int(_PROBE_BYTES * _LARGE_S / probe_s))))
+    nbytes = stream.agree(large_message(large_bytes, probe_s))
     large_s = statistics.median(stream.both_ways(nbytes) for _ in range(_LARGE))
     first, second = sorted((rank, peer))
     return round_trip_s, Pair(first=first, second=second, small_s=small_s, large_rate=nbytes / large_s, large_bytes=nbytes)
@@ -163,3 +169,34 @@ def _receive(connection: socket.socket, target: memoryview) -> None:
         if not count:
             raise ConnectionError("the other worker has closed the connection")
         target = target[count:]
+
+
+def main() -> None:
+    world = World.from_environment()
+    with connected(world, world.init_method or "env://") as (group, _):
+        memory_free = torch.tensor([read_host().memory_free])
+        nbytes = min(fitting_bytes(world.size, int(free)) for free in group.all_gather(memory_free))
+        try:
+            address = own_address(world)
+        except OSError:
+            address = None
+        plain = measure_streams(group, address, large_bytes=nbytes)
+        gloo = measure_links(group, transport="Gloo", device=torch.device("cpu"), large_bytes=nbytes)
+        if world.is_main:
+            _show(plain, gloo)
+
+
+def _show(plain: Links, gloo: Links) -> None:
+    rates = {(pair.first, pair.second): pair for pair in plain.pairs}
+    print("workers    64 KiB, us: TCP    Gloo    GB/s each way: TCP    Gloo    share")
+    for pair in gloo.pairs:
+        name = f"{pair.first} - {pair.second}"
+        if tcp := rates.get((pair.first, pair.second)):
+            small, large = (tcp.small_s * 1e6, pair.small_s * 1e6), (tcp.large_rate / 1e9, pair.large_rate / 1e9)
+            print(f"{name:<7}{small[0]:19.0f}{small[1]:8.0f}{large[0]:22.2f}{large[1]:8.2f}{large[1] / large[0]:9.0%}")
+        else:
+            print(f"{name:<7}    no plain TCP connection: a firewall, or the wrong interface (GLOO_SOCKET_IFNAME)?")
+
+
+if __name__ == "__main__":
+    main()
