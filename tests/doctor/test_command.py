@@ -6,12 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from unisono.world import usable_cores
+from unisono.doctor import local
+from unisono.doctor.command import doctor
+from unisono.doctor.facts import Examination, loads
+from unisono.world import World, usable_cores
 
 LIMIT_S = 90
 
@@ -35,7 +39,9 @@ def by_name(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {finding["name"]: finding for finding in document["findings"]}
 
 
-def test_alone_it_looks_at_everything_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_alone_it_looks_at_everything_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = run(tmp_path, "-m", "unisono.launch", "doctor", "--json")
     document = json.loads(done.stdout)
     assert done.returncode == (document["level"] == "problem"), done.stderr
@@ -59,49 +65,63 @@ def test_alone_it_looks_at_everything_and_leaves_nothing_behind(tmp_path: Path) 
     assert facts["storage"]["rate"] > 0
     assert list(tmp_path.iterdir()) == []
 
-
-def test_too_many_workers_end_with_status_1_and_advice(tmp_path: Path) -> None:
+    # The same facts as a table, for more workers than there are cores.
+    examined = loads(Examination, json.dumps(facts).encode())
     many = usable_cores() + 3
-    done = run(tmp_path, "-m", "unisono.doctor", "--workers", str(many))
+    monkeypatch.setattr(local, "examine", lambda **plan: planned(examined, **plan))
+    monkeypatch.setenv("COLUMNS", "200")
+    assert doctor(World(), workers=many, threads=None, run_dir="runs", json=False) == 1
+    shown = capsys.readouterr().out
+    assert f"{many} workers x 1 thread keep {many} busy" in shown
+    assert f"--workers {usable_cores()}" in shown
+    assert "1 problem" in shown.splitlines()[-1]
+
+
+def planned(examined: Examination, *, run_dir: str, workers: int, threads: int) -> Examination:
+    """What the two workers would have found out for another plan."""
+    assert run_dir == "runs"
+    return replace(examined, workers=[replace(worker, planned=workers, threads=threads) for worker in examined.workers])
+
+
+def test_too_many_workers_end_with_status_1_whatever_the_workers_find(tmp_path: Path) -> None:
+    many = usable_cores() + 3
+    done = run(tmp_path, "-m", "unisono.doctor", "--workers", str(many), PYTHONPATH=broken_torch(tmp_path))
     assert done.returncode == 1
     assert f"{many} workers x 1 thread keep {many} busy" in done.stdout
-    assert f"--workers {usable_cores()}" in done.stdout
-    assert "1 problem" in done.stdout.splitlines()[-1]
+
+
+def broken_torch(folder: Path) -> str:
+    """A module path on which PyTorch cannot be imported."""
+    (folder / "torch").mkdir()
+    (folder / "torch" / "__init__.py").write_text("raise ImportError('libmkl is not there')")
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def test_workers_that_cannot_start_are_a_problem_in_their_own_words(tmp_path: Path) -> None:
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('libmkl is not there')")
-    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = run(tmp_path, "-m", "unisono.doctor", "--json", PYTHONPATH=paths)
+    done = run(tmp_path, "-m", "unisono.doctor", "--json", PYTHONPATH=broken_torch(tmp_path))
     assert done.returncode == 1
     found = by_name(json.loads(done.stdout))
     assert "ended with status 1: ImportError: libmkl is not there" in found["workers"]["fact"]
     assert "cores" in found
 
 
-def test_two_workers_under_torchrun_take_part_and_rank_0_speaks(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, 2, "--json", "--run-dir", str(tmp_path / "runs"))
-    document = json.loads(done.stdout)
-    assert (done.returncode == 0) == (document["level"] != "problem"), done.stderr
-    assert [worker["rank"] for worker in document["facts"]["workers"]] == [0, 1]
-    assert "shared memory" in by_name(document)
-    assert not (tmp_path / "runs").exists()
-
-
-def test_three_workers_under_torchrun_get_the_whole_matrix(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, 3)
-    assert "shared memory: GB/s each way / microseconds for 64 KiB" in done.stdout
+def test_workers_under_torchrun_take_part_and_rank_0_shows_the_whole_matrix(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, 3, "--run-dir", str(tmp_path / "runs"))
+    assert done.stdout.count("shared memory: GB/s each way / microseconds for 64 KiB") == 1
     table = done.stdout.partition("microseconds for 64 KiB\n")[2].splitlines()
     assert table[0].split() == ["worker", "0", "1", "2"]
     assert [line.count(" / ") for line in table[1:4]] == [2, 2, 2]
     assert (done.returncode == 0) == (usable_cores() >= 3), done.stdout
+    assert f"{tmp_path / 'runs'}: " in done.stdout
+    assert not (tmp_path / "runs").exists()
 
 
 def test_workers_that_do_not_meet_are_a_problem_under_torchrun(tmp_path: Path) -> None:
     done = torchrun(tmp_path, 2, "--json", GLOO_SOCKET_IFNAME="nonsense")
     assert done.returncode != 0
-    assert "nonsense" in by_name(json.loads(done.stdout))["workers"]["fact"]
+    document = json.loads(done.stdout)  # rank 0 alone speaks
+    assert [worker["rank"] for worker in document["facts"]["workers"]] == [0]
+    assert "nonsense" in by_name(document)["workers"]["fact"]
 
 
 @pytest.mark.parametrize(
