@@ -25,9 +25,11 @@ from workloads import WORKLOADS
 
 import unisono
 from unisono.collective import Collective
+from unisono.data import batches
 from unisono.guard import replicas, stragglers
+from unisono.replica import weights
 from unisono.testing import Workers
-from unisono.training import batches, run, step, weights
+from unisono.training import run, step
 
 STEPS = {"tiny": 2560, "middle": 512, "wide": 64, "gpt": 128, "cnn": 128}
 """A multiple of 64, within which everything is looked at once."""
