@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 import unisono as package
 from tests.launch.conftest import Launcher
 from unisono.launch import cli, runner
+from unisono.launch.config import LaunchConfig
 from unisono.world import usable_cores
 
 
@@ -23,12 +24,12 @@ def script(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[runner.Run]:
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[LaunchConfig]:
     """What would have been run: no worker starts."""
-    seen: list[runner.Run] = []
+    seen: list[LaunchConfig] = []
 
-    def run(settings: runner.Run) -> int:
-        seen.append(settings)
+    def run(config: LaunchConfig) -> int:
+        seen.append(config)
         return 5
 
     monkeypatch.setattr(runner, "run", run)
@@ -41,14 +42,14 @@ def unisono(*args: str) -> Result:
     return CliRunner().invoke(cli.main, args)
 
 
-def test_by_default_there_are_as_many_workers_as_usable_cores(script: str, runs: list[runner.Run]) -> None:
+def test_by_default_there_are_as_many_workers_as_usable_cores(script: str, runs: list[LaunchConfig]) -> None:
     result = unisono("run", script)
     assert (result.exit_code, result.output) == (5, "")
     (settings,) = runs
     assert (settings.workers, settings.workers_defaulted, settings.threads) == (usable_cores(), True, 1)
 
 
-def test_where_there_are_gpus_each_has_a_worker(script: str, runs: list[runner.Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_there_are_gpus_each_has_a_worker(script: str, runs: list[LaunchConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "room_for_workers", lambda threads: 3)
     unisono("run", script)
     unisono("run", "--workers", "1:2", script)
@@ -56,21 +57,21 @@ def test_where_there_are_gpus_each_has_a_worker(script: str, runs: list[runner.R
     assert [(settings.workers, settings.workers_defaulted) for settings in runs] == [(3, True), (2, True), (5, False)]
 
 
-def test_threads_share_the_cores(script: str, runs: list[runner.Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_share_the_cores(script: str, runs: list[LaunchConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     unisono("run", "--threads", str(usable_cores()), script)
     monkeypatch.setenv("OMP_NUM_THREADS", str(usable_cores()))
     unisono("run", script)
     assert [(settings.workers, settings.threads) for settings in runs] == [(1, usable_cores())] * 2
 
 
-def test_more_threads_than_cores_are_allowed_and_said(script: str, runs: list[runner.Run]) -> None:
+def test_more_threads_than_cores_are_allowed_and_said(script: str, runs: list[LaunchConfig]) -> None:
     result = unisono("run", "--workers", "3", "--threads", str(usable_cores()), script)
     assert "share" in result.stderr
     assert result.stderr.count("\n") == 1
     assert (runs[0].workers, runs[0].workers_defaulted) == (3, False)
 
 
-def test_options_behind_the_script_are_the_scripts(script: str, runs: list[runner.Run]) -> None:
+def test_options_behind_the_script_are_the_scripts(script: str, runs: list[LaunchConfig]) -> None:
     unisono("run", "--workers", "1", script, "--workers", "7", "--help", "-x")
     assert (runs[0].workers, runs[0].args) == (1, ("--workers", "7", "--help", "-x"))
 
@@ -87,7 +88,7 @@ def test_options_behind_the_script_are_the_scripts(script: str, runs: list[runne
     ],
 )
 def test_an_option_of_unisono_behind_the_script_is_pointed_out(
-    script: str, runs: list[runner.Run], args: list[str], said: str
+    script: str, runs: list[LaunchConfig], args: list[str], said: str
 ) -> None:
     result = unisono("run", *[script if arg == "SCRIPT" else arg for arg in args])
     assert result.stderr == said + "options of unisono run come before it\n"
@@ -103,7 +104,9 @@ def test_an_option_of_unisono_behind_the_script_is_pointed_out(
         ["SCRIPT", "--wait", "3"],
     ],
 )
-def test_an_option_that_is_meant_for_the_script_is_not_remarked_on(script: str, runs: list[runner.Run], args: list[str]) -> None:
+def test_an_option_that_is_meant_for_the_script_is_not_remarked_on(
+    script: str, runs: list[LaunchConfig], args: list[str]
+) -> None:
     Path(script).write_text('parser.add_argument("--wait")')
     assert unisono("run", *[script if arg == "SCRIPT" else arg for arg in args]).stderr == ""
 
@@ -113,13 +116,13 @@ def test_an_option_that_is_meant_for_the_script_is_not_remarked_on(script: str, 
     [("1:1000", usable_cores(), 1), ("1:1", 1, 1), ("1000:2000", 1000, 1000), (str(usable_cores()), usable_cores(), 1)],
 )
 def test_a_range_of_workers_takes_the_cores_that_are_there(
-    script: str, runs: list[runner.Run], workers: str, started: int, minimum: int
+    script: str, runs: list[LaunchConfig], workers: str, started: int, minimum: int
 ) -> None:
     unisono("run", "--workers", workers, script)
     assert (runs[0].workers, runs[0].minimum, runs[0].workers_defaulted) == (started, minimum, ":" in workers)
 
 
-def test_how_a_run_goes_on_without_a_worker_can_be_chosen(script: str, runs: list[runner.Run]) -> None:
+def test_how_a_run_goes_on_without_a_worker_can_be_chosen(script: str, runs: list[LaunchConfig]) -> None:
     unisono("run", script)
     unisono("run", "--max-restarts", "7", "--wait", "1.5", "--meet", "node1:29400", "--hosts", "2", script)
     assert [(run.max_restarts, run.wait_s, run.meet, run.hosts) for run in runs] == [
@@ -163,7 +166,7 @@ def test_a_wrong_variable_is_named(script: str, monkeypatch: pytest.MonkeyPatch)
     assert "OMP_NUM_THREADS='many'" in result.stderr
 
 
-def test_a_demo_runs_as_a_script_does(tmp_path: Path, runs: list[runner.Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_demo_runs_as_a_script_does(tmp_path: Path, runs: list[LaunchConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("digits.py", "__init__.py"):
         (tmp_path / name).write_text("")
     monkeypatch.setattr(cli, "_DEMOS", tmp_path)
@@ -181,7 +184,7 @@ def test_the_demos_are_named_where_a_person_looks_for_them() -> None:
 
 
 @pytest.mark.parametrize("args", [["digits", "--help"], ["-h", "digits"], ["digits", "--workers", "2", "-h"]])
-def test_the_help_of_a_demo_is_its_own(args: list[str], runs: list[runner.Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_help_of_a_demo_is_its_own(args: list[str], runs: list[LaunchConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["unisono"])
     result = unisono("demo", *args)
     assert (result.exit_code, runs) == (0, [])
@@ -206,7 +209,7 @@ def test_the_command_is_a_module_as_well() -> None:
 
 
 def test_a_demo_is_copied_to_be_changed_and_no_file_is_overwritten(
-    tmp_path: Path, runs: list[runner.Run], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, runs: list[LaunchConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     result = unisono("demo", "digits", "--copy")
@@ -222,7 +225,7 @@ def test_a_demo_is_copied_to_be_changed_and_no_file_is_overwritten(
 def test_ctrl_c_before_the_run_listens_for_it_ends_the_command_as_a_shell_expects(
     script: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(settings: runner.Run) -> int:
+    def interrupted(config: LaunchConfig) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runner, "run", interrupted)

@@ -1,4 +1,4 @@
-"""`unisono run`, when all goes well: the real command, in new interpreters as on a desk."""
+"""`unisono run`, when all goes well; where it matters how an interpreter starts, in new interpreters as on a desk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.launch.conftest import Launcher, assert_gone
 
 
 @pytest.fixture
-def launcher(tmp_path: Path) -> Iterator[Launcher]:
+def cold_launcher(tmp_path: Path) -> Iterator[Launcher]:
     with contextlib.closing(Launcher(tmp_path)) as launcher:
         yield launcher
 
@@ -43,24 +43,24 @@ def expected_world(size: int, launcher: str) -> set[tuple[str, ...]]:
     return {tuple(map(str, (rank, size, rank, size, total, launcher))) for rank in range(size)}
 
 
-def test_unisono_run_starts_workers_that_can_talk(launcher: Launcher) -> None:
-    launch = launcher.run(WORLD, workers=3)
+def test_unisono_run_starts_workers_that_can_talk(cold_launcher: Launcher) -> None:
+    launch = cold_launcher.run(WORLD, workers=3)
     assert launch.hear_all(3) == expected_world(3, "unisono-run")
     status, out, err = launch.finish()
     assert (status, out) == (0, "")
     assert "Traceback" not in err
 
 
-def test_the_same_script_runs_under_torchrun(launcher: Launcher) -> None:
-    script = str(launcher.write(WORLD))
-    launch = launcher.command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", script)
+def test_the_same_script_runs_under_torchrun(cold_launcher: Launcher) -> None:
+    script = str(cold_launcher.write(WORLD))
+    launch = cold_launcher.command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", script)
     assert launch.hear_all(3) == expected_world(3, "torchrun")
     assert launch.finish()[0] == 0
 
 
-def test_the_script_runs_as_under_plain_python_and_only_rank_0_is_heard(launcher: Launcher) -> None:
-    launcher.write("answer = 42", "neighbour.py")
-    launch = launcher.run(
+def test_the_script_runs_as_under_plain_python_and_only_rank_0_is_heard(cold_launcher: Launcher) -> None:
+    cold_launcher.write("answer = 42", "neighbour.py")
+    launch = cold_launcher.run(
         """
         import neighbour
         print("hello from", rank, "of", size, sys.argv[1:], neighbour.answer, __name__, __file__)
@@ -75,15 +75,15 @@ def test_the_script_runs_as_under_plain_python_and_only_rank_0_is_heard(launcher
     assert launch.hear_all(2) == {("0", "2", "2", "2"), ("1", "2", "2", "2")}
     status, out, err = launch.finish()
     assert status == 0
-    script = launcher.folder / "script.py"
+    script = cold_launcher.folder / "script.py"
     assert out == f"hello from 0 of 2 ['--epochs', '3', '--workers'] 42 __main__ {script}\n"
     assert err.splitlines()[-1] == "words of warning from 0"
     assert "from 1" not in err
     assert list(launch.temporary.iterdir()) == []
 
 
-def test_rank_0_has_the_terminal_of_the_launcher(launcher: Launcher) -> None:
-    script = launcher.write("print('terminal:', sys.stdout.isatty(), rank)")
+def test_rank_0_has_the_terminal_of_the_launcher(cold_launcher: Launcher) -> None:
+    script = cold_launcher.write("print('terminal:', sys.stdout.isatty(), rank)")
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "unisono.launch", "run", "--workers", "2", str(script)]
     done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, timeout=60)
@@ -93,13 +93,14 @@ def test_rank_0_has_the_terminal_of_the_launcher(launcher: Launcher) -> None:
     assert (done.returncode, shown) == (0, "terminal: True 0\r\n"), done.stderr
 
 
-def test_workers_that_nobody_asked_for_leave_when_there_are_too_few_microbatches(launcher: Launcher) -> None:
-    script = launcher.write(WORLD.replace("World.from_environment()", "World.from_environment().at_most(2)"))
+def test_workers_that_nobody_asked_for_leave_when_there_are_too_few_microbatches(cold_launcher: Launcher) -> None:
+    script = cold_launcher.write(WORLD.replace("World.from_environment()", "World.from_environment().at_most(2)"))
     code = f"""if True:
-        from unisono.launch.runner import Run, run
-        raise SystemExit(run(Run(script={str(script)!r}, workers=3, workers_defaulted=True, threads=1, grace_s=9)))
+        from unisono.launch.config import LaunchConfig
+        from unisono.launch.runner import run
+        raise SystemExit(run(LaunchConfig(script={str(script)!r}, workers=3, workers_defaulted=True, threads=1, grace_s=9)))
     """
-    launch = launcher.command("-c", code)
+    launch = cold_launcher.command("-c", code)
     assert launch.hear_all(2) == expected_world(2, "unisono-run")
     assert launch.finish()[0] == 0
 

@@ -28,7 +28,7 @@ from unisono.system.messages import receive, send
 from unisono.system.reaper import Reaper
 
 COMMAND = ("-m", "unisono.launch")
-_IMPORTS = ("unisono.launch.cli", "unisono.launch.meeting", "unisono.launch.agent", "tests.launch.warm")
+_IMPORTS = ("unisono.launch.cli", "unisono.launch.rendezvous", "unisono.launch.supervisor", "tests.launch.warm")
 _ROOT = Path(__file__).parents[2]
 
 

@@ -384,6 +384,7 @@ def _run(
     profile: bool,
 ) -> int:
     from unisono.launch import runner
+    from unisono.launch.config import LaunchConfig
 
     if trace or profile:
         os.environ["UNISONO_TRACE"] = "profile" if profile else "phases"  # workers inherit it
@@ -396,7 +397,7 @@ def _run(
         raise click.UsageError(f"--hosts {hosts} needs --meet HOST:PORT, the address at which the hosts meet")
     cores, room = usable_cores(), room_for_workers(threads)
     minimum, most = workers or (1, room)
-    settings = runner.Run(
+    config = LaunchConfig(
         script=script,
         args=args,
         workers=most if minimum is None else max(minimum, min(most, room)),
@@ -409,11 +410,11 @@ def _run(
         meet=meet,
         hosts=hosts,
     )
-    if settings.workers * threads > cores:
-        need = settings.workers * threads
-        click.echo(f"unisono: {need} threads ({settings.workers} workers x {threads}) share {cores} cores", err=True)
+    if config.workers * threads > cores:
+        need = config.workers * threads
+        click.echo(f"unisono: {need} threads ({config.workers} workers x {threads}) share {cores} cores", err=True)
     try:
-        status = runner.run(settings)
+        status = runner.run(config)
     except ConfigurationError as error:
         raise click.UsageError(str(error)) from None
     # The run is over and its status is known: a Ctrl-C that comes while the interpreter shuts down must not change it.

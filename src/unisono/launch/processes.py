@@ -189,6 +189,11 @@ class WorkerProcesses:
         """Exit status of each worker's latest process, in order of rank: -N if signal N killed it, None if it runs."""
         return [process.status for process in self.latest]
 
+    @property
+    def stopped_by(self) -> signal.Signals | None:
+        """The signal that someone sent to a worker and not to us: all workers agree on a stop."""
+        return next((signal.Signals(status - 128) for status in self.statuses if status in STOP_CODES), None)
+
     def failures(self) -> list[Failure]:
         """The workers that failed by themselves: not those that were told to end, or stopped as a signal asked."""
         return [failure for process in self._by_rank.values() if (failure := process.failure)]

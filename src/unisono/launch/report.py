@@ -130,6 +130,11 @@ class Failure:
         return self.record.secondary if self.record else self.status == RESTART
 
     @property
+    def lost_contact(self) -> bool:
+        """Whether it has written down that it lost contact with another worker."""
+        return self.record is not None and self.record.secondary
+
+    @property
     def error(self) -> tuple[str, str] | None:
         """What tells an error of the script from other ones, if it was the script that failed: kind and message."""
         if self.is_secondary or self.status is None:

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import logging
 import os
 import shutil
 import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unisono.errors import WorkerFailure
+from unisono.launch.config import LaunchConfig
 from unisono.launch.processes import WorkerProcesses
-from unisono.launch.report import Failure, has_output, report, root_cause
-from unisono.launch.survival import Survival
+from unisono.launch.report import has_output, report
+from unisono.launch.restart_policy import RestartPolicy
 from unisono.system.fork_server import ForkServer
 from unisono.system.reaper import Reaper
-from unisono.system.signals import STOP_CODES, StopRequest
+from unisono.system.signals import StopRequest
 
 if TYPE_CHECKING:
-    from unisono.launch.agent import Agent
-    from unisono.launch.meeting import Meeting
+    from unisono.launch.rendezvous import Rendezvous
 
 _PRELOADED = (
     "numpy",
@@ -40,93 +39,79 @@ _PRELOADED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """What to run."""
+class Outcome:
+    """How supervision ended, beside what became of this host's workers."""
 
-    script: str
-    """Path of the script."""
-    args: Sequence[str] = ()
-    """Its arguments."""
-    workers: int
-    """How many workers."""
-    workers_defaulted: bool
-    """Whether nobody named that number: then the Trainer may use fewer."""
-    threads: int
-    """Threads per worker."""
-    grace_s: float
-    """How long workers may take to save their work and leave after a stop, in seconds."""
-    minimum: int = 1
-    """Fewest workers that go on when others are lost."""
-    max_restarts: int = 3
-    """How often in the whole run a worker is replaced, or all start again from a checkpoint."""
-    wait_s: float = 300.0
-    """How long fewer workers than the minimum wait for more, and hosts for each other, in seconds."""
-    meet: tuple[str, int] | None = None
-    """Host and port where the launchers of several hosts meet; None if there is only this one."""
-    hosts: int = 1
-    """How many hosts begin the run together."""
+    failure: str | None = None
+    """Why the run has failed, where that is not a failure of this host's workers."""
+    leaves: bool = False
+    """Whether this host has left, and others go on."""
 
 
-def run(settings: Run) -> int:
+def run(config: LaunchConfig) -> int:
     """Start the workers, wait for their end, report what failed, and return the exit status. *local*
 
     The status is 0 if all workers ended with 0, or those that were left when others had died; that of the worker whose
     failure ended the run (128 + N if signal N killed it); or 130 or 143 if SIGINT or SIGTERM asked for a stop and the workers
     followed.
     """
-    host = socket.gethostname()
     folder = Path(tempfile.mkdtemp(prefix="unisono-"))
     keep_output = False
-    survival = Survival(max_restarts=settings.max_restarts, say=_say)
+    policy = RestartPolicy(max_restarts=config.max_restarts, say=_say)
     try:
-        with StopRequest() as stop, Reaper() as reaper, _fork_server(settings, reaper) as server, _terminal() as terminal:
+        with StopRequest() as stop, Reaper() as reaper, _fork_server(config, reaper) as server, _terminal() as terminal:
             processes = WorkerProcesses(folder, reaper, server, terminal=terminal)
-            elsewhere = contact = None
-            leaves = False
             try:
-                elsewhere, leaves = _run_agent(settings, processes, survival, stop)
-            except KeyboardInterrupt:
-                pass  # a person insisted: the agent has ended the workers on its way out
-            except WorkerFailure as failure:
-                contact = None if processes.lost else str(failure)
+                outcome = _supervise(config, processes, policy, stop)
             finally:
                 processes.end(grace_s=0.0)
-        if (elsewhere or contact) and not stop.requested:
+        status, text = _conclude(config, processes, policy, stop.requested, outcome)
+        if text or stop.requested or processes.stopped_by:
             _restore_terminal()
-            _say(f"unisono: {elsewhere or contact}")
-            return 1
-        cause = survival.cause if survival.has_applied else root_cause(processes.failures())
-        if processes.lost and (cause is None or cause.record is None or cause.record.secondary):
-            _restore_terminal()
-            _say(str(processes.lost))
-            return 1
-        stopped = stop.requested or _stop_of(processes)
-        if stopped:
-            _restore_terminal()
-        if leaves and not (elsewhere or _stop_of(processes)) and (cause is None or cause.error is None):
-            return 0  # also where it was about to lose workers, or to replace them
-        if stopped and (cause is None or _is_consequence_of_stop(cause)):
-            return 128 + stopped if elsewhere or any(processes.statuses) or not processes.statuses else 0
-        if cause is None:
-            return 0
-        _restore_terminal()
-        _say(report(cause, size=settings.workers, host=host))
-        keep_output = has_output(cause.log)
-        return cause.exit_code
+        if text:
+            _say(text)
+            cause = policy.cause_of(processes.failures())
+            keep_output = cause is not None and has_output(cause.log)
+        return status
     finally:
         if not keep_output:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fork_server(settings: Run, reaper: Reaper) -> ForkServer:
+def _conclude(
+    config: LaunchConfig,
+    processes: WorkerProcesses,
+    policy: RestartPolicy,
+    requested: signal.Signals | None,
+    outcome: Outcome,
+) -> tuple[int, str | None]:
+    """The exit status, and what a person is to see."""
+    if outcome.failure and not requested:
+        return 1, f"unisono: {outcome.failure}"
+    cause = policy.cause_of(processes.failures())
+    if processes.lost and (cause is None or cause.record is None or cause.record.secondary):
+        return 1, str(processes.lost)
+    if outcome.leaves and not (outcome.failure or processes.stopped_by) and (cause is None or cause.error is None):
+        return 0, None  # also where it was about to lose workers, or to replace them
+    stopped = requested or processes.stopped_by
+    # Plain scripts do not stop in the same step: the last may fail only because others left before.
+    if stopped and (cause is None or cause.lost_contact):
+        followed = outcome.failure or any(processes.statuses) or not processes.statuses
+        return 128 + stopped if followed else 0, None
+    if cause is None:
+        return 0, None
+    return cause.exit_code, report(cause, size=config.workers, host=socket.gethostname())
+
+
+def _fork_server(config: LaunchConfig, reaper: Reaper) -> ForkServer:
     """Started first of all, it imports PyTorch while we do the same."""
-    label = (settings.script, *settings.args)
-    return ForkServer(environment=_environment(settings), preload=_PRELOADED, reaper=reaper, label=label)
+    label = (config.script, *config.args)
+    return ForkServer(environment=config.environment, preload=_PRELOADED, reaper=reaper, label=label)
 
 
 @contextlib.contextmanager
 def _terminal() -> Iterator[tuple[int, ...]]:
-    """Our standard output and error once more, for every worker: whoever becomes worker 0 speaks to the person."""
+    """Our standard output and error once more, for every worker: whichever becomes worker 0 speaks to the person."""
     with contextlib.ExitStack() as stack:
         copies = []
         for descriptor in (1, 2):
@@ -140,93 +125,40 @@ def _terminal() -> Iterator[tuple[int, ...]]:
         yield tuple(copies)
 
 
-def _run_agent(settings: Run, processes: WorkerProcesses, survival: Survival, stop: StopRequest) -> tuple[str | None, bool]:
-    """Why the run has failed, if not of this host's workers; and whether this host left, and others go on.
+def _supervise(config: LaunchConfig, processes: WorkerProcesses, policy: RestartPolicy, stop: StopRequest) -> Outcome:
+    """Until no worker runs on this host.
 
     Raises:
         ConfigurationError: The hosts cannot meet where they are told to.
-        WorkerFailure: The fork server has ended, or contact with the other hosts was lost.
     """
-    from unisono.launch.meeting import Meeting, Stopped  # imports torch, which takes a second
+    from unisono.launch.rendezvous import Rendezvous, Stopped  # imports torch, which takes a second
+    from unisono.launch.supervisor import Supervisor
 
     try:
-        meeting = Meeting(settings.meet, hosts=settings.hosts, wait_s=settings.wait_s, stops=lambda: bool(stop.requested))
-        agent = _make_agent(settings, meeting, processes, survival, stop)
+        rendezvous = Rendezvous(config.meet, hosts=config.hosts, wait_s=config.wait_s, stops=lambda: bool(stop.requested))
+        env = config.environment | _network(config, rendezvous)
+        supervisor = Supervisor(config, env=env, rendezvous=rendezvous, processes=processes, policy=policy, stop=stop, say=_say)
         if stop.requested:
-            return None, False
+            return Outcome()
         try:
-            agent.run()
+            supervisor.run()
         except Stopped:
             pass  # before the hosts had met again
         finally:
-            meeting.shutdown()
-    except Stopped:
-        return None, False
-    return agent.failed_elsewhere, agent.leaves
+            rendezvous.leave()
+    except (Stopped, KeyboardInterrupt):
+        return Outcome()  # where a person insisted, the supervisor has ended the workers on its way out
+    except WorkerFailure as failure:
+        return Outcome(failure=None if processes.lost or stop.requested else str(failure))
+    return Outcome(failure=supervisor.failed_elsewhere, leaves=supervisor.leaves)
 
 
-def _make_agent(settings: Run, meeting: Meeting, processes: WorkerProcesses, survival: Survival, stop: StopRequest) -> Agent:
-    from torch.distributed.elastic.agent.server.api import WorkerSpec
-
-    from unisono.launch.agent import Agent
-
-    # Elastic logs each failure at length: our report says it once.
-    elastic = logging.getLogger("torch.distributed.elastic")
-    elastic.addHandler(logging.NullHandler())
-    elastic.propagate = False
-    spec = WorkerSpec(
-        role="worker",
-        local_world_size=settings.workers,
-        entrypoint=settings.script,
-        rdzv_handler=meeting,
-        max_restarts=settings.max_restarts,
-        monitor_interval=0.001,  # elastic wants one, but the agent itself waits until a worker ends
-    )
-    return Agent(
-        spec,
-        meeting=meeting,
-        processes=processes,
-        survival=survival,
-        is_shared=settings.meet is not None,
-        command=[settings.script, *settings.args],
-        env=_environment(settings) | _network(settings, meeting),
-        stop=stop,
-        grace_s=settings.grace_s,
-        say=_say,
-    )
-
-
-def _environment(settings: Run) -> dict[str, str]:
-    threads = str(settings.threads)
-    env = {
-        "UNISONO_LAUNCHED": "1",
-        "UNISONO_WORKERS_DEFAULTED": "1" if settings.workers_defaulted else "0",
-        "UNISONO_THREADS": threads,
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "UNISONO_MINIMUM": str(settings.minimum),
-        "UNISONO_WAIT": str(settings.wait_s),
-        "PYTHONUNBUFFERED": "1",  # what a worker said before it was killed is in its log
-    }
-    return env
-
-
-def _network(settings: Run, meeting: Meeting) -> dict[str, str]:
+def _network(config: LaunchConfig, rendezvous: Rendezvous) -> dict[str, str]:
     """Gloo would look up the host's own name, which not every machine can resolve, or not as the others do."""
     if sys.platform != "linux" or "GLOO_SOCKET_IFNAME" in os.environ:
         return {}
-    interface = meeting.interface if settings.meet else "lo"
+    interface = rendezvous.interface if config.meet else "lo"
     return {"GLOO_SOCKET_IFNAME": interface} if interface else {}
-
-
-def _stop_of(processes: WorkerProcesses) -> signal.Signals | None:
-    """The signal that stopped the run, if it was sent to the workers only."""
-    return next((signal.Signals(status - 128) for status in processes.statuses if status in STOP_CODES), None)
-
-
-def _is_consequence_of_stop(failure: Failure) -> bool:
-    """Whether a worker failed only because others left before it: plain scripts do not stop in the same step."""
-    return failure.record is not None and failure.record.secondary
 
 
 def _say(text: str) -> None:

@@ -1,8 +1,7 @@
-"""Where the launchers of a run meet: a store that one of them serves, and the rendezvous of elastic's agent over it.
+"""Where the launchers of a run meet, and the store that one of them serves.
 
-Elastic's own c10d rendezvous does not serve us: as soon as another host comes it restarts all workers, before each meeting it
-waits a random part of 0.3 s, and who serves its store is guessed from names. Its agent takes any other rendezvous that keeps
-to `RendezvousHandler`. In this one
+PyTorch's c10d rendezvous does not serve us: as soon as another host comes it has all workers restarted, before each meeting it
+waits a random part of 0.3 s, and who serves its store is guessed from names. In this one
 
 - the launcher that can listen at the agreed address serves the store, and is host 0; the others connect to it;
 - host 0 says which hosts begin an attempt: for the first those that are there when enough are, for a later one those that live;
@@ -13,20 +12,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import socket
-import struct
 import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import cast
 
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
+import psutil
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from unisono.errors import ConfigurationError, WorkerFailure
-from unisono.launch.board import Board, Notes, Reachable
+from unisono.launch.control_store import ControlStore, RemoteStore
 
 _LOOPBACK = "127.0.0.1"
 _STORE_TIMEOUT = timedelta(seconds=60)
@@ -49,8 +48,21 @@ class BrokenOff(Exception):
     """An attempt was over before all of its workers had started: the hosts have to meet again."""
 
 
-class Meeting(RendezvousHandler):
-    """This host's place in the run. Apart from `next_rendezvous` all methods are *local*.
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """A period of the run from a start of all workers to the next; the first has the number 0."""
+
+    number: int
+    hosts: tuple[int, ...]
+    """Those that begin it, in order of rank."""
+    joins: bool
+    """Whether this host joins an attempt that had begun before it came."""
+    port: int
+    """Where workers find a store of their own, at the address of host 0."""
+
+
+class Rendezvous:
+    """This host's place in the run. Apart from `next_attempt` and `exchange` all methods are *local*.
 
     Args:
         place: Where the store is served: a name or address of one of the hosts, and a port. None: on this host alone.
@@ -65,42 +77,34 @@ class Meeting(RendezvousHandler):
     """
 
     def __init__(
-        self,
-        place: tuple[str, int] | None = None,
-        *,
-        hosts: int = 1,
-        wait_s: float = 300.0,
-        stops: Callable[[], bool] = bool,
+        self, place: tuple[str, int] | None = None, *, hosts: int = 1, wait_s: float = 300.0, stops: Callable[[], bool] = bool
     ) -> None:
-        host, port = place or (_LOOPBACK, 0)
+        self.run_id = uuid.uuid4().hex
+        """A name that no other run has."""
+        self.place, port = place or (_LOOPBACK, 0)
+        """The host that serves the store: a name, or an address."""
         self._hosts = hosts
-        self.wait_s = wait_s
-        """How long hosts wait for each other, in seconds."""
+        self._wait_s = wait_s
         self._stops = stops
-        self._run_id = uuid.uuid4().hex
-        self._closed = False
-        self._place = host
-        self._server = _serve_if_possible(host, port)
+        self._server = _serve_if_possible(self.place, port)
         self._port = self._server.port if self._server else port
-        self._local = host if self._server else self._find_server()
+        self._local = self.place if self._server else self._find_server()
         self._workers_store: TCPStore | None = None
         self._beats: dict[int, tuple[bytes, float]] = {}
-        self.store: Notes = self.client()
+        self.store: Store = self._client()
         """For the thread that made this object."""
         if not self.serves:
-            self.store = Reachable(self.store, limit_s=_ANSWER_S, where=self.address, is_near=self._can_connect)
+            remote = RemoteStore(self.store, limit_s=_ANSWER_S, where=self.address, is_near=self._can_connect)
+            self.store = cast(Store, remote)
         self.host = 0 if self.serves else self.store.add("unisono/hosts", 1)
         """Number of this host."""
-        self.attempt = -1
-        """Number of the attempt that `next_rendezvous` began or joined last; -1 before the first."""
-        self.joins = False
-        """Whether this host joins an attempt that had begun before it came."""
-        self._members: list[int] = []
+        self.attempt: Attempt | None = None
+        """The one that `next_attempt` began or joined last."""
         self._has_begun = False
         self._leaves = threading.Event()
         self._heart: threading.Thread | None = None
         if not self.serves:
-            self._heart = threading.Thread(target=self._beat, args=(self.client(),), daemon=True, name="unisono-beat")
+            self._heart = threading.Thread(target=self._beat, args=(self._client(),), daemon=True, name="unisono-beat")
             self._heart.start()
 
     @property
@@ -111,39 +115,43 @@ class Meeting(RendezvousHandler):
     @property
     def address(self) -> str:
         """HOST:PORT of the store."""
-        return f"{self._place}:{self._port}"
+        return f"{self.place}:{self._port}"
 
     @property
     def interface(self) -> str | None:
         """Name of the network interface by which this host reaches the others; None if that cannot be told."""
-        return _interface_of(socket.gethostbyname(self._local))
+        address = socket.gethostbyname(self._local)
+        found = (name for name, ours in psutil.net_if_addrs().items() if address in [one.address for one in ours])
+        return next(found, "lo" if address.startswith("127.") else None)
 
-    def client(self) -> TCPStore:
+    def _client(self) -> TCPStore:
         """A new client of the store: one object serves one thread at a time, and an operation that waits holds up all others."""
-        return TCPStore(self._place, self._port, is_master=False, timeout=_STORE_TIMEOUT)
+        return TCPStore(self.place, self._port, is_master=False, timeout=_STORE_TIMEOUT)
 
-    def next_rendezvous(self) -> RendezvousInfo:
+    def next_attempt(self) -> Attempt:
         """Begin an attempt, or join one. *collective*: every host that takes part calls it.
 
         Raises:
             WorkerFailure: Too few hosts came, or contact with the store was lost.
             Stopped: A person asked to stop.
         """
+        number = 0 if self.attempt is None else self.attempt.number + 1
         if self.serves:
-            self.attempt += 1
             # Workers of an attempt meet in a store of their own: what an earlier one left behind must not mislead them.
-            self._workers_store = _serve(self._place, 0)
-            self.store.set(f"hosts/{self.attempt}/port", str(self._workers_store.port))
-            members = self._gather()
-            self.store.set(f"hosts/{self.attempt}/members", ",".join(map(str, members)))
-            self.store.set("hosts/attempt", str(self.attempt))
+            self._workers_store = _serve(self.place, 0)
+            self.store.set(f"hosts/{number}/port", str(self._workers_store.port))
+            hosts = self._gather(number)
+            self.store.set(f"hosts/{number}/members", ",".join(map(str, hosts)))
+            self.store.set("hosts/attempt", str(number))
         else:
-            members = self._come()
-        self._members, self.joins = members, self.host not in members
-        port = int(self.store.get(f"hosts/{self.attempt}/port"))
-        rank, size = (0, 1) if self.joins else (members.index(self.host), len(members))
-        part = PrefixStore(f"hosts/{self.attempt}", self.client())
-        return RendezvousInfo(part, rank, size, RendezvousStoreInfo(self._place, port))
+            if self.attempt is None and self.store.check(["hosts/attempt"]):
+                number = int(self.store.get("hosts/attempt"))
+            else:
+                self._arrive(number)
+            hosts = self._hear_who_begins(number)
+        port = int(self.store.get(f"hosts/{number}/port"))
+        self.attempt = Attempt(number=number, hosts=tuple(hosts), joins=self.host not in hosts, port=port)
+        return self.attempt
 
     def exchange(self, mine: str) -> list[str]:
         """*collective*: every host that begins the attempt calls it. What each of them says, in order of rank.
@@ -151,53 +159,49 @@ class Meeting(RendezvousHandler):
         Raises:
             BrokenOff: One of them was lost before it could say it.
         """
-        said = f"hosts/{self.attempt}/said"
-        board = Board(self.store, self.attempt)
+        assert self.attempt is not None
+        said = f"hosts/{self.attempt.number}/said"
+        control = ControlStore(self.store, self.attempt.number)
         self.store.set(f"{said}/{self.host}", mine)
-        while missing := [host for host in self._members if not self.store.check([f"{said}/{host}"])]:
+        while missing := [host for host in self.attempt.hosts if not self.store.check([f"{said}/{host}"])]:
             if self.serves and not set(missing) <= {0, *self.others()}:
-                board.call_again()
-            if board.news().again:
+                control.call_again()
+            if control.decisions().again:
                 raise BrokenOff
             self.pause()
         self._has_begun = True
-        return [self.store.get(f"{said}/{host}").decode() for host in self._members]
+        return [self.store.get(f"{said}/{host}").decode() for host in self.attempt.hosts]
 
-    def _gather(self) -> list[int]:
+    def _gather(self, attempt: int) -> list[int]:
         """Host 0: who begins this attempt."""
-        deadline_s = time.monotonic() + (_REUNION_S if self._has_begun else self.wait_s)
+        deadline_s = time.monotonic() + (_REUNION_S if self._has_begun else self._wait_s)
         while True:
-            arrived = self.store.add(f"hosts/{self.attempt}/arrived", 0)
-            members = {0} | {int(self.store.get(f"hosts/{self.attempt}/arrival/{number}")) for number in range(1, arrived + 1)}
+            arrived = self.store.add(f"hosts/{attempt}/arrived", 0)
+            hosts = {0} | {int(self.store.get(f"hosts/{attempt}/arrival/{number}")) for number in range(1, arrived + 1)}
             others = set(self.others())
-            members &= {0, *others}
-            if others <= members if self._has_begun else len(members) >= self._hosts:
-                return sorted(members)
-            if time.monotonic() > deadline_s:
-                if self._has_begun:
-                    return sorted(members)
+            hosts &= {0, *others}
+            late = time.monotonic() > deadline_s
+            if (others <= hosts or late) if self._has_begun else len(hosts) >= self._hosts:
+                return sorted(hosts)
+            if late:
                 raise WorkerFailure(
-                    f"{len(members)} of {self._hosts} hosts came within {self.wait_s:g} s (--wait): start `unisono run --meet "
+                    f"{len(hosts)} of {self._hosts} hosts came within {self._wait_s:g} s (--wait): start `unisono run --meet "
                     f"{self.address}` on the others, or ask for fewer --hosts"
                 )
             self.pause()
 
-    def _come(self) -> list[int]:
-        """Another host: say that it is there, and hear who begins."""
-        if self.attempt < 0 and self.store.check(["hosts/attempt"]):
-            self.attempt = int(self.store.get("hosts/attempt"))
-        else:
-            self.attempt += 1
-            number = self.store.add(f"hosts/{self.attempt}/arriving", 1)
-            self.store.set(f"hosts/{self.attempt}/arrival/{number}", str(self.host))
-            self.store.add(f"hosts/{self.attempt}/arrived", 1)
-        members = f"hosts/{self.attempt}/members"
-        deadline_s = time.monotonic() + self.wait_s
-        while not self.store.check([members]):
+    def _arrive(self, attempt: int) -> None:
+        number = self.store.add(f"hosts/{attempt}/arriving", 1)
+        self.store.set(f"hosts/{attempt}/arrival/{number}", str(self.host))
+        self.store.add(f"hosts/{attempt}/arrived", 1)
+
+    def _hear_who_begins(self, attempt: int) -> list[int]:
+        deadline_s = time.monotonic() + self._wait_s
+        while not self.store.check([f"hosts/{attempt}/members"]):
             if time.monotonic() > deadline_s:
-                raise WorkerFailure(f"the run at {self.address} did not begin within {self.wait_s:g} s (--wait)")
+                raise WorkerFailure(f"the run at {self.address} did not begin within {self._wait_s:g} s (--wait)")
             self.pause()
-        return [int(host) for host in self.store.get(members).decode().split(",")]
+        return [int(host) for host in self.store.get(f"hosts/{attempt}/members").decode().split(",")]
 
     def _beat(self, store: TCPStore) -> None:
         """Tell host 0 that this one is there, until it leaves: in a thread of its own, for the launcher may be busy for long. Its
@@ -224,22 +228,22 @@ class Meeting(RendezvousHandler):
     def _can_connect(self) -> bool:
         """Whether the store takes new connections at this moment."""
         try:
-            socket.create_connection((self._place, self._port), timeout=1.0).close()
+            socket.create_connection((self.place, self._port), timeout=1.0).close()
         except OSError:
             return False
         return True
 
     def _find_server(self) -> str:
         """Our own address on the way to the store."""
-        deadline_s = time.monotonic() + self.wait_s
+        deadline_s = time.monotonic() + self._wait_s
         while True:
             try:
-                with socket.create_connection((self._place, self._port), timeout=2.0) as connection:
+                with socket.create_connection((self.place, self._port), timeout=2.0) as connection:
                     return str(connection.getsockname()[0])
             except OSError as error:
                 if time.monotonic() > deadline_s:
                     raise WorkerFailure(
-                        f"nobody serves the run at {self.address} after {self.wait_s:g} s (--wait; last answer: {error}): start "
+                        f"nobody serves the run at {self.address} after {self._wait_s:g} s (--wait; last answer: {error}): start "
                         "`unisono run` with the same --meet on the host that has this address, and see that it can be reached"
                     ) from None
             self.pause()
@@ -250,42 +254,14 @@ class Meeting(RendezvousHandler):
             raise Stopped
         time.sleep(_POLL_S)
 
-    @property
-    def use_agent_store(self) -> bool:
-        """Workers that meet at MASTER_ADDR:MASTER_PORT find a store there already."""
-        return True
-
-    def get_backend(self) -> str:
-        """What elastic writes in its event log."""
-        return "unisono"
-
-    def get_run_id(self) -> str:
-        """A name that no other run has."""
-        return self._run_id
-
-    def num_nodes_waiting(self) -> int:
-        """Never any: a host that comes later joins the running attempt, which elastic would restart."""
-        return 0
-
-    def is_closed(self) -> bool:
-        """Whether this host has left."""
-        return self._closed
-
-    def set_closed(self) -> None:
-        """This host leaves."""
-        self._closed = True
-
-    def shutdown(self) -> bool:
-        """Leave; host 0 lets the others hear the end of the run first."""
-        if not self._closed:
-            self._closed = True
-            self._leaves.set()
-            if self._heart is not None:
-                self._heart.join(_ANSWER_S)
-            deadline_s = time.monotonic() + _SILENCE_S
-            while self.serves and self.others() and time.monotonic() < deadline_s:
-                time.sleep(_POLL_S)
-        return True
+    def leave(self) -> None:
+        """Leave the run; host 0 lets the others hear its end first."""
+        self._leaves.set()
+        if self._heart is not None:
+            self._heart.join(_ANSWER_S)
+        deadline_s = time.monotonic() + _SILENCE_S
+        while self.serves and self.others() and time.monotonic() < deadline_s:
+            time.sleep(_POLL_S)
 
 
 def _serve_if_possible(host: str, port: int) -> TCPStore | None:
@@ -306,17 +282,3 @@ def _serve(host: str, port: int) -> TCPStore:
     port = listener.getsockname()[1]
     descriptor = listener.detach()  # the store closes it
     return TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=_STORE_TIMEOUT, master_listen_fd=descriptor)
-
-
-def _interface_of(address: str) -> str | None:
-    """Linux: which interface has this IPv4 address."""
-    get_address = 0x8915  # SIOCGIFADDR
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                found = fcntl.ioctl(probe, get_address, struct.pack("256s", name.encode()))
-            except OSError:  # it has none
-                continue
-            if socket.inet_ntoa(found[20:24]) == address:
-                return name
-    return "lo" if address.startswith("127.") else None

@@ -11,10 +11,10 @@ import pytest
 from torch.distributed import HashStore, PrefixStore, Store
 
 from unisono.elastic.membership import TooFewWorkers
-from unisono.launch.board import Board
+from unisono.launch.control_store import ControlStore
 from unisono.launch.processes import WorkerProcess
 from unisono.launch.report import FailureRecord, describe
-from unisono.launch.survival import REPLACE_S, Course, Survival
+from unisono.launch.restart_policy import REPLACE_S, Course, RestartPolicy
 from unisono.system.fork_server import Child
 from unisono.system.signals import RESTART
 
@@ -34,7 +34,7 @@ class Run:
 
     def __init__(self, workers: int, *, max_restarts: int = 3, is_alone: bool = True) -> None:
         self.said: list[str] = []
-        self.survival = Survival(max_restarts=max_restarts, say=self.said.append)
+        self.policy = RestartPolicy(max_restarts=max_restarts, say=self.said.append)
         self._store: Store = HashStore()
         self.attempt = -1
         self._workers = workers
@@ -45,7 +45,7 @@ class Run:
 
     def begin(self) -> None:
         self.attempt += 1
-        self.survival.begin(Board(self._store, self.attempt), is_alone=self._is_alone)
+        self.policy.begin(ControlStore(self._store, self.attempt), is_alone=self._is_alone)
         self.latest = [self.process(rank) for rank in range(self._workers)]
 
     def set(self, key: str, value: str = "1") -> None:
@@ -68,11 +68,11 @@ class Run:
                     kind="ValueError", message=text, traceback="", secondary=secondary, time_s=process.ended_s
                 )
             ended.append(process)
-        assert self.survival.applies
-        return self.survival.look(ended, self.latest, stops=stops, now_s=now_s)
+        assert self.policy.applies
+        return self.policy.look(ended, self.latest, stops=stops, now_s=now_s)
 
     def replace(self, now_s: float = REPLACE_S) -> list[int]:
-        ranks = self.survival.due(sum(1 for process in self.latest if process.status is None), now_s)
+        ranks = self.policy.due(sum(1 for process in self.latest if process.status is None), now_s)
         for rank in ranks:
             self.latest[rank] = self.process(rank, joins=True)
         return ranks
@@ -80,7 +80,7 @@ class Run:
     @property
     def cause(self) -> str | None:
         """How the worker ended that the run has failed of."""
-        cause = self.survival.cause
+        cause = self.policy.cause
         if cause is None:
             return None
         return cause.record.message if cause.record else str(cause.status)
@@ -146,7 +146,7 @@ def test_when_all_are_killed_all_start_again_which_is_one_restart() -> None:
     assert run.end((1, KILLED), now_s=REPLACE_S / 2) is Course.AGAIN
     assert run.said[0].endswith("was killed by SIGKILL; all workers start again from the last checkpoint (restart 1 of 1)")
     run.begin()
-    assert run.survival.applies  # although no Trainer of this attempt has said so yet
+    assert run.policy.applies  # although no Trainer of this attempt has said so yet
     assert run.replace(LATE_S) == []
     assert run.end((0, KILLED), (1, KILLED)) is Course.FAILED
 

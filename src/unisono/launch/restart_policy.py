@@ -1,4 +1,4 @@
-"""What becomes of a run that can go on without one of its workers, when workers end. The rules, and nothing else.
+"""What becomes of a run that can go on without one of its workers, when workers end: the rules, without processes or clocks.
 
 - A worker that dies is replaced, while restarts are left (`--max-restarts`); without them the others go on.
 - An error that comes a second time, from another worker or from the replacement, is the program's and not the machine's: it
@@ -21,15 +21,13 @@ from unisono.launch.report import Failure, brief, root_cause
 from unisono.system.signals import RESTART, STOP_CODES
 
 if TYPE_CHECKING:  # it imports torch, and the command must not wait for that
-    from unisono.launch.board import Board
+    from unisono.launch.control_store import ControlStore
 
 REPLACE_S = 0.1
 """How long a dead worker's place stays empty, in seconds: the others first get the processor to recover with, and if all of
 them were killed one after the other, no newcomer is sent to meet nobody."""
 _CAUSE_S = 1.0
 """How long a worker that lost contact may be the first sign of something that ends all of them, in seconds."""
-
-
 _NEWCOMER_S = 5.0
 """How long after its start a worker may still be on its way to the others, in seconds."""
 
@@ -55,7 +53,7 @@ class _Vacancy:
     due_s: float
 
 
-class Survival:
+class RestartPolicy:
     """The rules, applied to one host's workers. All methods are *local*.
 
     Args:
@@ -68,7 +66,7 @@ class Survival:
         self._say = say
         self._errors: dict[tuple[str, str], Failure] = {}
         self._is_elastic = False
-        self._board: Board
+        self._control: ControlStore
         self._vacancies: dict[int, _Vacancy]
         self._deaths: list[Failure]
         self._all_needed: bool
@@ -76,14 +74,14 @@ class Survival:
         self.cause: Failure | None = None
         """What ended the run, once it has failed."""
 
-    def begin(self, board: Board, *, is_alone: bool = True) -> None:
+    def begin(self, control: ControlStore, *, is_alone: bool = True) -> None:
         """Begin an attempt.
 
         Args:
-            board: Its part of the store.
+            control: Its part of the store.
             is_alone: Whether no other host can take part.
         """
-        self._board = board
+        self._control = control
         self._is_alone = is_alone
         self._vacancies = {}
         self._deaths = []
@@ -92,7 +90,7 @@ class Survival:
     @property
     def applies(self) -> bool:
         """Whether the run can go on without one of its workers: that says the first Trainer, and it holds for later attempts."""
-        self._is_elastic = self._is_elastic or self._board.is_elastic
+        self._is_elastic = self._is_elastic or self._control.is_elastic
         return self._is_elastic
 
     @property
@@ -122,6 +120,10 @@ class Survival:
             return self._again(everyone, stops=stops)
         return Course.GO_ON
 
+    def cause_of(self, failures: Iterable[Failure]) -> Failure | None:
+        """What ended the run, if these are the failures of this host's workers."""
+        return self.cause if self._is_elastic else root_cause(failures)
+
     def give_up(self, everyone: Sequence[WorkerProcess]) -> None:
         """Take what the workers of this host ended with for the cause: there is no other host that goes on, or it does without
         this one."""
@@ -135,13 +137,13 @@ class Survival:
             now_s: The time, as for `look`.
         """
         due = [rank for rank, vacancy in self._vacancies.items() if vacancy.due_s <= now_s]
-        if due and self._board.is_over:
+        if due and self._control.is_over:
             self._vacancies.clear()
             return []
         return [rank for rank in due if self._may_replace(self._vacancies.pop(rank).failure, running)]
 
     def _may_replace(self, failure: Failure, running: int) -> bool:
-        number = self._board.take_restart()
+        number = self._control.take_restart()
         if number > self._max_restarts:
             left = f"{running} worker{'s are' if running > 1 else ' is'} left"
             self._say(f"{_who(failure)} {brief(failure)}; {left}, and no restarts (--max-restarts {self._max_restarts})")
@@ -155,16 +157,15 @@ class Survival:
             self._say(f"{_who(failure)} was turned away: {failure.record.message}")
         elif failure.record is not None and failure.record.gives_up:
             self.cause = failure
-        elif failure.error is not None and (stops or failure.error in self._errors or self._board.is_over):
+        elif failure.error is not None and (stops or failure.error in self._errors or self._control.is_over):
             self.cause = self._errors.get(failure.error, failure)
-        elif stops or self._board.is_over:
+        elif stops or self._control.is_over:
             self._say(f"{_who(failure)} {brief(failure)} when the run was about to end")
         else:
             if failure.error is not None:
                 self._errors[failure.error] = failure
-            self._all_needed = self._all_needed or failure.status == RESTART or self._board.needs_all
-            secondary = failure.record is not None and failure.is_secondary
-            self._vacancies[process.rank] = _Vacancy(failure, now_s + (_CAUSE_S if secondary else REPLACE_S))
+            self._all_needed = self._all_needed or failure.status == RESTART or self._control.needs_all
+            self._vacancies[process.rank] = _Vacancy(failure, now_s + (_CAUSE_S if failure.lost_contact else REPLACE_S))
 
     def _are_helpless(self, everyone: Sequence[WorkerProcess], now_s: float) -> bool:
         """Whether a worker has ended because it lost contact, and nobody who was there with it goes on: only newcomers run. (On
@@ -177,27 +178,27 @@ class Survival:
     def _end(self, everyone: Sequence[WorkerProcess], *, stops: bool) -> Course:
         """Nobody runs any more."""
         statuses = [process.status for process in everyone]
-        if not any(statuses) or self._board.is_over:
+        if not any(statuses) or self._control.is_over:
             return Course.DONE  # the script had come to its end, whatever struck afterwards
         if stops and any(status == 0 or status in STOP_CODES for status in statuses):
             return Course.FAILED  # as it was asked to, without a cause
         last = _failures(everyone)
-        if not (self._is_alone or stops or self._all_needed or self._board.is_over):
+        if not (self._is_alone or stops or self._all_needed or self._control.is_over):
             if self._vacancies:
                 return Course.GO_ON
             return Course.OUT
         by_script = all(failure.error is not None for failure in last)
-        lost_contact = any(failure.record is not None and failure.is_secondary for failure in last)
-        if stops or by_script or lost_contact or self._board.is_over:
+        lost_contact = any(failure.lost_contact for failure in last)
+        if stops or by_script or lost_contact or self._control.is_over:
             return self._fail(last)
         return self._again(everyone, stops=stops)
 
     def _again(self, everyone: Sequence[WorkerProcess], *, stops: bool) -> Course:
         if stops:
             return self._fail(_failures(everyone))
-        if not self._board.call_again():
+        if not self._control.call_again():
             return Course.AGAIN  # as another host has said, and counted
-        number = self._board.take_restart()
+        number = self._control.take_restart()
         if number > self._max_restarts:
             self._say(f"unisono: no restarts left (--max-restarts {self._max_restarts})")
             return self._fail(_failures(everyone))

@@ -23,6 +23,7 @@ and launchers for each other
 
 from __future__ import annotations
 
+import functools
 import json
 import queue
 import signal
@@ -30,30 +31,25 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from unisono.errors import WorkerFailure
 
+if TYPE_CHECKING:  # it takes a second to import, for which the command must not wait
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
 FINE = "ended with status 0"
-"""How a process has ended that is not to be missed: it came to the script's end, or left as it was told to."""
+"""How a process has ended that need not be replaced: it came to the script's end, or left as it was told to."""
 _LOST = "was lost with its host"
 _LOOKS = 10
 """How often to see whether the store can be reached while it may be silent."""
 _PATIENCE = 4
 
 
-class Notes(Protocol):
-    """What is needed of a `torch.distributed.Store`."""
-
-    def set(self, key: str, value: str, /) -> None: ...
-    def get(self, key: str, /) -> bytes: ...
-    def check(self, keys: list[str], /) -> bool: ...
-    def add(self, key: str, amount: int, /) -> int: ...
-    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
-
-
-class Reachable:
+class RemoteStore:
     """A store on another host, which may be out of reach: PyTorch's client would then wait for it without end. All *local*.
+
+    It has the methods of a `torch.distributed.Store`. Each raises WorkerFailure if the store is gone, or does not answer.
 
     Args:
         store: The client, for this object alone.
@@ -62,12 +58,9 @@ class Reachable:
         is_near: Whether the store can be reached at this moment. After the network was gone for a while, TCP takes about as long
             again until it tries once more: while the store can be reached over a new connection, an answer may take
             ``_PATIENCE`` times as long.
-
-    Raises:
-        WorkerFailure: From every method: the store is gone, or does not answer.
     """
 
-    def __init__(self, store: Notes, *, limit_s: float, where: str, is_near: Callable[[], bool] = bool) -> None:
+    def __init__(self, store: Store, *, limit_s: float, where: str, is_near: Callable[[], bool] = bool) -> None:
         self._store = store
         self._is_near = is_near
         self._limit_s = limit_s
@@ -75,24 +68,28 @@ class Reachable:
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         threading.Thread(target=self._serve, daemon=True, name="unisono-store").start()
 
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return functools.partial(self._ask, getattr(self._store, name))
+
     def _serve(self) -> None:
         while True:
             self._orders.get()()
 
-    def _ask(self, name: str, *args: Any) -> Any:
+    def _ask(self, operation: Callable[..., Any], *args: Any) -> Any:
         answers: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
 
         def order() -> None:
             try:
-                answers.put((getattr(self._store, name)(*args), None))
+                answers.put((operation(*args), None))
             except Exception as error:
                 answers.put((None, error))
 
         self._orders.put(order)
         answer, error = self._await(answers)
         if error is not None:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise WorkerFailure(
-                f"contact with the store at {self._where} was lost ({_first_line(error)}). If the run goes on there, "
+                f"contact with the store at {self._where} was lost ({reason}). If the run goes on there, "
                 "start this command again and this host joins it; if not, start it on all hosts, and it resumes from its last "
                 "checkpoint"
             ) from error
@@ -111,43 +108,9 @@ class Reachable:
                     if now_s - since_s >= limit_s:
                         return None, TimeoutError(f"no answer for {limit_s:g} s")
 
-    def set(self, key: str, value: str, /) -> None:
-        """As the store does."""
-        self._ask("set", key, value)
-
-    def get(self, key: str, /) -> bytes:
-        """As the store does."""
-        return bytes(self._ask("get", key))
-
-    def check(self, keys: list[str], /) -> bool:
-        """As the store does."""
-        return bool(self._ask("check", keys))
-
-    def add(self, key: str, amount: int, /) -> int:
-        """As the store does."""
-        return int(self._ask("add", key, amount))
-
-    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes:
-        """As the store does."""
-        return bytes(self._ask("compare_set", key, expected, desired))
-
-
-def uid_of(host: int, number: int) -> str:
-    """The name of a worker's process: the host's number, and its own there."""
-    return f"{host}.{number}"
-
-
-def host_of(uid: str) -> int:
-    """The number of the host whose launcher gave this name."""
-    return int(uid.partition(".")[0])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
 
 @dataclass(frozen=True, kw_only=True)
-class News:
+class Decisions:
     """What other hosts' launchers have decided."""
 
     failed: str | None
@@ -158,7 +121,7 @@ class News:
     """What asked the run to stop."""
 
 
-class Board:
+class ControlStore:
     """One attempt's part of the store. All methods are *local*.
 
     Args:
@@ -166,13 +129,13 @@ class Board:
         attempt: Number of the attempt.
     """
 
-    def __init__(self, store: Notes, attempt: int) -> None:
+    def __init__(self, store: Store, attempt: int) -> None:
         self._store = store
         self._attempt = f"unisono/{attempt}"
         self._standing: frozenset[str] = frozenset()
 
     def tell_founders(self, uids: Sequence[str]) -> None:
-        """Tell those who come later whom they wait for: the founders may all die before one of them could say so."""
+        """Tell workers that come later for whom they wait: the founders may all die before one of them could say so."""
         self._store.compare_set(f"{self._attempt}/members", "", json.dumps(uids))
 
     def tell_dead(self, uid: str, how: str) -> None:
@@ -180,9 +143,9 @@ class Board:
         self._store.set(f"{self._attempt}/dead/{uid}", how)
 
     def tell_lost(self, hosts: Collection[int]) -> None:
-        """Tell the workers that those members have ended which are on none of these hosts: nobody else can say so."""
+        """Tell the workers that the members on all other hosts than these have ended: nobody else can say so."""
         for uid in self._members():
-            if host_of(uid) not in hosts and not self._has(f"dead/{uid}"):
+            if int(uid.partition(".")[0]) not in hosts and not self._has(f"dead/{uid}"):
                 self.tell_dead(uid, _LOST)
 
     def tell_standing(self, uids: Iterable[str]) -> None:
@@ -207,11 +170,11 @@ class Board:
         """Tell all launchers to start their workers again; whether we are the first to say so."""
         return self._store.add(f"{self._attempt}/again", 1) == 1
 
-    def news(self) -> News:
+    def decisions(self) -> Decisions:
         """What other launchers have said."""
         stop, failed = (self._read(key) for key in ("stop", "failed"))
         signum = None if stop is None else signal.Signals(int(stop))
-        return News(failed=failed, again=self._has("again"), stop=signum)
+        return Decisions(failed=failed, again=self._has("again"), stop=signum)
 
     @property
     def is_elastic(self) -> bool:

@@ -1,0 +1,48 @@
+"""What to run, and how: the options of `unisono run`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """What one launcher is to run on its host."""
+
+    script: str
+    """Path of the script."""
+    args: Sequence[str] = ()
+    """Its arguments."""
+    workers: int
+    """How many workers."""
+    workers_defaulted: bool
+    """Whether nobody named that number: then the Trainer may use fewer."""
+    threads: int
+    """Threads per worker."""
+    grace_s: float
+    """How long workers may take to save their work and leave after a stop, in seconds."""
+    minimum: int = 1
+    """Fewest workers that go on when others are lost."""
+    max_restarts: int = 3
+    """How often in the whole run a worker is replaced, or all start again from a checkpoint."""
+    wait_s: float = 300.0
+    """How long fewer workers than the minimum wait for more, and hosts for each other, in seconds."""
+    meet: tuple[str, int] | None = None
+    """Host and port where the launchers of several hosts meet; None if there is only this one."""
+    hosts: int = 1
+    """How many hosts begin the run together."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables for every worker, and for the process from which they are forked."""
+        return {
+            "UNISONO_LAUNCHED": "1",
+            "UNISONO_WORKERS_DEFAULTED": "1" if self.workers_defaulted else "0",
+            "UNISONO_THREADS": str(self.threads),
+            "OMP_NUM_THREADS": str(self.threads),
+            "MKL_NUM_THREADS": str(self.threads),
+            "UNISONO_MINIMUM": str(self.minimum),
+            "UNISONO_WAIT": str(self.wait_s),
+            "PYTHONUNBUFFERED": "1",  # what a worker said before it was killed is in its log
+        }
