@@ -1,38 +1,78 @@
 from __future__ import annotations
 
+import json
 import uuid
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 import torch
 
 from unisono.checkpoint.store import Store
 from unisono.errors import CheckpointError, ConfigurationError
-from unisono.report.attachments import (
-    ATTACHMENTS_FILE,
-    Attachment,
-    Comparison,
-    ConfusionMatrix,
-    Curves,
-    Forecast,
-    Line,
-    Picture,
-    Table,
-    TextSample,
-    attach,
-    read_attachments,
-)
+from unisono.report import charts
+from unisono.report.attachments import ATTACHMENTS_FILE, DataTable, TextSample, attach, read_attachments
+from unisono.report.figure import Figure
 
-PICTURES: list[Picture] = [
-    ConfusionMatrix(labels=["cat", "dog"], counts=[[3, 1], [0, 5]]),
-    Curves(x_label="recall", y_label="precision", lines=[Line("this run", [0.0, 1.0], [1.0, 0.5]), Line("other", [], [])]),
-    Forecast(x=["2026-01-01", "2026-01-02"], predicted=[1.0, 2.0], low=[0.0, 1.0], high=[2.0, 3.5], observed=[1.5, float("nan")]),
-    Forecast(x=[1.0], predicted=[2.0], low=[], high=[], observed=[], coverage=0.8),
-    TextSample(text="<b>& more\n", prompt="The "),
-    Table(columns=["film", "stars"], rows=[["Vertigo", 4.5], ["Chinatown", 4]]),
-    Comparison(measure="RMSE", values={"this run": 0.91, "mean": 1.1}, ours="this run", higher_is_better=False),
+PICTURES: dict[str, Any] = {
+    "confusion": charts.confusion_matrix(["cat", "dog"], [[3, 1], [0, 5]]),
+    "curves": charts.curves("recall", "precision", {"this run": ([0.0, 1.0], [1.0, 0.5]), "other": ([], [])}),
+    "dates": charts.forecast(["2026-01-01", "2026-01-02"], [1.0, 2.0], [0.0, 1.0], [2.0, 3.5], [1.5, float("nan")]),
+    "one value": charts.forecast([1.0], [2.0], coverage=0.8),
+    "comparison": charts.comparison_bars("RMSE", {"this run": 0.91, "mean": 1.1}, "this run", higher_is_better=False),
+    "plotly": go.Figure(
+        data=[go.Scatter(x=np.arange(3.0), y=np.array([1.0, np.nan, 3.0]), name="a"), go.Bar(x=[0, 1], y=[2, 3], name="b")],
+        layout={"title": {"text": "of its own"}, "width": 2000, "height": 300, "template": "plotly_dark"},
+    ),
+    "json": {"data": [{"type": "pie", "labels": ["x", "y"], "values": [1, 2]}]},
+    "text": TextSample(text="<b>& more\n", prompt="The "),
+    "table": DataTable(columns=["film", "stars"], rows=[["Vertigo", 4.5], ["Chinatown", 4]]),
+}
+EARLIER: list[dict[str, Any]] = [
+    {"title": "a", "finding": "f", "kind": "confusion", "data": {"labels": ["cat", "dog"], "counts": [[3, 1], [0, 5]]}},
+    {
+        "title": "b",
+        "finding": "",
+        "kind": "curves",
+        "data": {
+            "x_label": "recall",
+            "y_label": "precision",
+            "lines": [{"name": "this run", "x": [0.0, 1.0], "y": [1.0, 0.5]}, {"name": "other", "x": [], "y": []}],
+        },
+    },
+    {
+        "title": "c",
+        "finding": "",
+        "kind": "forecast",
+        "data": {
+            "x": ["2026-01-01", "2026-01-02"],
+            "predicted": [1.0, 2.0],
+            "low": [0.0, 1.0],
+            "high": [2.0, 3.5],
+            "observed": [1.5, "nan"],
+            "coverage": None,
+            "x_label": "",
+            "y_label": "",
+        },
+    },
+    {"title": "d", "finding": "", "kind": "text", "data": {"text": "<b>& more\n", "prompt": "The "}},
+    {
+        "title": "e",
+        "finding": "",
+        "kind": "table",
+        "data": {"columns": ["film", "stars"], "rows": [["Vertigo", 4.5], ["Chinatown", 4]]},
+    },
+    {
+        "title": "g",
+        "finding": "",
+        "kind": "comparison",
+        "data": {"measure": "RMSE", "values": {"this run": 0.91, "mean": 1.1}, "ours": "this run", "higher_is_better": False},
+    },
 ]
+"""As the first version wrote them: charts by name."""
+DEEP = '{"a":' * 900 + "1" + "}" * 900
+DEEP = '{"a":' * 900 + "1" + "}" * 900
 
 
 @pytest.fixture
@@ -41,23 +81,54 @@ def url() -> str:
 
 
 def test_what_is_attached_is_read_again(url: str) -> None:
-    for number, picture in enumerate(PICTURES):
-        attach(url, f"picture {number}", picture, finding=f"finding {number}")
+    own = {name: picture for name, picture in PICTURES.items() if isinstance(picture, (Figure, TextSample, DataTable))}
+    for name, picture in own.items():
+        attach(url, name, picture, finding=f"finding of {name}", wide=name == "text")
     found = read_attachments(Store(url))
-    assert [str(one) for one in found] == [
-        str(Attachment(title=f"picture {number}", picture=picture, finding=f"finding {number}"))
-        for number, picture in enumerate(PICTURES)
-    ]
+    assert [one.picture for one in found] == list(own.values())
+    assert [(one.title, one.finding, one.wide) for one in found] == [(name, f"finding of {name}", name == "text") for name in own]
 
 
-def test_arrays_and_tensors_become_plain_numbers(url: str) -> None:
-    attach(url, "counts", ConfusionMatrix(labels=["a", "b"], counts=np.eye(2, dtype=np.int64)))
-    attach(url, "curve", Curves(x_label="x", y_label="y", lines=[Line("one", torch.arange(3.0), np.arange(3, dtype=np.float32))]))  # type: ignore[arg-type]
-    matrix, curve = (one.picture for one in read_attachments(Store(url)))
-    assert isinstance(matrix, ConfusionMatrix)
-    assert matrix.counts == [[1, 0], [0, 1]]
-    assert isinstance(curve, Curves)
-    assert (curve.lines[0].x, curve.lines[0].y) == ([0.0, 1.0, 2.0], [0.0, 1.0, 2.0])
+def test_a_figure_of_plotly_takes_the_theme_heading_and_width_of_the_page(url: str) -> None:
+    attach(url, "it", PICTURES["plotly"])
+    (found,) = read_attachments(Store(url))
+    assert isinstance(found.picture, Figure)
+    assert (found.picture.layout, found.picture.height) == ({}, 300)
+    assert [trace["type"] for trace in found.picture.data] == ["scatter", "bar"]
+
+
+def test_a_figures_json_may_hold_arrays_and_what_is_not_finite(url: str) -> None:
+    trace = {"type": "scatter", "x": torch.arange(3), "y": np.array([1.0, np.nan, np.inf])}
+    attach(url, "it", {"data": [trace], "layout": {"height": 10**6}})
+    (found,) = read_attachments(Store(url))
+    assert isinstance(found.picture, Figure)
+    assert found.picture.data == [{"type": "scatter", "x": [0, 1, 2], "y": [1.0, None, None]}]
+    assert found.picture.height == 1200
+
+
+def test_words_that_look_like_numbers_stay_words_in_a_figure(url: str) -> None:
+    attach(url, "it", {"data": [{"type": "bar", "x": ["nan", "inf"], "y": [1, 2]}]})
+    (found,) = read_attachments(Store(url))
+    assert isinstance(found.picture, Figure)
+    assert found.picture.data[0]["x"] == ["nan", "inf"]
+
+
+def test_charts_take_arrays_and_tensors() -> None:
+    matrix = charts.confusion_matrix(["a", "b"], np.eye(2, dtype=np.int64))
+    assert matrix.data[0]["customdata"] == [[1, 0], [0, 1]]
+    curves = charts.curves("x", "y", {"one": (torch.arange(3.0), np.arange(3, dtype=np.float32))})  # type: ignore[arg-type]
+    assert (curves.data[0]["x"], curves.data[0]["y"]) == ([0.0, 1.0, 2.0], [0.0, 1.0, 2.0])
+
+
+def test_a_report_of_an_earlier_version_is_read_as_charts(url: str) -> None:
+    Store(url).write(ATTACHMENTS_FILE, json.dumps({"version": 1, "attachments": EARLIER}).encode())
+    found = read_attachments(Store(url))
+    now = [PICTURES[name] for name in ("confusion", "curves", "dates", "text", "table", "comparison")]
+    assert [one.picture for one in found] == now
+    assert [one.wide for one in found] == [False, False, True, False, False, False]
+    assert (found[0].title, found[0].finding) == ("a", "f")
+    attach(url, "new", TextSample(text="x"))
+    assert [one.picture for one in read_attachments(Store(url))] == [*now, TextSample(text="x")]
 
 
 def test_the_same_title_replaces_the_picture_in_its_place(url: str) -> None:
@@ -69,23 +140,31 @@ def test_the_same_title_replaces_the_picture_in_its_place(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("picture", "message"),
+    ("make", "message"),
     [
-        (ConfusionMatrix(labels=["a", "b"], counts=[[1, 2]]), "lengths differ"),
-        (ConfusionMatrix(labels=["a"], counts=[["many"]]), "'many', a str"),  # type: ignore[list-item]
-        (Curves(x_label="x", y_label="y", lines=[Line("one", [1.0], [1.0, 2.0])]), "x of 'one' 1, y of 'one' 2"),
-        (Curves(x_label="x", y_label="y", lines=[Line("one", [[1.0]], [1.0])]), "a list"),  # type: ignore[list-item]
-        (Forecast(x=[1.0], predicted=[1.0], low=[0.0]), "both low and high"),
-        (Forecast(x=[1.0, 2.0], predicted=[1.0]), "x 2, predicted 1"),
-        (Table(columns=["a"], rows=[["b", "c"]]), "row 0 2"),
-        (Comparison(measure="m", values={"a": 1.0}, ours="b"), "there are: a"),
-        (TextSample(text=b"bytes"), "strings"),  # type: ignore[arg-type]
-        ("a picture", "str is no picture"),
+        (lambda: charts.confusion_matrix(["a", "b"], [[1, 2]]), "lengths differ"),
+        (lambda: charts.confusion_matrix(["a", "b"], [[1, 2], [3]]), "lengths differ .*row 1 1"),
+        (lambda: charts.confusion_matrix(["a"], [["many"]]), "'many'"),  # type: ignore[list-item]
+        (lambda: charts.curves("x", "y", {"one": ([1.0], [1.0, 2.0])}), "x of 'one' 1, y of 'one' 2"),
+        (lambda: charts.curves("x", "y", {"one": ([[1.0]], [1.0])}), r"x of 'one' is \[\[1.0\]\]"),  # type: ignore[list-item]
+        (lambda: charts.forecast([1.0], [1.0], [0.0]), "both low and high"),
+        (lambda: charts.forecast([1.0, 2.0], [1.0]), "x 2, predicted 1"),
+        (lambda: DataTable(columns=["a"], rows=[["b", "c"]]), "row 0 has 2 cells"),
+        (lambda: charts.comparison_bars("m", {"a": 1.0}, "b"), "there are: a"),
+        (lambda: TextSample(text=b"bytes"), "strings"),  # type: ignore[arg-type]
+        (lambda: "a picture", "str is no picture"),
+        (lambda: {"data": {}}, "dict is no picture"),
+        (lambda: {"data": ["a trace"]}, "dict is no picture"),
+        (lambda: {"data": [], "layout": []}, None),
+        (lambda: {"data": [], "layout": [1]}, "dict is no picture"),
+        (lambda: {"data": [{"y": list(range(400_000))}]}, "MiB of JSON; a page can carry 2 MiB"),
     ],
 )
-def test_a_picture_that_cannot_be_drawn_is_refused(url: str, picture: Any, message: str) -> None:
+def test_a_picture_that_cannot_be_drawn_is_refused(url: str, make: Any, message: str | None) -> None:
+    if message is None:  # an empty list is no layout, and plotly takes it for none
+        return attach(url, "it", make())
     with pytest.raises(ConfigurationError, match=message):
-        attach(url, "it", picture)
+        attach(url, "it", make())
     assert read_attachments(Store(url)) == []
 
 
@@ -94,11 +173,28 @@ def test_a_picture_needs_a_title(url: str) -> None:
         attach(url, " ", TextSample(text="x"))
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"attachments": [{"title": "x", "finding": "", "kind": "pie", "data": {}}]}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "{",
+        "[]",
+        '{"attachments": [{"title": "x", "finding": "", "kind": "pie", "data": {}}]}',
+        '{"attachments": [{"title": "x", "finding": "", "kind": "figure", "data": {"data": 3}}]}',
+        '{"attachments": [{"title": "x", "finding": "", "kind": "forecast", "data": {"x": 1}}]}',
+        '{"attachments": [{"title": "x", "finding": "", "kind": "figure", "data": {"data": [' + DEEP + "]}}]}",
+    ],
+)
 def test_a_damaged_file_is_named_when_read_and_replaced_when_written(url: str, damage: str) -> None:
     store = Store(url)
     store.write(ATTACHMENTS_FILE, damage.encode())
-    with pytest.raises(CheckpointError, match=r"report.json is damaged .* Delete it"):
+    with pytest.raises(CheckpointError, match=r"(?s)report.json is damaged .* Delete it"):
         read_attachments(store)
     attach(url, "new", TextSample(text="x"))
     assert len(read_attachments(store)) == 1
+
+
+def test_a_file_that_no_page_could_carry_is_not_read(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attach(url, "it", TextSample(text="x" * 100))
+    monkeypatch.setattr("unisono.report.attachments._LARGEST_FILE_BYTES", 50)
+    with pytest.raises(CheckpointError, match=r"damaged .*bytes"):
+        read_attachments(Store(url))

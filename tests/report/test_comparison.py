@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.report.made_up import summary, write_run
-from tests.report.test_figures import accepted_by_plotly
 from tests.report.test_page import Parsed
+from tests.report.test_run_figures import accepted_by_plotly
 from unisono.report.comparison import comparison_page
 from unisono.report.page import report_html
 from unisono.report.run_data import RunReader, run_names

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from tests.report.made_up import SHA256, evaluations, manifest, summary, write_run
 from unisono.errors import ConfigurationError
 from unisono.report import page as page_module
-from unisono.report.attachments import Table, TextSample, attach
+from unisono.report.attachments import DataTable, TextSample, attach
+from unisono.report.comparison import comparison_page
 from unisono.report.page import live_html, news, report_html
 from unisono.report.run_data import RunData, RunReader
 from unisono.report.run_page import run_page
@@ -113,7 +115,7 @@ def test_a_page_of_many_steps_stays_small(tmp_path: Path) -> None:
 def test_what_a_run_says_cannot_become_part_of_the_page(tmp_path: Path) -> None:
     evil = '</script><script>alert("x")</script><img src=x onerror=alert(1)>'
     folder = write_run(tmp_path / "run", extra=[{"step": 5, "event": evil, "text": evil}], settings={"optimizer": evil})
-    attach(folder, evil, Table(columns=[evil], rows=[[evil]]), finding=evil)
+    attach(folder, evil, DataTable(columns=[evil], rows=[[evil]]), finding=evil)
     attach(folder, "text", TextSample(text=evil, prompt=evil))
     (folder / "summary.json").write_text(json.dumps(summary(60, metrics={evil: 1.0}, weights_sha256=evil)))
     html = report_html(run_page(RunReader(folder).read()))
@@ -190,11 +192,12 @@ def test_evaluations_are_figures_over_steps_and_over_seconds(tmp_path: Path) -> 
 
 def test_a_live_page_asks_its_server_for_everything_else(tmp_path: Path) -> None:
     page = run_page(RunReader(write_run(tmp_path / "run", ended=False)).read(), live=True)
-    live = Parsed(live_html(page, version="abc"))
+    live = Parsed(live_html(page))
     assert live.links == ["data:,", "plotly.js"]
-    told = news(page, version="abc")
+    told = news(page)
     assert [section["key"] for section in told["sections"] if section["figure"]] == list(live.figures)
-    assert (told["version"], told["ended"]) == ("abc", False)
+    assert told["ended"] is False
+    assert f'data-live="{told["version"]}"' in live_html(page)
 
 
 def test_without_plotly_the_error_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,15 +209,16 @@ def test_without_plotly_the_error_says_how_to_install_it(tmp_path: Path, monkeyp
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 10**6) | st.floats(-1e9, 1e9) | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers(-5, 10**6) | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
     max_leaves=6,
 )
+COLUMN = st.lists(st.floats(), min_size=9, max_size=9).map(np.array)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_no_manifest_or_summary_stops_a_page(data: st.DataObject) -> None:
+def test_no_log_manifest_or_summary_stops_a_page(data: st.DataObject) -> None:
     told = {}
     for name, whole in (("summary", summary(9)), ("manifest", manifest())):
         for key in data.draw(st.lists(st.sampled_from(sorted(whole)), max_size=3)):
@@ -223,10 +227,21 @@ def test_no_manifest_or_summary_stops_a_page(data: st.DataObject) -> None:
             for key in data.draw(st.lists(st.sampled_from(sorted(whole["settings"]) or ["seed"]), max_size=2)):
                 whole["settings"][key] = data.draw(JSON)
         told[name] = whole
-    import numpy as np
-
-    columns = {name: np.linspace(0.1, 1.0, 9) for name in ("loss", "compute_s", "data_s", "step_s", "samples_per_second", "lr")}
+    names = [
+        "loss",
+        "compute_s",
+        "compute_s_1",
+        "data_s",
+        "step_s",
+        "samples_per_second",
+        "lr",
+        "gradient_norm",
+        "skipped",
+        "epoch",
+    ]
+    columns = {name: np.linspace(0.1, 1.0, 9) for name in names}
+    columns |= data.draw(st.dictionaries(st.sampled_from(names), COLUMN, max_size=3))
     run = RunData(name="x", url="x", columns={**columns, "step": np.arange(1.0, 10)}, **told)
-    page = run_page(run)
-    json.dumps(news(page, version="x"), allow_nan=False)
-    Parsed(live_html(page, version="x"))
+    for page in (run_page(run), run_page(run, live=True), comparison_page([run, run])):
+        json.dumps(news(page), allow_nan=False)
+        Parsed(live_html(page))

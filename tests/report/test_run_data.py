@@ -10,6 +10,8 @@ import pytest
 from tests.report.made_up import write_run
 from unisono.report.run_data import RunReader, run_names
 
+HUGE = f'{{"step": {10**400}, "loss": 1}}'
+
 
 def append(folder: Path, text: str) -> None:
     with (folder / "metrics.jsonl").open("a") as file:
@@ -94,12 +96,22 @@ def test_a_log_that_was_cut_or_begun_anew_is_read_again(tmp_path: Path) -> None:
     assert reader.read().steps.tolist() == []
 
 
-@pytest.mark.parametrize("damage", ["{", "7", "[]", '{"step": "3"}', '{"loss": 2}', "\x00\x00", '{"step": true}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "damage", ["{", "7", "[]", '{"step": "3"}', '{"loss": 2}', "\x00\x00", '{"step": true}', "[" * 100_000, HUGE]
+)
 def test_damaged_lines_are_counted_and_left_out(tmp_path: Path, damage: str) -> None:
     append(tmp_path, line(1) + damage + "\n" + line(2))
     run = RunReader(tmp_path).read()
     assert run.steps.tolist() == [1, 2]
     assert run.troubles == ("metrics.jsonl: 1 line is damaged and left out.",)
+
+
+def test_a_number_that_no_float_holds_is_infinite(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "one", steps=3)
+    (folder / "summary.json").write_text(json.dumps({"steps": 3, "seconds": 10**400, "workers": -(10**400)}))
+    append(folder, f'{{"step": 4, "loss": {10**400}}}\n')
+    run = RunReader(folder).read()
+    assert (run.summary["seconds"], run.workers, run.column("loss")[-1]) == (math.inf, 2, math.inf)
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:

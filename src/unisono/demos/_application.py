@@ -14,7 +14,8 @@ from torch import nn
 from unisono.checkpoint.format import decode
 from unisono.checkpoint.store import Store
 from unisono.errors import CheckpointError, ConfigurationError
-from unisono.report.attachments import Comparison, attach
+from unisono.report import charts
+from unisono.report.attachments import attach
 from unisono.training.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -141,4 +142,4 @@ def compare(run_dir: str, title: str, measure: str, values: Mapping[str, float],
     print(f"\n{title}: {measure}, {'higher' if higher_is_better else 'lower'} is better")
     for name, value in values.items():
         print(f"  {name:<{width}}  {value:.4f}")
-    attach(run_dir, title, Comparison(measure=measure, values=values, ours=ours, higher_is_better=higher_is_better))
+    attach(run_dir, title, charts.comparison_bars(measure, values, ours, higher_is_better=higher_is_better))

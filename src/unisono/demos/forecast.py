@@ -26,7 +26,8 @@ from unisono.demos import _application as application
 from unisono.demos._data import obtain
 from unisono.demos._flights import FLIGHTS, flight_columns, is_flights
 from unisono.demos._tables import Features, Integers, Table, read_csv
-from unisono.report.attachments import Forecast, attach
+from unisono.report import charts
+from unisono.report.attachments import attach
 
 MICROBATCHES = 4
 QUANTILES = (0.1, 0.5, 0.9)
@@ -212,9 +213,9 @@ def main() -> None:
     with torch.no_grad():
         low, median, high = (model(*test[some][:2]) * scale + middle).T.tolist()
     observed = target[test_rows][some].tolist()
-    picture = Forecast(x=list(range(len(low))), predicted=median, low=low, high=high, observed=observed, coverage=0.8)
+    picture = charts.forecast(list(range(len(low))), median, low, high, observed, coverage=0.8)
     finding = f"the interval holds {covered:.1%} of all {len(test):,}"
-    attach(arguments.run_dir, "The first rows of the test", picture, finding=finding)
+    attach(arguments.run_dir, "The first rows of the test", picture, finding=finding, wide=True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from unisono.demos import _application as application
 from unisono.demos._data import existing
 from unisono.demos._tables import Features, Floats, Integers, Table, Words, read_csv
 from unisono.demos._transactions import DAY_S, LABEL_DELAY_DAYS, simulate, with_history
-from unisono.report.attachments import Curves, Line, attach
+from unisono.report import charts
+from unisono.report.attachments import attach
 
 MICROBATCHES = 4
 TEST_SHARE = 0.2
@@ -146,19 +147,19 @@ def report(run_dir: str, labels: Floats, found: Mapping[str, Floats]) -> None:
     from sklearn.metrics import average_precision_score, precision_recall_curve
 
     alerts = max(1, int(len(labels) * ALERTS))
-    precision, recall, lines = {}, {}, []
+    precision, recall, lines = {}, {}, {}
     for name, score in found.items():
         precision[name] = float(average_precision_score(labels, score))
         recall[name] = float(labels[np.argsort(-score, kind="stable")[:alerts]].sum() / labels.sum())
         p, r, _ = precision_recall_curve(labels, score)
         thin = np.unique(np.linspace(0, len(p) - 1, 400).astype(int))
-        lines.append(Line(name, r[thin], p[thin]))
+        lines[name] = (r[thin], p[thin])
     ours = next(iter(found))
     rows = f"{len(labels):,} payments after those trained on, {labels.mean():.2%} of them frauds"
     application.compare(run_dir, f"Average precision, {rows}", "average precision", precision, ours=ours, higher_is_better=True)
     title = f"Frauds among the {ALERTS:.0%} of payments with the highest scores"
     application.compare(run_dir, title, "share of all frauds", recall, ours=ours, higher_is_better=True)
-    attach(run_dir, "Precision and recall", Curves(x_label="recall", y_label="precision", lines=lines))
+    attach(run_dir, "Precision and recall", charts.curves("recall", "precision", lines))
 
 
 def predict(run_dir: str, file: str) -> None:

@@ -22,7 +22,7 @@ import unisono
 from unisono.demos import _application as application
 from unisono.demos._data import obtain
 from unisono.demos._ratings import MOVIELENS, Known, Ratings, read_ratings
-from unisono.report.attachments import Table, attach
+from unisono.report.attachments import DataTable, attach
 
 MICROBATCHES = 4
 TEST_SHARE = 0.2
@@ -236,7 +236,7 @@ def main() -> None:
     application.compare(run_dir, title, measure, values, ours="this run", higher_is_better=True)
     rows, title = recommend(model, ratings, 0), f"For user {ratings.user_names[0]}"
     print(f"\n{title}:\n" + "\n".join(f"  {rating:.1f}  {film}" for film, rating in rows))
-    attach(run_dir, title, Table(columns=["film", "expected rating"], rows=rows))
+    attach(run_dir, title, DataTable(columns=["film", "expected rating"], rows=rows))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from torch.utils.data import TensorDataset
 import unisono
 from unisono.demos import _application as application
 from unisono.demos._data import Download, Source, obtain
-from unisono.report.attachments import ConfusionMatrix, attach
+from unisono.report import charts
+from unisono.report.attachments import attach
 
 MICROBATCHES = 4
 SIDE = 28
@@ -227,7 +228,7 @@ def main() -> None:
     images, labels = test.tensors
     found = logits_of(model, images).argmax(dim=1)
     counts = torch.bincount(labels * len(CLASSES) + found, minlength=len(CLASSES) ** 2).view(len(CLASSES), -1)
-    attach(arguments.run_dir, "What was taken for what", ConfusionMatrix(labels=CLASSES, counts=counts.tolist()))
+    attach(arguments.run_dir, "What was taken for what", charts.confusion_matrix(CLASSES, counts.tolist()))
 
 
 if __name__ == "__main__":

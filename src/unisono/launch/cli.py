@@ -283,7 +283,7 @@ def watch(run_dir: str, port: int, open_page: bool) -> None:
 
     The run may train here or on any host that writes to the same folder; it need not have begun. Needs the extra `report`.
     """
-    from unisono.report import dashboard_command as command
+    from unisono.report import command
 
     try:
         command.watch(run_dir, port=port, open_page=open_page, say=click.echo)

@@ -27,6 +27,8 @@ def percent(share: float) -> str:
 
 def duration(seconds: float) -> str:
     """Whole seconds as a clock shows them (``0:12``, ``1:02:03``, ``2d 01:02:03``)."""
+    if not math.isfinite(seconds):
+        return str(float(seconds))
     minutes, second = divmod(round(max(seconds, 0.0)), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)

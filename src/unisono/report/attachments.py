@@ -1,89 +1,38 @@
-"""Pictures that an application adds to its run's report: ``report.json`` in the run directory.
+"""What an application adds to its run's report: ``report.json`` in the run directory.
 
 ::
 
-    attach(
-        "runs/fraud",
-        "Which alerts are frauds",
-        Curves(x_label="recall", y_label="precision", lines=[Line("this run", recall, precision)]),
-        finding="average precision 0.81, gradient boosting reaches 0.79",
-    )
+    attach("runs/fraud", "Scores", plotly.graph_objects.Figure(data=plotly.graph_objects.Histogram(x=scores)))
+    attach("runs/fraud", "Precision and recall", charts.curves("recall", "precision", {"this run": (recall, precision)}))
 
-``unisono report`` and ``unisono watch`` draw them below the run's own figures, in the order in which they were first attached.
-Everything here is *local*: worker 0 calls ``attach``, the others do not. No plotting library is needed for that.
+``unisono report`` and ``unisono watch`` draw it below the run's own figures, in the order in which it was first attached.
+Everything here is *local*: worker 0 calls ``attach``, the others do not. Plotly need not be installed for that.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from unisono.checkpoint.store import Store
 from unisono.errors import CheckpointError, ConfigurationError
 from unisono.observe.strict_json import decode, dumps
+from unisono.report import charts
+from unisono.report.figure import Figure
+from unisono.report.series import as_json
 
 ATTACHMENTS_FILE = "report.json"
 """Name of the file in the run directory."""
 
-Numbers = Sequence[float]
-"""Plain numbers: a list, or a NumPy array or CPU tensor of one dimension."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConfusionMatrix:
-    """How often each class was taken for which."""
-
-    labels: Sequence[str]
-    """C names of classes."""
-    counts: Sequence[Numbers]
-    """``[C, C]``: samples by true class (row) and predicted class (column)."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of ``Curves``."""
-
-    name: str
-    """In the legend."""
-    x: Numbers
-    """N values."""
-    y: Numbers
-    """N values."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curves:
-    """Lines over a common pair of axes: precision over recall, an ROC, calibration, a metric over epochs."""
-
-    x_label: str
-    y_label: str
-    lines: Sequence[Line]
-    """The first is this run's; what it is compared with (baselines) comes after it, and is drawn in muted colours."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Forecast:
-    """What was expected, how sure, and what came."""
-
-    x: Sequence[float] | Sequence[str]
-    """N numbers or ISO dates, in ascending order; or N names."""
-    predicted: Numbers
-    """N values."""
-    low: Numbers = ()
-    """N lower ends of the interval; empty if there is none."""
-    high: Numbers = ()
-    """N upper ends of the interval."""
-    observed: Numbers = ()
-    """N true values; empty if they are not known."""
-    coverage: float | None = None
-    """What share of observations the interval is meant to hold, 0 to 1."""
-    x_label: str = ""
-    y_label: str = ""
+_LARGEST_BYTES = 2 << 20
+_LARGEST_FILE_BYTES = 64 << 20
+_HEIGHTS = (80, 1200)
+_OF_THE_PAGE = ("template", "title", "width", "height", "autosize")
+"""What a figure does not decide: the page has its own theme, heading and width."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +44,13 @@ class TextSample:
     prompt: str = ""
     """What it was given; shown in front of the text, in another colour."""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str) or not isinstance(self.prompt, str):
+            raise ConfigurationError("text and prompt are strings. Decode them first.")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class DataTable:
     """Rows of words and numbers: recommended films, examples and their predictions."""
 
     columns: Sequence[str]
@@ -105,32 +58,12 @@ class Table:
     rows: Sequence[Sequence[str | int | float]]
     """R rows of C cells. Columns of numbers are set to the right."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """One number of this run beside the same number of others (baselines, published results), drawn as bars."""
-
-    measure: str
-    """What is compared, with its unit: ``"RMSE (stars)"``."""
-    values: Mapping[str, float]
-    """By name, this run's among them."""
-    ours: str
-    """The name of this run's."""
-    higher_is_better: bool = True
-
-
-Picture = ConfusionMatrix | Curves | Forecast | TextSample | Table | Comparison
-"""What can be attached."""
-
-_KINDS: dict[str, type[Picture]] = {
-    "confusion": ConfusionMatrix,
-    "curves": Curves,
-    "forecast": Forecast,
-    "text": TextSample,
-    "table": Table,
-    "comparison": Comparison,
-}
-_NAMES = {kind: name for name, kind in _KINDS.items()}
+    def __post_init__(self) -> None:
+        for number, row in enumerate(self.rows):
+            if len(row) != len(self.columns):
+                raise ConfigurationError(
+                    f"row {number} has {len(row)} cells, there are {len(self.columns)} columns. Fill them all."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +71,13 @@ class Attachment:
     """A picture with its words."""
 
     title: str
-    picture: Picture
+    picture: Figure | TextSample | DataTable
     finding: str = ""
+    wide: bool = False
+    """Whether it is as wide as the page even where two would fit beside each other."""
 
 
-def attach(run_dir: str | os.PathLike[str], title: str, picture: Picture, *, finding: str = "") -> None:
+def attach(run_dir: str | os.PathLike[str], title: str, picture: Any, *, finding: str = "", wide: bool = False) -> None:
     """Add a picture to the run's report, or replace the one of the same title. *Local*: worker 0 calls it.
 
     Call it at the end of training, or as often as there is something new: the file is replaced atomically.
@@ -150,27 +85,35 @@ def attach(run_dir: str | os.PathLike[str], title: str, picture: Picture, *, fin
     Args:
         run_dir: The run directory, a path or an fsspec address.
         title: The heading; also the picture's name.
-        picture: What to draw.
+        picture: A figure of Plotly or its JSON (a mapping with ``data`` and ``layout``), at most 2 MiB of JSON; a chart of
+            ``unisono.report.charts``; a ``TextSample`` or a ``DataTable``. The page has its own theme, width and heading: a
+            figure's ``template``, ``width`` and ``title`` are left out. A colour ``"--blue"`` is the page's blue.
         finding: A sentence below the heading: what a reader should see in the picture.
+        wide: Whether it is as wide as the page.
 
     Raises:
-        ConfigurationError: The picture's parts do not fit each other (lengths, shapes), or hold no plain numbers.
+        ConfigurationError: It is none of these, or too large, or there is no title.
         CheckpointError: The file cannot be written.
     """
-    _check(title, picture)
+    if not isinstance(title, str) or not title.strip():
+        raise ConfigurationError(f"an attachment needs a title, got {title!r}. Give it a short heading.")
+    if not isinstance(picture, Figure | TextSample | DataTable):
+        picture = _figure(json.loads(picture.to_json()) if hasattr(picture, "to_plotly_json") else picture, title)
+    new = _as_json(Attachment(title=title, picture=picture, finding=finding, wide=wide))
+    size = len(dumps(new))
+    if size > _LARGEST_BYTES:
+        raise ConfigurationError(
+            f"attachment {title!r} is {size / 2**20:.1f} MiB of JSON; a page can carry 2 MiB of each. Draw fewer points."
+        )
     store = Store(run_dir)
     try:
-        kept = read_attachments(store)
+        kept = [_as_json(one) for one in read_attachments(store)]
     except CheckpointError:
         kept = []  # a damaged file is replaced: only pictures were in it
-    new = Attachment(title=title, picture=picture, finding=finding)
-    titles = [one.title for one in kept]
-    if title in titles:
-        kept[titles.index(title)] = new
-    else:
-        kept.append(new)
-    document = {"version": 1, "attachments": [_as_json(one) for one in kept]}
-    store.write(ATTACHMENTS_FILE, (dumps(document) + "\n").encode())
+    titles = [one["title"] for one in kept]
+    place = titles.index(title) if title in titles else len(kept)
+    kept[place : place + 1] = [new]
+    store.write(ATTACHMENTS_FILE, (dumps({"version": 1, "attachments": kept}) + "\n").encode())
 
 
 def read_attachments(store: Store) -> list[Attachment]:
@@ -182,9 +125,10 @@ def read_attachments(store: Store) -> list[Attachment]:
     if not store.exists(ATTACHMENTS_FILE):
         return []
     try:
-        document = decode(json.loads(store.read(ATTACHMENTS_FILE)))
-        return [_from_json(one) for one in document["attachments"]]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if (size := store.size(ATTACHMENTS_FILE) or 0) > _LARGEST_FILE_BYTES:
+            raise ValueError(f"it has {size:,} bytes")
+        return [_from_json(one) for one in json.loads(store.read(ATTACHMENTS_FILE))["attachments"]]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{ATTACHMENTS_FILE} is damaged ({type(error).__name__}: {error}). Delete it; the run does not depend on it, and the "
             "application writes it again.",
@@ -193,80 +137,55 @@ def read_attachments(store: Store) -> list[Attachment]:
 
 
 def _as_json(one: Attachment) -> dict[str, Any]:
-    data = {field.name: _plain(getattr(one.picture, field.name)) for field in dataclasses.fields(one.picture)}
-    return {"title": one.title, "finding": one.finding, "kind": _NAMES[type(one.picture)], "data": data}
+    words = {"title": one.title, "finding": one.finding, "wide": one.wide}
+    match one.picture:
+        case Figure(data=data, layout=layout, height=height):
+            return {**words, "kind": "figure", "data": {"data": data, "layout": {**layout, "height": height}}}
+        case TextSample():
+            return {**words, "kind": "text", "data": dataclasses.asdict(one.picture)}
+        case DataTable(columns=columns, rows=rows):
+            return {**words, "kind": "table", "data": {"columns": list(columns), "rows": [list(row) for row in rows]}}
 
 
 def _from_json(one: dict[str, Any]) -> Attachment:
-    kind, data = _KINDS[one["kind"]], dict(one["data"])
-    if kind is Curves:
-        data["lines"] = [Line(**line) for line in data["lines"]]
-    picture = kind(**data)
-    _check(one["title"], picture)
-    return Attachment(title=one["title"], finding=one["finding"], picture=picture)
+    title, finding, kind, data = str(one["title"]), str(one["finding"]), one["kind"], one["data"]
+    if kind == "figure":
+        return Attachment(title=title, picture=_figure(data, title), finding=finding, wide=bool(one.get("wide")))
+    return _of_kind(kind, decode(data), title=title, finding=finding, wide=bool(one.get("wide")))
 
 
-def _plain(value: Any) -> Any:
-    """As JSON has it: arrays and tensors become lists, NumPy's scalars Python's."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, Line):
-        return {"name": value.name, "x": _plain(value.x), "y": _plain(value.y)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _check(title: str, picture: Picture) -> None:
-    """Whether it can be drawn; ConfigurationError if not."""
-
-    def same(**lengths: int) -> None:
-        if len(set(lengths.values())) > 1:
-            found = ", ".join(f"{name} {length}" for name, length in lengths.items())
-            raise ConfigurationError(f"attachment {title!r}: lengths differ ({found}). Give each the same number of values.")
-
-    def numbers(name: str, values: Numbers) -> None:
-        for value in _plain(values):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ConfigurationError(
-                    f"attachment {title!r}: {name} holds {value!r}, a {type(value).__name__}. Give plain numbers, one dimension."
-                )
-
-    if not isinstance(title, str) or not title.strip():
-        raise ConfigurationError(f"an attachment needs a title, got {title!r}. Give it a short heading.")
-    match picture:
-        case ConfusionMatrix(labels=labels, counts=counts):
-            same(labels=len(labels), rows=len(counts), **{f"row {number}": len(row) for number, row in enumerate(counts)})
-            for row in counts:
-                numbers("counts", row)
-        case Curves(lines=lines):
-            for line in lines:
-                same(**{f"x of {line.name!r}": len(line.x), f"y of {line.name!r}": len(line.y)})
-                numbers(f"x of {line.name!r}", line.x)
-                numbers(f"y of {line.name!r}", line.y)
-        case Forecast():
-            parts = {name: getattr(picture, name) for name in ("predicted", "low", "high", "observed")}
-            same(x=len(picture.x), **{name: len(part) for name, part in parts.items() if name == "predicted" or len(part)})
-            if bool(len(picture.low)) != bool(len(picture.high)):
-                raise ConfigurationError(f"attachment {title!r}: an interval needs both low and high. Give both or neither.")
-            for name, part in parts.items():
-                numbers(name, part)
-        case TextSample():
-            if not isinstance(picture.text, str) or not isinstance(picture.prompt, str):
-                raise ConfigurationError(f"attachment {title!r}: text and prompt are strings. Decode them first.")
-        case Table(columns=columns, rows=rows):
-            same(columns=len(columns), **{f"row {number}": len(row) for number, row in enumerate(rows)})
-        case Comparison(values=values, ours=ours):
-            numbers("values", list(values.values()))
-            if ours not in values or not math.isfinite(values[ours]):
-                raise ConfigurationError(
-                    f"attachment {title!r}: ours is {ours!r}, which has no finite value (there are: "
-                    f"{', '.join(values) or 'none'}). Give this run's value under that name."
-                )
+def _of_kind(kind: str, data: dict[str, Any], *, title: str, finding: str, wide: bool) -> Attachment:
+    """Words and tables, and the kinds of charts that earlier versions wrote by name."""
+    picture: Figure | TextSample | DataTable
+    match kind:
+        case "text":
+            picture = TextSample(**data)
+        case "table":
+            picture = DataTable(**data)
+        case "confusion":
+            picture, wide = charts.confusion_matrix(**data), len(data["labels"]) > charts.MANY_CLASSES
+        case "curves":
+            lines = {line["name"]: (line["x"], line["y"]) for line in data["lines"]}
+            picture = charts.curves(data["x_label"], data["y_label"], lines)
+        case "forecast":
+            picture, wide = charts.forecast(**data), True
+        case "comparison":
+            picture = charts.comparison_bars(**data)
         case _:
-            raise ConfigurationError(
-                f"attachment {title!r}: {type(picture).__name__} is no picture. Use one of "
-                f"{', '.join(kind.__name__ for kind in _KINDS.values())} of unisono.report.attachments."
-            )
+            raise ValueError(f"there is no kind {kind!r}")
+    return Attachment(title=title, picture=picture, finding=finding, wide=wide)
+
+
+def _figure(given: object, title: str) -> Figure:
+    """A figure from Plotly's JSON; ConfigurationError if it is none."""
+    plain = as_json(given)
+    data = plain.get("data") if isinstance(plain, dict) else None
+    layout = (plain.get("layout") or {}) if isinstance(plain, dict) else None
+    if not isinstance(data, list) or not isinstance(layout, dict) or not all(isinstance(trace, dict) for trace in data):
+        raise ConfigurationError(
+            f"attachment {title!r}: {type(given).__name__} is no picture. Give a figure of Plotly, its JSON (with 'data' and "
+            "'layout'), a chart of unisono.report.charts, a TextSample or a DataTable."
+        )
+    height = layout.get("height")
+    height = min(max(height, _HEIGHTS[0]), _HEIGHTS[1]) if isinstance(height, (int, float)) else 360
+    return Figure(data=data, layout={key: value for key, value in layout.items() if key not in _OF_THE_PAGE}, height=height)

@@ -1,10 +1,11 @@
-"""What ``unisono report`` does. *Local.*"""
+"""What ``unisono report`` and ``unisono watch`` do. *Local.*"""
 
 from __future__ import annotations
 
 import os
+import time
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from unisono.checkpoint.store import Store
@@ -13,6 +14,8 @@ from unisono.report.comparison import comparison_page
 from unisono.report.page import report_html
 from unisono.report.run_data import RunReader, run_names
 from unisono.report.run_page import run_page
+from unisono.report.server import Dashboard
+from unisono.system.signals import StopRequest
 
 REPORT_FILE = "report.html"
 """Name of a run's report in its directory."""
@@ -65,3 +68,23 @@ def show(path: str) -> bool:
     if "://" in path:
         return False
     return webbrowser.open(Path(path).absolute().as_uri())
+
+
+def watch(run_dir: str | os.PathLike[str], *, port: int, open_page: bool, say: Callable[[str], None]) -> None:
+    """Serve the page of a run until Ctrl-C or SIGTERM.
+
+    Args:
+        run_dir: The run directory, a path or an fsspec address; it may not be there yet.
+        port: Where to listen; 0: any free port.
+        open_page: Whether to open the user's browser.
+        say: Prints a line.
+
+    Raises:
+        ConfigurationError: The port is taken, or Plotly is not installed.
+    """
+    with StopRequest() as stop, Dashboard(run_dir, port=port) as dashboard:
+        say(f"{dashboard.address}  shows {os.fspath(run_dir)}; Ctrl-C ends it")
+        if open_page:
+            webbrowser.open(dashboard.address)
+        while not stop.requested:
+            time.sleep(0.2)

@@ -19,7 +19,7 @@
 
   // A string "--name" is the colour that the theme gives this name.
   const painted = (value, style) => {
-    if (typeof value === "string") return value.startsWith("--") ? style.getPropertyValue(value).trim() || "#888" : value;
+    if (typeof value === "string") return value.startsWith("--") ? style.getPropertyValue(value).trim() || value : value;
     if (Array.isArray(value)) return value.some((item) => typeof item !== "number") ? value.map((item) => painted(item, style)) : value;
     if (value === null || typeof value !== "object") return value;
     return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, painted(item, style)]));
@@ -38,7 +38,9 @@
   };
   const base = {
     font: { family: getComputedStyle(document.body).fontFamily, size: 12.5, color: "--ink" },
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, autosize: true,
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", autosize: true,
+    colorway: ["--blue", "--orange", "--green", "--violet", "--red", "--teal", "--brown", "--grey"],
+    legend: { orientation: "h", yanchor: "bottom", y: 1.02, x: 0, font: { size: 12.5, color: "--muted" } },
     margin: { l: 12, r: 10, t: 10, b: 42 }, hovermode: "x unified", dragmode: "zoom",
     hoverlabel: { bgcolor: "--card", bordercolor: "--rule", font: { size: 12, color: "--ink" } },
   };
@@ -52,15 +54,22 @@
     const data = seconds ? figure.data.map((trace, number) => ({ ...trace, x: seconds.x[number] })) : figure.data;
     let layout = merged(base, merged(figure.layout, seconds ? seconds.layout : undefined));
     const narrow = place.clientWidth < 460;
-    for (const name of Object.keys(layout).filter((name) => /^[xy]axis\d*$/.test(name))) {
-      layout[name] = merged(axis, layout[name]);
+    for (const name of Object.keys({ xaxis: 0, yaxis: 0, ...layout }).filter((name) => /^[xy]axis\d*$/.test(name))) {
+      layout[name] = merged(axis, layout[name] ?? {});
       if (name.startsWith("y")) layout[name] = { automargin: true, ...layout[name] };
       else if (narrow) layout[name] = { nticks: 5, ...layout[name] };
     }
     // What a reader has zoomed into stays while new steps arrive, but not when the axis becomes another one.
     layout = { ...layout, height: figure.height, uirevision: over };
     place.style.height = `${figure.height}px`;
-    Plotly.react(place, painted(data, getComputedStyle(root)), painted(layout, getComputedStyle(root)), settings);
+    const style = getComputedStyle(root);
+    // An application's figure may be one that this Plotly cannot draw; the others are drawn all the same.
+    const failed = (error) => { place.style.height = ""; place.textContent = `This figure cannot be drawn: ${error?.message ?? error}`; };
+    try {
+      Plotly.react(place, painted(data, style), painted(layout, style), settings).catch(failed);
+    } catch (error) {
+      failed(error);
+    }
   };
   const drawAll = () => { for (const key of figures.keys()) draw(key); root.dataset.drawn = String(figures.size); };
 

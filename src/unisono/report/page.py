@@ -8,12 +8,19 @@ import gzip
 import json
 from html import escape
 from importlib.resources import files
+from string import Template
 from typing import Any
 
+from unisono.checkpoint.format import digest
 from unisono.errors import ConfigurationError
 from unisono.report.run_page import Page
 from unisono.report.section import Section
 from unisono.version import __version__
+
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+"""Content security policy: whatever an application's figure says, the page asks no other host for anything.
+
+Plotly compiles its WebGL shaders' callers with ``eval``."""
 
 
 def report_html(page: Page) -> str:
@@ -22,32 +29,28 @@ def report_html(page: Page) -> str:
     Raises:
         ConfigurationError: Plotly is not installed; the message says how to install it.
     """
-    return _html(page, scripts=f'<script type="text/plain" id="plotly">{_packed_plotly()}</script>', live="")
+    return _html(page, plotly=f'<script type="text/plain" id="plotly">{_packed_plotly()}</script>')
 
 
-def live_html(page: Page, *, version: str) -> str:
+def live_html(page: Page) -> str:
     """The page as the server of ``unisono watch`` sends it; it asks that server for ``plotly.js`` and for news."""
-    return _html(page, scripts='<script src="plotly.js"></script>', live=version)
+    return _html(page, plotly='<script src="plotly.js"></script>', live=f' data-live="{news(page)["version"]}"')
 
 
-def news(page: Page, *, version: str) -> dict[str, Any]:
-    """What changes on a live page, for its script."""
-    return {
-        "version": version,
-        "ended": page.ended,
-        "title": page.title,
-        "head": page.head,
-        "sections": [
-            {
-                "key": section.key,
-                "half": section.half,
-                "words": section.words(),
-                "body": section.body,
-                "figure": section.figure.as_json() if section.figure else None,
-            }
-            for section in page.sections
-        ],
-    }
+def news(page: Page) -> dict[str, Any]:
+    """What a live page shows, for its script; ``version`` changes with everything else."""
+    sections = [
+        {
+            "key": section.key,
+            "half": section.half,
+            "words": section.words(),
+            "body": section.body,
+            "figure": section.figure.as_json() if section.figure else None,
+        }
+        for section in page.sections
+    ]
+    shown = {"ended": page.ended, "title": page.title, "head": page.head, "sections": sections}
+    return {"version": digest(json.dumps(shown, allow_nan=False).encode())[:16], **shown}
 
 
 @functools.cache
@@ -72,28 +75,23 @@ def _packed_plotly() -> str:
     return base64.b64encode(gzip.compress(plotly_js().encode(), mtime=0)).decode()
 
 
-def _html(page: Page, *, scripts: str, live: str) -> str:
-    resources = files("unisono.report")
-    style = resources.joinpath("page.css").read_text(encoding="utf-8")
-    script = resources.joinpath("page.js").read_text(encoding="utf-8")
+def _html(page: Page, *, plotly: str, live: str = "") -> str:
+    resources = {
+        name: files("unisono.report").joinpath(f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")
+    }
     figures = {section.key: section.figure.as_json() for section in page.sections if section.figure}
-    switch = (
-        '<div class="switch" role="group" aria-label="what runs along the axes"><button type="button" value="steps" '
-        'aria-pressed="true">steps</button><button type="button" value="seconds" aria-pressed="false">seconds</button></div>'
-    )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<link rel="icon" href="data:,">\n'
-        f"<title>{escape(page.title)}</title>\n<style>\n{style}</style>\n</head>\n"
-        f'<body{f" data-live={json.dumps(escape(live))}" if live else ""}>\n<div class="page">\n'
-        f'<header><div class="brand"><b>unisono</b>{switch}</div>'
-        "<noscript>The figures need JavaScript. Everything else is here.</noscript>"
-        f'<div id="head">{page.head}</div></header>\n'
-        f"<main>\n{''.join(map(_card, page.sections))}</main>\n"
-        f"<footer>Made by unisono {escape(__version__)}. Drag in a figure to look closer, double-click to go back.</footer>\n"
-        f'</div>\n<script type="application/json" id="figures">{_embedded(figures)}</script>\n'
-        f"{scripts}\n<script>\n{script}</script>\n</body>\n</html>\n"
+    return Template(resources["html"]).substitute(
+        policy=POLICY,
+        title=escape(page.title),
+        style=resources["css"],
+        live=live,
+        head=page.head,
+        sections="".join(map(_card, page.sections)),
+        version=escape(__version__),
+        # It must not end the script element in which it stands.
+        figures=json.dumps(figures, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
+        plotly=plotly,
+        script=resources["js"],
     )
 
 
@@ -105,8 +103,3 @@ def _card(section: Section) -> str:
         f'<section id="{escape(section.key)}"{half}><div class="words">{section.words()}</div>{place}'
         f'<div class="body">{section.body}</div></section>\n'
     )
-
-
-def _embedded(value: object) -> str:
-    """JSON that cannot end the script element in which it stands."""
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

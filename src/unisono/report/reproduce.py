@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping
 from html import escape
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -15,14 +16,13 @@ from unisono.report.section import Section, command, definitions
 
 def reproduce_sections(run: RunData) -> Iterator[Section]:
     """The digest and how to reproduce it, the settings, the fingerprint."""
-    digest = run.summary.get("weights_sha256")
-    if isinstance(digest, str) and digest and run.has_ended:
+    if run.weights_sha256 is not None:
         yield Section(
             key="digest",
             kicker="proof",
             title="The same weights on any number of workers",
             text="SHA-256 of model.safetensors. The same code, data, seed and settings on the same builds give it again.",
-            body=f'<p class="digest">{escape(digest)}</p>{_advice(run)}',
+            body=f'<p class="digest">{escape(run.weights_sha256)}</p>{_advice(run)}',
         )
     if run.settings:
         yield Section(
@@ -42,7 +42,8 @@ def run_command(run: RunData) -> list[str]:
     if not isinstance(words, list) or not words:
         return []
     words = [str(word) for word in words]
-    return ["unisono", "demo", PurePosixPath(words[0]).stem, *words[1:]] if _is_demo(words) else words
+    script = PurePosixPath(words[0])
+    return ["unisono", "demo", script.stem, *words[1:]] if script.parts[-3:-1] == ("unisono", "demos") else words
 
 
 def _advice(run: RunData) -> str:
@@ -55,18 +56,11 @@ def _advice(run: RunData) -> str:
     if words:
         other, threads = run.workers - 1 or 2, run.fingerprint.get("threads")
         options = ["--workers", str(other), *(["--threads", str(threads)] if threads not in (None, 1) else [])]
-        words = _elsewhere(words, f"-on-{other}")
+        is_run_dir = [before == "--run-dir" or word.startswith("--run-dir=") for before, word in pairwise(["", *words])]
+        words = [f"{word.rstrip('/')}-on-{other}" if changed else word for word, changed in zip(words, is_run_dir, strict=True)]
         words = [*words[:2], *options, *words[2:]] if words[:2] == ["unisono", "demo"] else ["unisono", "run", *options, *words]
         html += f"<h3>Train it again, on another number of workers, in a new run directory</h3>{command(shlex.join(words))}"
     return html
-
-
-def _elsewhere(words: list[str], suffix: str) -> list[str]:
-    """The command with another run directory, where it names one."""
-    return [
-        f"{word.rstrip('/')}{suffix}" if before == "--run-dir" or word.startswith("--run-dir=") else word
-        for before, word in zip(["", *words], words, strict=False)
-    ]
 
 
 def _settings(settings: Mapping[str, Any]) -> dict[str, object]:
@@ -86,7 +80,3 @@ def _words(group: object) -> str:
     if not isinstance(group, dict):
         return json.dumps(group)
     return ", ".join(f"{name} {value}" for name, value in group.items() if value not in (None, False))
-
-
-def _is_demo(words: list[str]) -> bool:
-    return PurePosixPath(words[0]).parts[-3:-1] == ("unisono", "demos")

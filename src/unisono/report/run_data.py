@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from unisono.checkpoint.store import Store
 from unisono.errors import CheckpointError
@@ -21,15 +21,18 @@ from unisono.observe.metrics import METRICS_FILE
 from unisono.observe.strict_json import decode
 from unisono.observe.summary import SUMMARY_FILE
 from unisono.report.attachments import Attachment, read_attachments
+from unisono.report.series import Column
 
 MANIFEST_FILE = "manifest.json"
-Column = NDArray[np.float64]
+T = TypeVar("T")
 
 _OVERLAP = 256
 """So many bytes before the place where we stopped must be as they were; else the file is another one."""
 _RECENT_STEPS = 50
 """The time left is reckoned from the pace of so many steps."""
 _METRIC = "metric/"
+_MOST_DIGITS = 300
+_NOTHING: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,28 +85,37 @@ class RunData:
     @property
     def elapsed_s(self) -> Column:
         """Seconds of training until the end of each logged step, over all starts of the run."""
-        return np.cumsum(np.nan_to_num(self.column("step_s")))
+        seconds = self.column("step_s")
+        return np.cumsum(np.where(np.isfinite(seconds), seconds, 0.0))
 
     @property
     def has_ended(self) -> bool:
         """Whether the summary tells of the last step that the log has: a run that goes on leaves the old summary behind."""
-        steps = self.summary.get("steps")
-        return isinstance(steps, int) and (not len(self.steps) or bool(self.steps[-1] <= steps))
+        steps = _count(self.summary.get("steps"))
+        return steps is not None and (not len(self.steps) or bool(self.steps[-1] <= steps))
+
+    @property
+    def weights_sha256(self) -> str | None:
+        """The digest of the weights, if the run has ended and its summary has one."""
+        digest = self.summary.get("weights_sha256")
+        return digest if self.has_ended and isinstance(digest, str) and digest else None
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Results of evaluations: the summary's if the run has ended, else the last of each in the log."""
+        if not self.has_ended:
+            return {name: value for _, results in self.evaluations for name, value in results.items()}
+        return {name: float(value) for name, value in _mapping(self.summary.get("metrics")).items() if is_number(value)}
 
     @property
     def workers(self) -> int:
         """How many workers there are or were at the end; 0 if nothing says so."""
-        for source in (self.summary, self.manifest):
-            if isinstance(source.get("workers"), int):
-                return int(source["workers"])
-        return 0
+        return _count(self.summary.get("workers")) or _count(self.manifest.get("workers")) or 0
 
     @property
     def planned_steps(self) -> int | None:
         """Steps of the whole run, as its last start reckoned; None if nothing says so."""
-        planned = self.manifest.get("planned")
-        steps = planned.get("steps") if isinstance(planned, dict) else None
-        return steps if isinstance(steps, int) and not isinstance(steps, bool) and steps > 0 else None
+        return _count(_mapping(self.manifest.get("planned")).get("steps")) or None
 
     @property
     def seconds_left(self) -> float | None:
@@ -117,19 +129,17 @@ class RunData:
     @property
     def settings(self) -> Mapping[str, Any]:
         """The settings of the manifest; empty if there are none."""
-        found = self.manifest.get("settings")
-        return found if isinstance(found, dict) else {}
+        return _mapping(self.manifest.get("settings"))
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
         """The fingerprint of the manifest; empty if there is none."""
-        found = self.manifest.get("fingerprint")
-        return found if isinstance(found, dict) else {}
+        return _mapping(self.manifest.get("fingerprint"))
 
     def per_worker(self, name: str) -> list[float]:
         """A list of the summary, a number for each worker; empty if it is not there, or is something else."""
         found = self.summary.get(name)
-        if not isinstance(found, list) or not all(_is_number(value) for value in found):
+        if not isinstance(found, list) or not all(is_number(value) for value in found):
             return []
         return [float(value) for value in found]
 
@@ -151,17 +161,17 @@ class RunReader:
     def read(self) -> RunData:
         """What is there now. Of the log only what was added since the last call is read, on a local file system."""
         troubles: list[str] = []
-        try:
-            self._log.read(self.store)
-        except CheckpointError as error:
-            troubles.append(str(error))
-        summary = self._document(SUMMARY_FILE, troubles)
-        manifest = self._document(MANIFEST_FILE, troubles)
-        try:
-            attachments = tuple(read_attachments(self.store))
-        except CheckpointError as error:
-            attachments = ()
-            troubles.append(str(error))
+
+        def told(read: Callable[[Store], T], nothing: T) -> T:
+            try:
+                return read(self.store)
+            except CheckpointError as error:
+                troubles.append(str(error))
+                return nothing
+
+        told(self._log.read, None)
+        summary, manifest = (told(functools.partial(_document, path), _NOTHING) for path in (SUMMARY_FILE, MANIFEST_FILE))
+        attachments = told(read_attachments, list[Attachment]())
         if self._log.damaged:
             lines = "line is" if self._log.damaged == 1 else "lines are"
             troubles.append(f"{METRICS_FILE}: {self._log.damaged} {lines} damaged and left out.")
@@ -173,22 +183,25 @@ class RunReader:
             evaluations=tuple(self._log.evaluations),
             summary=summary,
             manifest=manifest,
-            attachments=attachments,
+            attachments=tuple(attachments),
             troubles=tuple(troubles),
         )
 
-    def _document(self, path: str, troubles: list[str]) -> dict[str, Any]:
-        try:
-            if not self.store.exists(path):
-                return {}
-            found = decode(json.loads(self.store.read(path)))
-        except (CheckpointError, ValueError, RecursionError) as error:
-            troubles.append(f"{path} cannot be read: {error}")
-            return {}
-        if not isinstance(found, dict):
-            troubles.append(f"{path} holds a {type(found).__name__} instead of an object.")
-            return {}
-        return found
+
+def _parsed(data: bytes) -> Any:
+    """What JSON says. A whole number that no float could hold is infinite: nothing downstream need fear to convert it."""
+    return decode(json.loads(data, parse_int=lambda digits: int(digits) if len(digits) < _MOST_DIGITS else float(digits)))
+
+
+def _document(path: str, store: Store) -> Mapping[str, Any]:
+    """A file's JSON object, empty if there is no such file; CheckpointError if it cannot be read."""
+    try:
+        found = _parsed(store.read(path)) if store.exists(path) else {}
+    except (CheckpointError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", file=path) from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds a {type(found).__name__} instead of an object.", file=path)
+    return found
 
 
 class _Log:
@@ -226,30 +239,27 @@ class _Log:
 
     def _add(self, line: bytes) -> None:
         try:
-            record = decode(json.loads(line))
+            record = _parsed(line)
             step = record["step"]
-            if isinstance(step, bool) or not isinstance(step, int):
-                raise TypeError
         except (ValueError, TypeError, KeyError, RecursionError):
+            step = None
+        if _count(step) is None:
             self.damaged += bool(line.strip())
-            return
-        if record.get("event") == "evaluation":
+        elif record.get("event") == "evaluation":
             named = {name.removeprefix(_METRIC): value for name, value in record.items() if name.startswith(_METRIC)}
-            self.evaluations.append((step, {name: float(value) for name, value in named.items() if _is_number(value)}))
-            return
-        if "event" in record:
+            self.evaluations.append((step, {name: float(value) for name, value in named.items() if is_number(value)}))
+        elif "event" in record:
             self.events.append(_event(record))
-            return
-        if "loss" not in record:
-            return
-        for name, value in record.items():
-            if _is_number(value):
-                column = self._columns.setdefault(name, array("d"))
-                _pad(column, self._lines)
-                column.append(value)
-        self._lines += 1
+        elif "loss" in record:
+            for name, value in record.items():
+                if is_number(value):
+                    column = self._columns.setdefault(name, array("d"))
+                    _pad(column, self._lines)
+                    column.append(value)
+            self._lines += 1
 
     def columns(self) -> dict[str, Column]:
+        """Each number by name, float64 ``[lines]``."""
         for column in self._columns.values():
             _pad(column, self._lines)
         return {name: np.array(column, dtype=np.float64) for name, column in self._columns.items()}
@@ -257,8 +267,7 @@ class _Log:
 
 def _pad(column: array[float], length: int) -> None:
     """Lines that did not have this number."""
-    if len(column) < length:
-        column.extend([math.nan] * (length - len(column)))
+    column.extend([math.nan] * (length - len(column)))
 
 
 def run_name(url: str) -> str:
@@ -288,27 +297,33 @@ def _read_from(store: Store, path: str, begin: int) -> bytes:
 
 
 def _event(record: Mapping[str, Any]) -> Event:
-    kind = str(record["event"])
+    kind, workers = str(record["event"]), _count(record.get("workers"))
     if kind == "generation":
-        workers = record.get("workers")
-        now = f"{formats.count(workers, 'worker')} from here on" if isinstance(workers, int) else ""
+        now = "" if workers is None else f"{formats.count(workers, 'worker')} from here on"
         text = ": ".join(part for part in (now, str(record.get("reason") or "")) if part) or "the workers changed"
     else:
         rest = {name: value for name, value in record.items() if name not in ("step", "event")}
         words = next((str(rest[name]) for name in ("text", "message", "reason") if rest.get(name)), "")
         text = words or ", ".join(f"{name} {value}" for name, value in rest.items()) or kind
-    count = record.get("workers")
-    return Event(step=int(record["step"]), kind=kind, text=text, workers=count if isinstance(count, int) else None)
+    return Event(step=record["step"], kind=kind, text=text, workers=workers)
 
 
 def _resumed(manifest: Mapping[str, Any]) -> Iterator[Event]:
-    step = manifest.get("resumed_from_step")
-    if isinstance(step, int) and step > 0:
-        workers = manifest.get("workers")
-        count = workers if isinstance(workers, int) else None
-        on = "" if count is None else f" on {formats.count(count, 'worker')}"
-        yield Event(step=step, kind="resumed", text=f"started again{on} from the checkpoint of step {step}", workers=count)
+    if step := _count(manifest.get("resumed_from_step")):
+        workers = _count(manifest.get("workers"))
+        on = "" if workers is None else f" on {formats.count(workers, 'worker')}"
+        yield Event(step=step, kind="resumed", text=f"started again{on} from the checkpoint of step {step}", workers=workers)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether it is one; true and false are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _count(value: object) -> int | None:
+    """A whole number from 0; None if it is anything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else _NOTHING

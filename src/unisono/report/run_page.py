@@ -9,22 +9,22 @@ from html import escape
 import numpy as np
 
 from unisono.observe import formats
-from unisono.report.figures import Axis
 from unisono.report.reproduce import reproduce_sections, run_command
-from unisono.report.run_data import RunData
+from unisono.report.run_data import RunData, is_number
+from unisono.report.run_figures import Axis
 from unisono.report.run_sections import (
+    attachment_section,
     learning_section,
     memory_sections,
-    metrics_sections,
-    pictures_sections,
+    metric_sections,
     schedule_sections,
     speed_sections,
     traffic_sections,
-    troubles_sections,
+    trouble_sections,
     workers_section,
 )
 from unisono.report.section import Section, paired
-from unisono.report.worker_figures import waiting_share
+from unisono.report.worker_times import waiting_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,7 @@ class Page:
     """Whether nothing more will come."""
 
 
+@np.errstate(all="ignore")  # numbers of a log may be as large as they like, or none
 def run_page(run: RunData, *, live: bool = False) -> Page:
     """The page of one run.
 
@@ -47,28 +48,25 @@ def run_page(run: RunData, *, live: bool = False) -> Page:
         run: The run.
         live: Whether the page is shown while the run may still train.
     """
-    ended = run.has_ended
-    if not len(run.steps):
-        sections = paired([*troubles_sections(run), *pictures_sections(run), *reproduce_sections(run)])
-        return Page(title=run.name, head=_head(run, live=live), sections=sections, ended=ended)
-    axis = Axis.of(run)
-    found = [
-        *troubles_sections(run),
-        learning_section(run, axis),
-        *metrics_sections(run, axis),
-        *pictures_sections(run),
-        workers_section(run, axis),
-        *speed_sections(run, axis),
-        *schedule_sections(run, axis),
-        *traffic_sections(run),
-        *memory_sections(run),
-        *reproduce_sections(run),
-    ]
-    title = f"{run.name}: {_headline(run, live=live)}"
-    return Page(title=title, head=_head(run, live=live), sections=paired(found), ended=ended)
-
-
-# ---------------------------------------------------------------------- the head
+    pictures = [attachment_section(number, attachment) for number, attachment in enumerate(run.attachments)]
+    sections = [*trouble_sections(run), *pictures, *reproduce_sections(run)]
+    if len(run.steps):
+        axis = Axis.of(run)
+        sections = [
+            *trouble_sections(run),
+            learning_section(run, axis),
+            *metric_sections(run, axis),
+            *pictures,
+            workers_section(run, axis),
+            *speed_sections(run, axis),
+            *schedule_sections(run, axis),
+            *traffic_sections(run),
+            *memory_sections(run),
+            *reproduce_sections(run),
+        ]
+    headline = _headline(run, live=live)
+    title = f"{run.name}: {headline}" if len(run.steps) else run.name
+    return Page(title=title, head=_head(run, headline, live=live), sections=paired(sections), ended=run.has_ended)
 
 
 def _headline(run: RunData, *, live: bool) -> str:
@@ -101,11 +99,10 @@ def _progress(run: RunData, *, live: bool) -> str:
     )
 
 
-def _head(run: RunData, *, live: bool) -> str:
-    state = "ended" if run.has_ended else "live" if live else "open"
-    if state == "ended" and not run.summary.get("finished", True):
-        state = "stopped"
-    headline = _headline(run, live=live)
+def _head(run: RunData, headline: str, *, live: bool) -> str:
+    state = "live" if live else "open"
+    if run.has_ended:
+        state = "ended" if run.summary.get("finished", True) else "stopped"
     facts = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(unit)}</small></dd></div>"
         for name, value, unit in _facts(run)
@@ -132,44 +129,34 @@ def _where(run: RunData) -> str:
 
 def _facts(run: RunData) -> Iterator[tuple[str, str, str]]:
     """Name, value, unit."""
-    loss = _last(run, "loss", "loss")
+    loss = _last(run, "loss")
     if loss is not None:
         yield "loss", formats.number(loss), ""
-    metrics = run.summary.get("metrics") if run.has_ended else _latest(run)
-    for name, value in (metrics if isinstance(metrics, dict) else {}).items():
-        if isinstance(value, (int, float)):
-            yield str(name), formats.number(float(value)), ""
+    for name, value in run.metrics.items():
+        yield name, formats.number(value), ""
     steps = int(run.steps[-1]) if len(run.steps) else run.summary.get("steps")
     if isinstance(steps, int):
         epochs = run.column("epoch")
-        epoch = f"epoch {int(epochs[-1])}" if len(epochs) and np.isfinite(epochs[-1]) else ""
-        yield "steps", f"{steps:,}", epoch
-    samples = _last(run, "samples", "samples")
+        yield "steps", f"{steps:,}", f"epoch {int(epochs[-1])}" if len(epochs) and np.isfinite(epochs[-1]) else ""
+    samples = _last(run, "samples")
     if samples is not None:
         yield "samples", f"{samples:,.0f}", ""
-    rate = _last(run, "samples_per_second", "samples_per_second")
+    rate = _last(run, "samples_per_second")
     if rate is not None:
         yield "speed", formats.rate(rate), "samples/s"
     if len(run.steps) and run.elapsed_s[-1] > 0:
         yield "training", formats.seconds(float(run.elapsed_s[-1])), ""
     if run.workers:
         waiting = waiting_share(run)
-        yield (
-            "workers",
-            str(run.workers),
-            f"{formats.percent(waiting)} waiting" if waiting is not None and run.workers > 1 else "",
-        )
+        share = f"{formats.percent(waiting)} waiting" if waiting is not None and run.workers > 1 else ""
+        yield "workers", str(run.workers), share
     if isinstance(run.summary.get("parameters"), int):
         yield "parameters", f"{run.summary['parameters']:,}", ""
 
 
-def _latest(run: RunData) -> dict[str, float]:
-    """The last result of each metric."""
-    return {name: value for _, results in run.evaluations for name, value in results.items()}
-
-
-def _last(run: RunData, column: str, summary: str) -> float | None:
-    if run.has_ended and isinstance(run.summary.get(summary), (int, float)):
-        return float(run.summary[summary])
-    values = run.column(column)
+def _last(run: RunData, name: str) -> float | None:
+    """The last value of a column, which the summary repeats."""
+    if run.has_ended and is_number(run.summary.get(name)):
+        return float(run.summary[name])
+    values = run.column(name)
     return float(values[-1]) if len(values) and not np.isnan(values[-1]) else None

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
-from unisono.report.figures import Figure
+from unisono.report.figure import Figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Section:
         """The part above the figure, as HTML."""
         legend = "".join(
             f'<li><i style="background:var({escape(colour)})"></i>{escape(label)}</li>'
-            for colour, label in (self.figure.legend if self.figure else ())
+            for colour, label in (self.figure.legend() if self.figure else ())
         )
         return (
             f'<p class="kicker">{escape(self.kicker)}</p><h2>{escape(self.title)}</h2>'
@@ -54,28 +54,28 @@ def paired(sections: Iterable[Section]) -> tuple[Section, ...]:
     return tuple(result)
 
 
-def table(
-    columns: Sequence[str], rows: Iterable[Sequence[object]], *, numeric: Sequence[bool] = (), marked: Sequence[int] = ()
-) -> str:
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, numeric: Sequence[bool] = ()) -> str:
     """A table as HTML that scrolls by itself where it is too wide.
 
     Args:
-        columns: Headings; none if empty.
+        columns: Headings.
         rows: Cells; what is no text is shown as ``str`` has it.
         numeric: For each column whether it is set to the right.
-        marked: Numbers of the rows that stand out.
     """
 
-    def cell(tag: str, place: int, value: object) -> str:
-        right = ' class="number"' if place < len(numeric) and numeric[place] else ""
-        return f"<{tag}{right}>{escape(str(value))}</{tag}>"
+    def row(tag: str, values: Sequence[object]) -> str:
+        right = [' class="number"' if number else "" for number in [*numeric, *[False] * (len(values) - len(numeric))]]
+        cells = (f"<{tag}{align}>{escape(str(value))}</{tag}>" for align, value in zip(right, values, strict=True))
+        return f"<tr>{''.join(cells)}</tr>"
 
-    def row(number: int, values: Sequence[object]) -> str:
-        mark = ' class="marked"' if number in marked else ""
-        return f"<tr{mark}>{''.join(cell('td', place, value) for place, value in enumerate(values))}</tr>"
+    body = "".join(row("td", values) for values in rows)
+    return f'<div class="scroll"><table><thead>{row("th", columns)}</thead><tbody>{body}</tbody></table></div>'
 
-    head = f"<thead><tr>{''.join(cell('th', place, name) for place, name in enumerate(columns))}</tr></thead>" if columns else ""
-    return f'<div class="scroll"><table>{head}<tbody>{"".join(row(n, r) for n, r in enumerate(rows))}</tbody></table></div>'
+
+def bullets(items: Iterable[str]) -> str:
+    """Items, each HTML already, as a list; nothing if there is none."""
+    listed = "".join(f"<li>{item}</li>" for item in items)
+    return f'<ul class="events">{listed}</ul>' if listed else ""
 
 
 def definitions(values: Mapping[str, object]) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from unisono.report.run_data import Column
-
+Column = NDArray[np.float64]
 POINTS = 600
 """A line has at most so many points: more than a page has pixels for would only make it heavy."""
 
@@ -75,6 +76,21 @@ def smoothed(column: Column) -> Column:
     return mean
 
 
+def scale_for(values: Column) -> dict[str, Any]:
+    """Plotly's axis: logarithmic where values span more than a power of ten, else linear."""
+    positive = values[np.isfinite(values)]
+    if len(positive) and positive.min() > 0 and positive.max() / positive.min() > 10:
+        return {"type": "log", "dtick": 1, "minor": {"dtick": "D1", "showgrid": False}}
+    return {"type": "linear"}
+
+
+def course_of(values: Column) -> Column:
+    """A column smoothed as the eye sees it: on a logarithmic axis the logarithms."""
+    if scale_for(values)["type"] == "linear":
+        return smoothed(values)
+    return np.exp(smoothed(np.log(values)))
+
+
 def plain(column: Column) -> list[float | None]:
     """For JSON: six significant digits, and None for what is no number."""
     return [float(f"{value:.6g}") if np.isfinite(value) else None for value in column.tolist()]
@@ -83,3 +99,16 @@ def plain(column: Column) -> list[float | None]:
 def plain_steps(column: Column) -> list[int | float]:
     """For JSON: steps in full, seconds to the millisecond."""
     return [int(value) if value == int(value) else round(value, 3) for value in column.tolist()]
+
+
+def as_json(value: Any) -> Any:
+    """As JSON has it: arrays and tensors become lists, NumPy's scalars Python's, and what is no finite number None."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [as_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float)) or value is None else str(value)

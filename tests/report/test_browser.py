@@ -15,7 +15,7 @@ from tests.report.made_up import lines, summary, write_run
 from tests.report.test_attachments import PICTURES
 from unisono.report.attachments import attach
 from unisono.report.command import write_report
-from unisono.report.dashboard_server import Dashboard
+from unisono.report.server import Dashboard
 
 sync_api = pytest.importorskip("playwright.sync_api", exc_type=ImportError)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -49,7 +49,10 @@ class Tab:
 
     def drawn(self) -> int:
         """Figures that show something."""
-        figures, content = "[...document.querySelectorAll('.js-plotly-plot')]", ".cartesianlayer path, .cartesianlayer image"
+        figures, content = (
+            "[...document.querySelectorAll('.js-plotly-plot')]",
+            ".cartesianlayer path, .cartesianlayer image, .pielayer path",
+        )
         return int(self.page.evaluate(f"{figures}.filter((one) => one.querySelector('{content}')).length"))
 
     def wait_for_text(self, selector: str, text: str) -> None:
@@ -78,10 +81,10 @@ def tab(chromium: Any, request: pytest.FixtureRequest) -> Iterator[Tab]:
 @pytest.mark.parametrize("tab", ["light", "dark"], indirect=True)
 def test_a_report_draws_all_its_figures_and_asks_nobody_for_anything(tab: Tab, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=900, workers=3, lost_at=400)
-    for number, picture in enumerate(PICTURES):
-        attach(folder, f"picture {number}", picture)
+    for name, picture in PICTURES.items():
+        attach(folder, name, picture)
     tab.open(Path(write_report([str(folder)])).as_uri())
-    assert tab.drawn() >= 8 + 5
+    assert tab.drawn() >= 8 + 7
     assert tab.asked == [(folder / "report.html").as_uri(), *[url for url in tab.asked if url.startswith("data:")]]
     for width in (1280, 400):
         tab.size(width)
@@ -91,6 +94,23 @@ def test_a_report_draws_all_its_figures_and_asks_nobody_for_anything(tab: Tab, t
     after = tab.page.evaluate("document.getElementById('figure-loss').layout.xaxis.title.text")
     assert (before, after) == ("step", "seconds of training")
     assert tab.errors == []
+
+
+def test_a_figure_that_cannot_be_drawn_or_asks_for_the_network_stops_no_other(tab: Tab, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=5)
+    attach(
+        folder, "odd", {"data": [{"type": "scatter", "x": {"a": 1}, "y": 7}], "layout": {"xaxis": {"range": "x"}, "shapes": 3}}
+    )
+    image = {"source": "http://127.0.0.1:9/picture.png", "xref": "paper", "yref": "paper", "x": 0, "y": 1, "sizex": 1, "sizey": 1}
+    attach(folder, "image", {"data": [{"y": [1, 2]}], "layout": {"images": [image]}})
+    attach(folder, "worse", {"data": [{"type": "sankey", "node": [], "link": {"source": [9]}}]})
+    attach(folder, "last", {"data": [{"type": "bar", "x": ["--no-colour"], "y": [1]}]})
+    report = Path(write_report([str(folder)])).as_uri()
+    with tab.page.expect_console_message(lambda message: "Content Security Policy" in message.text):
+        tab.open(report)
+    assert tab.page.evaluate("document.getElementById('figure-picture-3').data[0].x[0]") == "--no-colour"
+    assert tab.drawn() >= 8
+    assert all("Content Security Policy" in error for error in tab.errors)
 
 
 def test_a_comparison_is_drawn(tab: Tab, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.report.made_up import summary, write_run
 from unisono.errors import ConfigurationError
-from unisono.report.dashboard_server import Dashboard
+from unisono.report.server import Dashboard
 
 
 class Browser:

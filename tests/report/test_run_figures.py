@@ -11,20 +11,13 @@ import pytest
 
 from tests.report.made_up import evaluations, manifest, write_run
 from tests.report.test_attachments import PICTURES
-from unisono.report.attachments import Attachment
-from unisono.report.figures import Axis, Figure, gradient_figure, loss_figure, schedule_figure, throughput_figure
-from unisono.report.pictures import picture_section
+from unisono.report.attachments import attach
+from unisono.report.figure import Figure
 from unisono.report.run_data import RunData, RunReader
+from unisono.report.run_figures import Axis, gradient_figure, loss_figure, schedule_figure, throughput_figure, timeline_figure
 from unisono.report.run_page import run_page
 from unisono.report.series import Stretches, smoothed
-from unisono.report.worker_figures import (
-    all_reduce_bound,
-    parameter_bytes,
-    phase_totals,
-    timeline_figure,
-    waiting_share,
-    worker_times,
-)
+from unisono.report.worker_times import all_reduce_bound, parameter_bytes, phase_totals, waiting_share, worker_times
 
 CSS = (Path(__file__).parents[2] / "src/unisono/report/page.css").read_text()
 
@@ -48,7 +41,7 @@ def accepted_by_plotly(figure: Figure) -> None:
     if figure.seconds is not None:
         assert len(figure.seconds["x"]) == len(figure.data)
         go.Figure(layout=painted(figure.seconds["layout"]))
-    for colour, _ in figure.legend:
+    for colour, _ in figure.legend():
         painted(colour)
 
 
@@ -64,12 +57,24 @@ def test_every_figure_of_a_run_is_one_that_plotly_accepts(tmp_path: Path, steps:
         accepted_by_plotly(figure)
 
 
-@pytest.mark.parametrize("number", range(len(PICTURES)))
-def test_every_picture_of_an_application_is_one_that_plotly_accepts(number: int) -> None:
-    section = picture_section(number, Attachment(title="a title", picture=PICTURES[number]))
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_picture_of_an_application_is_one_that_plotly_accepts(tmp_path: Path, name: str) -> None:
+    attach(tmp_path, name, PICTURES[name])
+    section = next(one for one in run_page(RunReader(tmp_path).read()).sections if one.key == "picture-0")
     assert section.figure or section.body
     if section.figure:
         accepted_by_plotly(section.figure)
+
+
+def test_a_figure_without_colours_of_the_theme_has_the_legend_that_plotly_draws() -> None:
+    named = [{"name": "a", "line": {"color": "--blue"}}, {"name": "b", "marker": {"color": "--red"}}]
+    ours = Figure(data=named, layout={})
+    assert ours.legend() == [("--blue", "a"), ("--red", "b")]
+    assert ours.as_json()["layout"] == {"showlegend": False}
+    for colour in (None, "red", "--red);background:url(//evil)", 3):
+        theirs = Figure(data=[named[0], {"name": "b", "marker": {"color": colour}}], layout={})
+        assert theirs.legend() == []
+        assert theirs.as_json()["layout"] == {}
 
 
 def test_long_columns_become_means_of_stretches() -> None:
@@ -103,13 +108,15 @@ def test_groups_with_one_learning_rate_share_a_line() -> None:
     columns = {"step": np.arange(1.0, 4), "lr": np.ones(3), "lr_1": np.full(3, 2.0), "lr_2": np.ones(3)}
     run = RunData(name="x", url="x", columns=columns)
     figure = schedule_figure(run, Axis.of(run))
-    assert [label for _, label in figure.legend] == ["group 0, 2", "group 1"]
+    assert [label for _, label in figure.legend()] == ["group 0, 2", "group 1"]
 
 
 def test_the_limit_of_clipping_is_drawn(tmp_path: Path) -> None:
     run = RunReader(write_run(tmp_path / "run", steps=5)).read()
-    shapes = gradient_figure(run, Axis.of(run)).layout["shapes"]
-    assert shapes[0]["y0"] == 1.0
+    *_, limit = gradient_figure(run, Axis.of(run)).data
+    assert (limit["name"], set(limit["y"])) == ("clipped to 1", {1.0})
+    far = RunReader(write_run(tmp_path / "far", steps=5, settings={"max_grad_norm": 1e9})).read()
+    assert [trace["name"] for trace in gradient_figure(far, Axis.of(far)).data] == ["norm"]
 
 
 def test_a_loss_over_many_steps_shows_its_range(tmp_path: Path) -> None:
@@ -138,7 +145,7 @@ def test_a_worker_that_has_left_takes_no_more_time(tmp_path: Path, workers: int)
     assert np.isfinite(gone_times["compute"]).tolist() == [step <= 12 for step in range(1, 31)]
     assert all(np.isfinite(times["compute"]).all() for times in others)
     figure = timeline_figure(run, Axis.of(run))
-    gone = next(trace for trace in figure.data if trace["name"] == f"{workers - 1} compute")
+    gone = next(trace for trace in figure.data if f"{workers - 1} compute" in trace["hovertemplate"])
     assert [value > 0 for value in gone["y"]] == [step <= 12 for step in range(1, 31)]
 
 
