@@ -88,7 +88,7 @@ class Workers:
         script.write_text(textwrap.dedent(code))
         self.processes.start(rank, [str(script), *args], self._environment)
         deadline_s = time.monotonic() + 60.0
-        while not self.processes.all_ended and time.monotonic() < deadline_s:
+        while self.processes.running and time.monotonic() < deadline_s:
             signal.sigtimedwait([], 0.02)
             self.processes.poll()
         return self.processes.statuses[-1]

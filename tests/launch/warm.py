@@ -55,11 +55,12 @@ class WarmCommand:
         nothing = os.open(os.devnull, os.O_RDONLY)
         streams = {0: nothing, **{stream: writer for stream, (_, writer) in pipes.items()}}
         try:
-            self._child = source.fork(
+            self._child = source.start(
                 "tests.launch.warm:launch",
                 {"arguments": list(arguments), "folder": str(folder)},
                 environment=environment,
                 streams=streams,
+                fresh=None,
             )
         finally:
             for descriptor in streams.values():
@@ -150,7 +151,7 @@ class _Starting:
     def __init__(self, process: _Waiting) -> None:
         self._process = process
 
-    def Popen(self, command: Sequence[str], *, env: Mapping[str, str], stdin: int, **others: Any) -> Any:
+    def Popen(self, command: Sequence[str], *, env: Mapping[str, str], stdin: int | None, **others: Any) -> Any:
         if "unisono.system.parent" not in command:  # a worker that it has refused to fork
             return subprocess.Popen(command, env=env, stdin=stdin, **others)
         self._process.begin(env, stdin)

@@ -87,9 +87,10 @@ def make(place: Place) -> Iterator[Make]:
 
 
 def start(server: ForkServer, place: Place, function: str, *, streams: Mapping[int, int] | None = None, **spec: Any) -> Child:
-    return server.fork(
+    return server.start(
         f"chores:{function}",
         spec,
+        fresh=None,
         environment={**os.environ, **place.environment},
         streams={1: 1, 2: 2} if streams is None else streams,
         folder=place.folder,
@@ -137,9 +138,10 @@ def test_a_child_has_its_own_environment_streams_and_session_and_blocks_stops(ma
     inputs, words = os.pipe()
     os.write(words, b"hello\n")
     out, err = (os.open(place.folder / name, os.O_RDWR | os.O_CREAT) for name in ("out", "err"))
-    child = server.fork(
+    child = server.start(
         "chores:tells",
         {},
+        fresh=None,
         environment={"NOTES": str(place.notes_file), "MY_RANK": "5"},
         streams={0: inputs, 1: out, 2: err},
     )

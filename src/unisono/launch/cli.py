@@ -66,6 +66,7 @@ def _launch_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--grace",
+            "grace_s",
             type=click.FloatRange(min=0),
             metavar="SECONDS",
             default=_GRACE_S,
@@ -74,6 +75,7 @@ def _launch_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--wait",
+            "wait_s",
             type=click.FloatRange(min=0),
             metavar="SECONDS",
             default=300.0,
@@ -121,8 +123,20 @@ def _launch_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+class Command(click.Command):
+    """A command for which settings that cannot be used are mistakes of the person who typed it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ConfigurationError as error:
+            raise click.UsageError(str(error), ctx) from None
+
+
 class Commands(click.Group):
     """Commands that end as a shell expects it when Ctrl-C strikes before one of them listens for it. Click would say 1."""
+
+    command_class = Command
 
     def make_context(self, *args: Any, **options: Any) -> click.Context:
         with _interruptible():
@@ -308,10 +322,7 @@ def doctor(workers: int | None, threads: int | None, run_dir: str, json: bool) -
 
     Several hosts: torchrun ... -m unisono.doctor on each; rank 0 shows links and differences between them.
     """
-    try:
-        world = World.from_environment()
-    except ConfigurationError as error:
-        raise click.UsageError(str(error)) from None
+    world = World.from_environment()
     if world.size > 1 and (workers or threads):
         raise click.UsageError(f"{world.launcher} has started {world.size} workers already: leave --workers and --threads to it")
     from unisono.doctor.command import doctor
@@ -354,10 +365,7 @@ def verify(
             raise click.UsageError(str(error)) from None
     if script is None:
         raise click.UsageError("Missing argument 'SCRIPT'.")
-    try:
-        threads = threads or threads_from_environment(os.environ)
-    except ConfigurationError as error:
-        raise click.UsageError(str(error)) from None
+    threads = threads or threads_from_environment(os.environ)
     counts = None if workers is None else _counts(workers)
     sys.exit(command.verify(script, args, workers=counts, steps=steps, threads=threads, as_json=as_json))
 
@@ -375,26 +383,18 @@ def _run(
     *,
     workers: tuple[int | None, int] | None,
     threads: int | None,
-    grace: float,
-    max_restarts: int,
-    wait: float,
-    meet: tuple[str, int] | None,
-    hosts: int,
     trace: bool,
     profile: bool,
+    **options: Any,
 ) -> int:
     from unisono.launch import runner
     from unisono.launch.config import LaunchConfig
 
     if trace or profile:
         os.environ["UNISONO_TRACE"] = "profile" if profile else "phases"  # workers inherit it
-
-    try:
-        threads = threads or threads_from_environment(os.environ)
-    except ConfigurationError as error:
-        raise click.UsageError(str(error)) from None
-    if hosts > 1 and meet is None:
-        raise click.UsageError(f"--hosts {hosts} needs --meet HOST:PORT, the address at which the hosts meet")
+    if options["hosts"] > 1 and options["meet"] is None:
+        raise click.UsageError(f"--hosts {options['hosts']} needs --meet HOST:PORT, the address at which the hosts meet")
+    threads = threads or threads_from_environment(os.environ)
     cores, room = usable_cores(), room_for_workers(threads)
     minimum, most = workers or (1, room)
     config = LaunchConfig(
@@ -404,19 +404,11 @@ def _run(
         workers_defaulted=minimum is not None,
         minimum=minimum or 1,
         threads=threads,
-        grace_s=grace,
-        max_restarts=max_restarts,
-        wait_s=wait,
-        meet=meet,
-        hosts=hosts,
+        **options,
     )
-    if config.workers * threads > cores:
-        need = config.workers * threads
+    if (need := config.workers * threads) > cores:
         click.echo(f"unisono: {need} threads ({config.workers} workers x {threads}) share {cores} cores", err=True)
-    try:
-        status = runner.run(config)
-    except ConfigurationError as error:
-        raise click.UsageError(str(error)) from None
+    status = runner.run(config)
     # The run is over and its status is known: a Ctrl-C that comes while the interpreter shuts down must not change it.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     return status

@@ -100,12 +100,10 @@ class WorkerProcesses:
         self._fork_server = fork_server
         self._terminal = terminal
         self._by_rank: dict[int, WorkerProcess] = {}
-        self._leftovers = Leftovers(reaper, grace_s=_LEFTOVERS_S)
+        self._leftovers = Leftovers(reaper.remove, grace_s=_LEFTOVERS_S)
         self._logs = Logs()
 
-    def start(
-        self, rank: int, command: Sequence[str], env: Mapping[str, str], *, uid: str = "", joins: bool = False
-    ) -> WorkerProcess:
+    def start(self, rank: int, command: Sequence[str], env: Mapping[str, str], *, uid: str = "", joins: bool = False) -> None:
         """Start one worker; at any time, also in the place of one that has ended.
 
         Args:
@@ -138,8 +136,7 @@ class WorkerProcesses:
                 folder=None if env.get("PYTHONSAFEPATH") else Path(command[0]).resolve().parent,
                 fresh=["-m", "unisono.launch.worker", *command],
             )
-        process = self._by_rank[rank] = WorkerProcess(rank, uid, child, error_file, log, joins=joins)
-        return process
+        self._by_rank[rank] = WorkerProcess(rank, uid, child, error_file, log, joins=joins)
 
     def forget_ended(self) -> None:
         """Before another attempt: in it the workers of this host may have other numbers."""
@@ -148,14 +145,14 @@ class WorkerProcesses:
     def wait(self, limit_s: float) -> None:
         """Wait until it is worth to `poll`: a worker has ended, or `limit_s` seconds are over."""
         limit_s = min(limit_s, _POLL_S) if self._leftovers else limit_s
-        wait_for_end([process.child for process in self._running()], limit_s)
+        wait_for_end([process.child for process in self.running], limit_s)
 
     def poll(self) -> list[WorkerProcess]:
         """See who has ended or failed since the last time; begin to end what the dead left running. Those who have ended."""
         for process in self._by_rank.values():
             if process.record is None:
                 process.record = read_record(process.error_file)
-        buried = [process for process in self._running() if process.child.poll() is not None]
+        buried = [process for process in self.running if process.child.poll() is not None]
         for process in buried:
             process.status, process.ended_s = process.child.returncode, time.time()
             process.record = process.record or read_record(process.error_file)
@@ -170,19 +167,14 @@ class WorkerProcesses:
         return self._fork_server.failure
 
     @property
-    def all_ended(self) -> bool:
-        """Whether no worker runs any more."""
-        return not self._running()
-
-    @property
     def latest(self) -> list[WorkerProcess]:
         """The latest process of each worker, in order of rank."""
         return [process for _, process in sorted(self._by_rank.items())]
 
     @property
-    def running(self) -> int:
-        """How many workers run."""
-        return len(self._running())
+    def running(self) -> list[WorkerProcess]:
+        """Those that run."""
+        return [process for process in self._by_rank.values() if process.status is None]
 
     @property
     def statuses(self) -> list[int | None]:
@@ -198,31 +190,24 @@ class WorkerProcesses:
         """The workers that failed by themselves: not those that were told to end, or stopped as a signal asked."""
         return [failure for process in self._by_rank.values() if (failure := process.failure)]
 
-    def ask_to_stop(self, signum: signal.Signals) -> None:
-        """Pass a stop on to the workers that run, and to nobody else."""
-        for process in self._running():
+    def send(self, signum: signal.Signals) -> None:
+        """Send a signal to the workers that run, and to nothing that they have started."""
+        for process in self.running:
             process.send(signum)
 
     def hurry(self, limit_s: float) -> None:
         """Kill workers that failed more than `limit_s` seconds ago and are still on their way out."""
-        for process in self._running():
+        for process in self.running:
             if process.record is not None and time.time() - process.record.time_s > limit_s:
                 process.send(signal.SIGKILL)
 
-    def kill(self, processes: Sequence[WorkerProcess]) -> None:
-        """Kill these, which the others have given up: that counts as their failure, so they are replaced."""
-        for process in processes:
-            process.child.send_signal(signal.SIGKILL)
-
     def end_stopped(self) -> None:
         """Kill the workers that run, if SIGSTOP holds every one of them: nobody is left to let them go on."""
-        running = self._running()
-        if all(process.is_stopped for process in running):
-            for process in running:
-                process.send(signal.SIGKILL)
+        if all(process.is_stopped for process in self.running):
+            self.send(signal.SIGKILL)
 
     def end(self, *, grace_s: float, signum: signal.Signals = signal.SIGTERM) -> None:
-        """End all workers and whatever they started: a signal, then SIGKILL for who still runs after the grace.
+        """End all workers and whatever they started: a signal, then SIGKILL for what still runs after the grace.
 
         A worker that has failed is on its way out already and only gets the grace, for its own last words.
         """
@@ -230,13 +215,12 @@ class WorkerProcesses:
         for process in self._by_rank.values():
             process.told_to_end_s = min(process.told_to_end_s, now_s)
         try:
-            for process in self._running():
+            for process in self.running:
                 if process.record is None:
                     process.send(signum)
             self._wait(grace_s)
         finally:  # also when a person insists
-            for process in self._running():
-                process.send(signal.SIGKILL)
+            self.send(signal.SIGKILL)
             self._wait(2.0)  # not for ever: a process stuck in the kernel does not even die of SIGKILL
             while self._leftovers:  # for half a second: then they are killed
                 time.sleep(_POLL_S)
@@ -245,9 +229,6 @@ class WorkerProcesses:
     def _wait(self, limit_s: float) -> None:
         deadline_s = time.monotonic() + limit_s
         self.poll()
-        while self._running() and (left_s := deadline_s - time.monotonic()) > 0:
+        while self.running and (left_s := deadline_s - time.monotonic()) > 0:
             self.wait(left_s)
             self.poll()
-
-    def _running(self) -> list[WorkerProcess]:
-        return [process for process in self._by_rank.values() if process.status is None]

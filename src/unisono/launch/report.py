@@ -173,43 +173,31 @@ def report(failure: Failure, *, size: int, host: str) -> str:
         size: How many workers there were.
         host: The host on which they ran.
     """
-    return "\n".join(_lines(failure, size, host))
-
-
-def _lines(failure: Failure, size: int, host: str) -> Iterator[str]:
     record = failure.record
-    rank = failure.rank if record is None or record.rank is None else record.rank
-    who = f"unisono: worker {rank} of {size} on {record.host if record and record.host else host}"
-    if record is None and failure.status is not None and failure.status < 0:
-        yield f"{who} (pid {failure.pid}) {ending(failure.status)}"
-        yield from _tail(failure.log)
-        return
-    if record is None and failure.status == RESTART:
-        yield f"{who} could not go on without what a lost worker held. Start the run again: it resumes from its last checkpoint"
-        return
     if record is None:
-        yield f"{who} ended with exit status {failure.exit_code}"
-        yield from _tail(failure.log)
-        return
+        who = f"unisono: worker {failure.rank} of {size} on {host}"
+        if failure.status == RESTART:
+            return (
+                f"{who} could not go on without what a lost worker held. Start the run again: it resumes from its last checkpoint"
+            )
+        return "\n".join([f"{who} (pid {failure.pid}) {ending(failure.status or 0)}", *_tail(failure.log)])
+    rank = failure.rank if record.rank is None else record.rank
+    who = f"unisono: worker {rank} of {size} on {record.host or host}"
     step = "" if record.step is None else f" in step {record.step}"
     if record.kind == "SystemExit":
-        yield f"{who} ended: {record.message}"
+        text = f"{who} ended: {record.message}"
     elif record.traceback:
-        yield f"{who} failed{step}"
-        yield record.traceback.rstrip()
+        text = f"{who} failed{step}\n{record.traceback.rstrip()}"
     else:
-        yield f"{who} failed{step}: {record.kind}: {record.message}"
-    if has_output(failure.log):
-        yield f"unisono: its output is in {failure.log}"
+        text = f"{who} failed{step}: {record.kind}: {record.message}"
+    return f"{text}\nunisono: its output is in {failure.log}" if has_output(failure.log) else text
 
 
 def brief(failure: Failure) -> str:
     """How a worker failed, in a few words that go on a sentence: "was killed by SIGKILL". *local*"""
     record = failure.record
-    if record is None and failure.status is not None and failure.status < 0:
-        return ending(failure.status, hint=False)
     if record is None:
-        return f"ended with exit status {failure.exit_code}"
+        return ending(failure.status or 0, hint=False)
     message = record.message.strip().partition("\n")[0]
     if len(message) > _BRIEF:
         message = message[:_BRIEF] + "..."

@@ -110,24 +110,24 @@ class RestartPolicy:
         for process in ended:
             if process.failure is not None:
                 self._note(process, process.failure, stops=stops, now_s=now_s)
+        failures = [process.failure for process in everyone if process.failure is not None]
         if self.cause is not None:
             return Course.FAILED
         if self._is_alone and self._are_helpless(everyone, now_s):
-            return self._fail(_failures(everyone))
+            return self._fail(failures)
         if all(process.status is not None for process in everyone):
-            return self._end(everyone, stops=stops)
+            return self._end([process.status for process in everyone], failures, stops=stops)
         if self._all_needed:
-            return self._again(everyone, stops=stops)
+            return self._again(failures, stops=stops)
         return Course.GO_ON
 
     def cause_of(self, failures: Iterable[Failure]) -> Failure | None:
         """What ended the run, if these are the failures of this host's workers."""
         return self.cause if self._is_elastic else root_cause(failures)
 
-    def give_up(self, everyone: Sequence[WorkerProcess]) -> None:
-        """Take what the workers of this host ended with for the cause: there is no other host that goes on, or it does without
-        this one."""
-        self._fail(_failures(everyone))
+    def give_up(self, failures: Sequence[Failure]) -> None:
+        """Take these, of this host's workers, for the cause: no other host goes on, or it does so without this one."""
+        self._fail(failures)
 
     def due(self, running: int, now_s: float) -> list[int]:
         """The workers whose place is to be taken now, by number.
@@ -175,47 +175,38 @@ class RestartPolicy:
             for vacancy in self._vacancies.values()
         )
 
-    def _end(self, everyone: Sequence[WorkerProcess], *, stops: bool) -> Course:
+    def _end(self, statuses: Sequence[int | None], failures: Sequence[Failure], *, stops: bool) -> Course:
         """Nobody runs any more."""
-        statuses = [process.status for process in everyone]
         if not any(statuses) or self._control.is_over:
             return Course.DONE  # the script had come to its end, whatever struck afterwards
         if stops and any(status == 0 or status in STOP_CODES for status in statuses):
             return Course.FAILED  # as it was asked to, without a cause
-        last = _failures(everyone)
-        if not (self._is_alone or stops or self._all_needed or self._control.is_over):
-            if self._vacancies:
-                return Course.GO_ON
-            return Course.OUT
-        by_script = all(failure.error is not None for failure in last)
-        lost_contact = any(failure.lost_contact for failure in last)
-        if stops or by_script or lost_contact or self._control.is_over:
-            return self._fail(last)
-        return self._again(everyone, stops=stops)
+        if not (self._is_alone or stops or self._all_needed):
+            return Course.GO_ON if self._vacancies else Course.OUT
+        by_script = all(failure.error is not None for failure in failures)
+        if stops or by_script or any(failure.lost_contact for failure in failures):
+            return self._fail(failures)
+        return self._again(failures, stops=stops)
 
-    def _again(self, everyone: Sequence[WorkerProcess], *, stops: bool) -> Course:
+    def _again(self, failures: Sequence[Failure], *, stops: bool) -> Course:
         if stops:
-            return self._fail(_failures(everyone))
+            return self._fail(failures)
         if not self._control.call_again():
             return Course.AGAIN  # as another host has said, and counted
         number = self._control.take_restart()
         if number > self._max_restarts:
             self._say(f"unisono: no restarts left (--max-restarts {self._max_restarts})")
-            return self._fail(_failures(everyone))
+            return self._fail(failures)
         cause = root_cause(self._deaths)
         why = f"{_who(cause)} {brief(cause)}" if cause else "unisono: all workers have left"
         self._say(f"{why}; all workers start again from the last checkpoint (restart {number} of {self._max_restarts})")
         return Course.AGAIN
 
-    def _fail(self, last: Sequence[Failure]) -> Course:
-        cause = root_cause(last)
+    def _fail(self, failures: Sequence[Failure]) -> Course:
+        cause = root_cause(failures)
         # What the last to live died of was the loss of another one, who may have died long before.
         self.cause = root_cause(self._deaths) if cause is None or cause.is_secondary else cause
         return Course.FAILED
-
-
-def _failures(everyone: Iterable[WorkerProcess]) -> list[Failure]:
-    return [process.failure for process in everyone if process.failure is not None]
 
 
 def _who(failure: Failure) -> str:

@@ -210,7 +210,7 @@ class Supervisor:
         if 0 in self._processes.statuses and self._control.is_over:
             self._processes.end_stopped()
         if not stops:
-            for rank in self._policy.due(self._processes.running, now_s):
+            for rank in self._policy.due(len(self._processes.running), now_s):
                 self._start(self._ranks.index(rank), joins=True)
         return Course.FAILED if overdue else Course.GO_ON
 
@@ -219,13 +219,14 @@ class Supervisor:
         do, they are given up by those who wait to join."""
         if now_s - self._looked_s > _LOOK_S:
             self._looked_s = now_s
-            running = [process for process in self._processes.latest if process.status is None]
-            self._control.tell_standing(process.uid for process in running if process.is_stopped)
-            self._processes.kill([process for process in running if self._control.is_outside(process.uid)])
+            self._control.tell_standing(process.uid for process in self._processes.running if process.is_stopped)
+            for process in self._processes.running:
+                if self._control.is_outside(process.uid):
+                    process.child.send_signal(signal.SIGKILL)  # it counts as the worker's failure: another takes its place
 
     def _plain_course(self, *, overdue: bool) -> Course:
         """Of a script without a Trainer, whose workers cannot go on without each other."""
-        if self._processes.all_ended:
+        if not self._processes.running:
             return Course.FAILED if any(self._processes.statuses) else Course.DONE
         return Course.FAILED if overdue or self._has_failed() else Course.GO_ON
 
@@ -261,7 +262,7 @@ class Supervisor:
                 return Course.GO_ON  # without the store the others could not
             course = self._last_course(course)
         if course is Course.OUT:
-            self._policy.give_up(self._processes.latest)
+            self._policy.give_up(self._processes.failures())
         return course
 
     def _last_course(self, course: Course) -> Course:
@@ -280,7 +281,7 @@ class Supervisor:
         """Pass a stop on, once, and see whether its grace is over."""
         if self._stop_deadline_s is None:
             signum = self._stop.requested or self._stopped_elsewhere or self._processes.stopped_by
-            if signum is None or (self._processes.all_ended and not self._outlasts):
+            if signum is None or (not self._processes.running and not self._outlasts):
                 return False
             if self._stop.requested:
                 self._say(f"unisono: {signum.name}: the workers finish their step and stop; Ctrl-C again ends them now")
@@ -289,14 +290,14 @@ class Supervisor:
                 signum = signal.SIGTERM  # not announced: the others go on
             else:
                 self._control.tell_stop(signum)
-            self._processes.ask_to_stop(signum)
+            self._processes.send(signum)
             self._stop_deadline_s = time.monotonic() + self._grace_s
         died = any(status is not None and status < 0 for status in self._processes.statuses)
         if died and not self._policy.applies:
             # Plain scripts die of the signal where it finds them. The others may then wait for them for ever.
             self._grace_s = min(self._grace_s, _ABANDONED_GRACE_S)
             self._stop_deadline_s = min(self._stop_deadline_s, time.monotonic() + self._grace_s)
-        if time.monotonic() < self._stop_deadline_s or self._processes.all_ended:
+        if time.monotonic() < self._stop_deadline_s or not self._processes.running:
             return False
         self._say(f"unisono: workers still ran {self._grace_s:g} s after the stop and were ended (--grace)")
         return True

@@ -21,7 +21,7 @@ its process number is also that of its group. It may return, raise, or call `os.
 
 A child is to be what a new interpreter would be: its own session, environment, streams, random state and end. Where it would not
 be (a thread runs in the server, an import has opened a GPU, a module beside the script would replace an imported one, the
-system cannot do it) `fork` raises `Refusal`, and `start` starts a new interpreter instead. Three things differ all the same:
+system cannot do it), `start` starts a new interpreter instead. Three things differ all the same:
 
 - Variables that are read while PyTorch or NumPy load must be set before `unisono run`; a script that sets them before its own
   `import torch` comes too late. Those that matter: OMP_NUM_THREADS and the like (use --threads), GOMP_... and KMP_... (places
@@ -178,20 +178,10 @@ class ForkServer:
         if not is_possible():
             return self
         self._channel, theirs = socket.socketpair()
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)  # a stop must not hit a bare interpreter
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "unisono.system.parent", *self._label],
-                env=overlaid(self._environment),
-                stdin=theirs.fileno(),
-                stdout=None if _is_open(1) else subprocess.DEVNULL,
-                stderr=None if _is_open(2) else subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            self._reaper.add(self._process.pid)
-        finally:
-            theirs.close()
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        command = [sys.executable, "-P", "-m", "unisono.system.parent", *self._label]
+        stdout, stderr = (None if _is_open(number) else subprocess.DEVNULL for number in (1, 2))
+        with theirs:
+            self._process = self._spawn(command, overlaid(self._environment), stdin=theirs.fileno(), stdout=stdout, stderr=stderr)
         self.preload(self._modules, optional=False)
         return self
 
@@ -239,83 +229,67 @@ class ForkServer:
         streams: Mapping[int, int],
         handed: Mapping[str, Sequence[int]] | None = None,
         folder: Path | None = None,
-        fresh: Sequence[str] = (),
+        fresh: Sequence[str] | None = (),
     ) -> Child:
-        """Start a child: forked if that is possible, else in a new interpreter.
-
-        Args:
-            function, spec, environment, streams, handed, folder: As for `fork`. In a new interpreter streams that are not named
-                are ours, and the handed descriptors are inheritable.
-            fresh: Arguments of the new interpreter; by default it calls the function as well.
-
-        Raises:
-            WorkerFailure: The server has ended.
-        """
-        try:
-            return self.fork(function, spec, environment=environment, streams=streams, handed=handed, folder=folder)
-        except Refusal as refusal:
-            _log.debug("%s starts in a new interpreter: %s", function, refusal)
-        module, _, name = function.partition(":")
-        numbers = {variable: ",".join(map(str, descriptors)) for variable, descriptors in (handed or {}).items()}
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
-        try:
-            popen = subprocess.Popen(
-                [sys.executable, "-P", *(fresh or ["-c", f"from {module} import {name}; {name}({dict(spec)!r})"])],
-                env={**environment, **numbers},
-                stdin=streams.get(0),
-                stdout=streams.get(1),
-                stderr=streams.get(2),
-                pass_fds=list(itertools.chain(*(handed or {}).values())),
-                start_new_session=True,
-            )
-            self._reaper.add(popen.pid)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        return Child(popen.pid, popen)
-
-    def fork(
-        self,
-        function: str,
-        spec: Mapping[str, Any],
-        *,
-        environment: Mapping[str, str],
-        streams: Mapping[int, int],
-        handed: Mapping[str, Sequence[int]] | None = None,
-        folder: Path | None = None,
-    ) -> Child:
-        """Fork a child, now or at any later time. It leads a session of its own, with BLOCKED_SIGNALS blocked.
+        """Start a child, now or at any later time. It leads a session of its own, with BLOCKED_SIGNALS blocked.
 
         Args:
             function: What it does, as "module:function"; it is called with `spec`, and the child ends as a program does whose
                 last line that was.
             spec: What JSON can say.
             environment: All its variables.
-            streams: Our descriptors for its 0, 1 and 2; those not named are closed.
+            streams: Our descriptors for its 0, 1 and 2; those not named are closed (in a new interpreter: as ours).
             handed: Further descriptors of ours for it to have. It finds their numbers, separated by commas, in the variable
-                that each stands for.
-            folder: Where it will look for modules first. If one there would shadow a module that is already imported, the
-                fork is refused.
+                that each stands for. (In a new interpreter they are inheritable.)
+            folder: Where it will look for modules first. If one there would shadow a module that is already imported, the child
+                is not forked.
+            fresh: Arguments of the new interpreter where the child cannot be forked; without any it calls the function as well.
+                None: it is not started then.
 
         Raises:
-            Refusal: It would not be like a new interpreter.
+            Refusal: The child cannot be forked, and `fresh` is None.
             WorkerFailure: The server has ended.
         """
-        if self._process is None:
-            raise Refusal("this system cannot have a fork server")
         handed = handed or {}
+        descriptors = list(itertools.chain(*handed.values()))
         order = {
             "function": function,
             "spec": spec,
             "environment": dict(environment),
             "streams": list(streams),
-            "handed": {name: len(descriptors) for name, descriptors in handed.items()},
+            "handed": {name: len(numbers) for name, numbers in handed.items()},
             "folder": None if folder is None else str(folder),
         }
+        try:
+            return self._fork(order, [*streams.values(), *descriptors])
+        except Refusal as refusal:
+            if fresh is None:
+                raise
+            _log.debug("%s starts in a new interpreter: %s", function, refusal)
+        module, _, name = function.partition(":")
+        command = [sys.executable, "-P", *(fresh or ["-c", f"from {module} import {name}; {name}({dict(spec)!r})"])]
+        environment = {**environment, **{name: ",".join(map(str, numbers)) for name, numbers in handed.items()}}
+        stdin, stdout, stderr = (streams.get(number) for number in range(3))
+        popen = self._spawn(command, environment, stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=descriptors)
+        return Child(popen.pid, popen)
+
+    def _spawn(self, command: Sequence[str], environment: Mapping[str, str], **streams: Any) -> subprocess.Popen[bytes]:
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)  # a stop must not hit a bare interpreter
+        try:
+            popen = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+            self._reaper.add(popen.pid)
+            return popen
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+    def _fork(self, order: Mapping[str, Any], descriptors: Sequence[int]) -> Child:
+        if self._process is None:
+            raise Refusal("this system cannot have a fork server")
         waits, go = os.pipe()  # the child goes on only once the reaper knows it; if we are killed before, it ends
         try:
             with self._lock:
                 with contextlib.suppress(OSError):
-                    send(self._channel, order, [*streams.values(), *itertools.chain(*handed.values()), waits])
+                    send(self._channel, order, [*descriptors, waits])
                 child = self._answer()
             self._reaper.add(child.pid)
             with contextlib.suppress(BrokenPipeError):  # killed already

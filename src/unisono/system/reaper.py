@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 _POLL_S = 0.02
 
@@ -26,13 +26,13 @@ def end_groups(groups: Iterable[int], *, grace_s: float) -> None:
     The grace is for Python's resource trackers: they ignore SIGTERM, and unlink the shared memory that a killed
     process left behind. A group that has ended already is no error.
     """
-    left = [group for group in groups if _signal_group(group, signal.SIGTERM)]
-    deadline_s = time.monotonic() + grace_s
-    while left and time.monotonic() < deadline_s:
+    leftovers = Leftovers(lambda group: None, grace_s=grace_s)
+    for group in groups:
+        leftovers.add(group)
+    leftovers.end()
+    while leftovers:
         time.sleep(_POLL_S)
-        left = [group for group in left if _signal_group(group, 0)]
-    for group in left:
-        _signal_group(group, signal.SIGKILL)
+        leftovers.end()
 
 
 def end_processes(leaders: Iterable[int]) -> None:
@@ -51,12 +51,12 @@ class Leftovers:
     """Ends process groups as `end_groups` does, but without waiting: call `end` again until there are none. All *local*.
 
     Args:
-        reaper: Told when a group has ended.
+        forget: Called with a group that has ended.
         grace_s: Time between SIGTERM and SIGKILL, in seconds.
     """
 
-    def __init__(self, reaper: Reaper, *, grace_s: float) -> None:
-        self._reaper = reaper
+    def __init__(self, forget: Callable[[int], None], *, grace_s: float) -> None:
+        self._forget = forget
         self._grace_s = grace_s
         self._deadlines_s: dict[int, float] = {}
 
@@ -76,7 +76,7 @@ class Leftovers:
                 if overdue:
                     _signal_group(group, signal.SIGKILL)
                 del self._deadlines_s[group]
-                self._reaper.remove(group)
+                self._forget(group)
 
 
 def _signal_group(group: int, signum: int) -> bool:
