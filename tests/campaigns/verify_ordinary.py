@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from unisono.verify.inquiry import inquire
-from unisono.verify.nursery import Nurseries
+from unisono.verify.servers import ForkServers
 
 ROOT = Path(__file__).parent.parent.parent
 WORKERS = (2, 3, 4)
@@ -30,11 +30,11 @@ def scripts(folder: Path) -> dict[str, Path]:
 
 def main(wanted: list[str]) -> int:
     alarms = 0
-    with tempfile.TemporaryDirectory() as folder, Nurseries() as nurseries:
+    with tempfile.TemporaryDirectory() as folder, ForkServers() as servers:
         for name, path in scripts(Path(folder)).items():
             if wanted and name not in wanted:
                 continue
-            report = inquire(str(path), workers=WORKERS, nurseries=nurseries)
+            report = inquire(str(path), workers=WORKERS, servers=servers)
             alarms += report.verdict != "equal"
             causes = ", ".join(cause.name for cause in report.causes)
             problem = report.problem or (report.reference.problem if report.reference else "")

@@ -1,4 +1,4 @@
-"""Nurseries that all tests share: importing PyTorch takes longer than most verifications."""
+"""ForkServers that all tests share: importing PyTorch takes longer than most verifications."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from unisono.verify.nursery import Nurseries
+from unisono.verify.servers import ForkServers
 
 HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
-def nurseries() -> Iterator[Nurseries]:
-    with Nurseries() as made:
+def servers() -> Iterator[ForkServers]:
+    with ForkServers() as made:
         yield made

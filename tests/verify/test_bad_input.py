@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from unisono.verify.inquiry import Report, inquire
-from unisono.verify.nursery import Nurseries
+from unisono.verify.inquiry import VerifyReport, inquire
 from unisono.verify.report import show
+from unisono.verify.servers import ForkServers
 
 PRELUDE = """
 import sys, torch, unisono
@@ -32,21 +32,21 @@ data = torch.utils.data.TensorDataset(torch.linspace(0, 1, 48).view(16, 3), torc
 
 
 class Verifier:
-    def __init__(self, folder: Path, nurseries: Nurseries) -> None:
-        self.folder, self._nurseries = folder, nurseries
+    def __init__(self, folder: Path, servers: ForkServers) -> None:
+        self.folder, self._servers = folder, servers
 
-    def __call__(self, script: str, *args: str, steps: int = 3) -> Report:
+    def __call__(self, script: str, *args: str, steps: int = 3) -> VerifyReport:
         path = self.folder / "script.py"
         path.write_text(PRELUDE + textwrap.dedent(script))
-        return inquire(str(path), args, workers=(2,), steps=steps, nurseries=self._nurseries)
+        return inquire(str(path), args, workers=(2,), steps=steps, servers=self._servers)
 
 
 @pytest.fixture
-def verify(tmp_path: Path, nurseries: Nurseries, monkeypatch: pytest.MonkeyPatch) -> Verifier:
+def verify(tmp_path: Path, servers: ForkServers, monkeypatch: pytest.MonkeyPatch) -> Verifier:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-    return Verifier(tmp_path, nurseries)
+    return Verifier(tmp_path, servers)
 
 
 def scratch_is_empty(verify: Verifier) -> bool:
@@ -128,22 +128,22 @@ def test_a_script_that_fails_on_several_workers_only_is_different_and_its_rank_i
     assert "I am the second" in difference.what
 
 
-def test_more_workers_than_microbatches_are_not_compared(verify: Verifier, nurseries: Nurseries) -> None:
+def test_more_workers_than_microbatches_are_not_compared(verify: Verifier, servers: ForkServers) -> None:
     verify("trainer().fit(data, 1)")
-    report = inquire(str(verify.folder / "script.py"), workers=(2, 9), steps=1, nurseries=nurseries)
+    report = inquire(str(verify.folder / "script.py"), workers=(2, 9), steps=1, servers=servers)
     assert report.verdict == "equal"
     assert "4 microbatches" in report.comparisons[-1].skipped
     assert shown(report).splitlines()[-1].startswith("Equal: the same bits on 1 and 2 workers, and what a plain loop computes")
 
 
-def test_where_no_other_number_of_workers_can_be_compared_it_could_not_be_told(verify: Verifier, nurseries: Nurseries) -> None:
+def test_where_no_other_number_of_workers_can_be_compared_it_could_not_be_told(verify: Verifier, servers: ForkServers) -> None:
     verify("trainer().fit(data, 1)")
-    report = inquire(str(verify.folder / "script.py"), workers=(8, 9), steps=1, nurseries=nurseries)
+    report = inquire(str(verify.folder / "script.py"), workers=(8, 9), steps=1, servers=servers)
     assert report.verdict == "unknown"
     assert shown(report).splitlines()[-1].startswith("Could not tell: no other number of workers was compared")
 
 
-def shown(report: Report) -> str:
+def shown(report: VerifyReport) -> str:
     console = Console(file=io.StringIO(), width=200)
     show(report, console)
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]

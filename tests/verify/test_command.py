@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from tests.verify.test_bad_input import PRELUDE
 from unisono.launch import cli
 from unisono.verify.against import reproduce
-from unisono.verify.nursery import Nurseries
+from unisono.verify.servers import ForkServers
 
 SCRIPT = (
     PRELUDE.replace("nn.Linear(3, 1)", "nn.Sequential(nn.Linear(3, 37), nn.Tanh(), nn.Linear(37, 1))")
@@ -83,9 +83,9 @@ def test_a_run_is_reproduced_on_the_same_ground(trained: Path, monkeypatch: pyte
     for name, value in PLAINEST.items():
         monkeypatch.setenv(name, value)
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
-    with Nurseries() as nurseries:  # of this environment
-        result = reproduce("run", None, (), steps=5, nurseries=nurseries)
-        other = reproduce("run", "script.py", ["0.25"], steps=2, nurseries=nurseries)
+    with ForkServers() as servers:  # of this environment
+        result = reproduce("run", None, (), steps=5, servers=servers)
+        other = reproduce("run", "script.py", ["0.25"], steps=2, servers=servers)
     assert (result.problem, result.verdict, result.difference) == ("", "equal", "")
     assert (result.steps, result.checkpoints) == (5, (2, 4))
     assert (other.verdict, other.settings) == ("different", ("max_grad_norm: 0.5 there, 0.25 here",))
@@ -93,8 +93,8 @@ def test_a_run_is_reproduced_on_the_same_ground(trained: Path, monkeypatch: pyte
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="this processor has only the plainest kernels")
-def test_the_field_of_the_fingerprint_that_explains_a_difference_is_named(trained: Path, nurseries: Nurseries) -> None:
-    result = reproduce(str(trained / "run"), str(trained / "script.py"), ["0.5"], steps=5, nurseries=nurseries)
+def test_the_field_of_the_fingerprint_that_explains_a_difference_is_named(trained: Path, servers: ForkServers) -> None:
+    result = reproduce(str(trained / "run"), str(trained / "script.py"), ["0.5"], steps=5, servers=servers)
     assert any("cpu_capability: DEFAULT there" in text for text in result.fingerprint)
     if result.verdict == "equal":
         pytest.skip("both kinds of kernels round alike here")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from unisono.verify.inquiry import Report, inquire
-from unisono.verify.nursery import Nurseries
+from unisono.verify.inquiry import VerifyReport, inquire
+from unisono.verify.servers import ForkServers
 
 FAULTS = Path(__file__).parent / "faults"
 STEPS = 3
@@ -43,17 +43,17 @@ EXPECTED = {
 }
 
 
-def verified(name: str, nurseries: Nurseries) -> Report:
+def verified(name: str, servers: ForkServers) -> VerifyReport:
     # Three workers do not divide eight microbatches, and one of them is in the middle.
     counts = {"metric_over_workers": (2, 3), "nondeterministic_kernel": (2,)}.get(name, (3,))
     threads = 2 if name == "nondeterministic_kernel" else 1
-    return inquire(str(FAULTS / f"{name}.py"), workers=counts, steps=STEPS, threads=threads, nurseries=nurseries)
+    return inquire(str(FAULTS / f"{name}.py"), workers=counts, steps=STEPS, threads=threads, servers=servers)
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_the_planted_fault_is_found_and_named(name: str, nurseries: Nurseries) -> None:
+def test_the_planted_fault_is_found_and_named(name: str, servers: ForkServers) -> None:
     verdict, cause, word = EXPECTED[name]
-    report = verified(name, nurseries)
+    report = verified(name, servers)
     assert report.problem == ""
     assert (report.verdict, [found.name for found in report.causes]) == (verdict, [cause])
     (found,) = report.causes

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.verify.test_bad_input import PRELUDE
 from unisono.verify.inquiry import inquire
-from unisono.verify.nursery import Nurseries
+from unisono.verify.servers import ForkServers
 
 SLOWS_DOWN = """
 class SlowsDown(unisono.Callback):
@@ -22,10 +22,10 @@ trainer(callbacks=[SlowsDown()]).fit(data, 2)
 """
 
 
-def test_a_callback_that_acts_on_an_evaluation_acts_in_the_plain_loop_too(tmp_path: Path, nurseries: Nurseries) -> None:
+def test_a_callback_that_acts_on_an_evaluation_acts_in_the_plain_loop_too(tmp_path: Path, servers: ForkServers) -> None:
     script = tmp_path / "script.py"
     script.write_text(PRELUDE + SLOWS_DOWN)
-    report = inquire(str(script), workers=(2,), steps=3, nurseries=nurseries)
+    report = inquire(str(script), workers=(2,), steps=3, servers=servers)
     assert (report.problem, report.verdict, report.causes) == ("", "equal", ())
     assert report.reference is not None
     assert (report.reference.problem, report.reference.beyond) == ("", ())

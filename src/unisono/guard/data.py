@@ -70,15 +70,28 @@ def _gather(collective: Collective, digests: list[str]) -> list[list[str]]:
 def _digest_of(read: Callable[[int], Any], index: int) -> str:
     """Hexadecimal; "" if the sample cannot be read (training will say so) or holds what cannot be digested."""
     try:
-        return blake2b(b"".join(_parts(read(index))), digest_size=8).hexdigest()
+        return content_digest(read(index))
     except Exception:
         return ""
 
 
-def _parts(value: Any) -> Iterable[bytes]:
+def content_digest(value: Any) -> str:
+    """*local*. Hexadecimal digest of tensors, arrays and plain values, nested in any way: types, shapes and bits.
+
+    Raises:
+        TypeError: It holds something else.
+    """
+    hashed = blake2b(digest_size=8)
+    for part in _parts(value):
+        hashed.update(part)
+    return hashed.hexdigest()
+
+
+def _parts(value: Any) -> Iterable[bytes | memoryview]:
     if isinstance(value, torch.Tensor):
+        dense = value.detach() if value.layout == torch.strided else value.detach().to_dense()
         yield f"{value.dtype}{tuple(value.shape)}".encode()
-        yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        yield dense.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     elif isinstance(value, np.ndarray) and value.dtype != object:
         yield f"{value.dtype}{value.shape}".encode()
         yield np.ascontiguousarray(value).tobytes()

@@ -20,9 +20,9 @@ from unisono.observe.strict_json import dumps
 from unisono.verify.compare import distance_of, first_difference
 from unisono.verify.inquiry import Verdict
 from unisono.verify.job import Job
-from unisono.verify.nursery import Nurseries
-from unisono.verify.record import StepRecord, TrainerRecord
-from unisono.verify.runs import Run, Runs, brief
+from unisono.verify.record import StepRecord
+from unisono.verify.runs import RunOutcome, Runs, brief
+from unisono.verify.servers import ForkServers
 
 _MANIFEST = "manifest.json"
 _CAPABILITY = "cpu_capability"
@@ -58,7 +58,7 @@ def reproduce(
     *,
     steps: int,
     say: Callable[[str], None] = lambda _: None,
-    nurseries: Nurseries | None = None,
+    servers: ForkServers | None = None,
 ) -> Reproduction:
     """*local*. Trains the first ``steps`` steps again, on one worker. The run directory is only read.
 
@@ -68,7 +68,7 @@ def reproduce(
         args: Its arguments.
         steps: How many steps.
         say: Told what is going on.
-        nurseries: Where processes come from; None: new ones.
+        servers: Where processes come from; None: new ones.
 
     Raises:
         ConfigurationError: The directory is no run's, or the script cannot be found.
@@ -86,8 +86,8 @@ def reproduce(
             )
     threads = int(manifest["fingerprint"]["threads"])
     with contextlib.ExitStack() as closing:
-        nurseries = nurseries or closing.enter_context(Nurseries())
-        runs = closing.enter_context(Runs(nurseries, script, args, steps=steps, threads=threads))
+        servers = servers or closing.enter_context(ForkServers())
+        runs = closing.enter_context(Runs(servers, script, args, steps=steps, threads=threads))
         return _Reproducer(runs, store, manifest, say).result()
 
 
@@ -107,9 +107,7 @@ class _Reproducer:
         if number is None:
             why = run.failure
             told = (
-                f"the script failed: {why['kind']}: {brief(why['message'])}"
-                if why
-                else "the script trains nothing into this directory"
+                f"the script failed: {why.kind}: {brief(why.message)}" if why else "the script trains nothing into this directory"
             )
             return dataclasses.replace(result, problem=told)
         new: Any = from_json((run.folder / f"run-{number + 1}" / _MANIFEST).read_bytes())
@@ -131,7 +129,7 @@ class _Reproducer:
             return dataclasses.replace(result, verdict="equal")
         return self._explain(dataclasses.replace(result, verdict="different"), run, number, new)
 
-    def _number(self, run: Run) -> int | None:
+    def _number(self, run: RunOutcome) -> int | None:
         """Which of the script's trainers it is."""
         steps = [number for number, trainer in enumerate(run.trainers) if trainer.steps and trainer.run_dir]
         here = [number for number in steps if Path(run.trainers[number].run_dir).absolute() == self._store.path]
@@ -144,9 +142,9 @@ class _Reproducer:
                 found.append(step)
         return found
 
-    def _difference(self, run: Run, number: int) -> str:
+    def _difference(self, run: RunOutcome, number: int) -> str:
         """The first one between what is written and what came out; empty if there is none."""
-        trainer: TrainerRecord = run.trainers[number]
+        trainer = run.trainers[number]
         for step in trainer.steps:
             text = _line_difference(self._old.get(step.step), step)
             if text:
@@ -157,7 +155,7 @@ class _Reproducer:
                 return text
         return ""
 
-    def _weights(self, run: Run, number: int, step: int) -> str:
+    def _weights(self, run: RunOutcome, number: int, step: int) -> str:
         kept = run.tensors(number, step)
         if kept is None:
             return ""
@@ -169,7 +167,7 @@ class _Reproducer:
                     return f"step {step}, weights: {name} by up to {ulp:,} ulp ({largest:.3g})"
         return ""
 
-    def _explain(self, result: Reproduction, run: Run, number: int, new: Any) -> Reproduction:
+    def _explain(self, result: Reproduction, run: RunOutcome, number: int, new: Any) -> Reproduction:
         """Which field of the fingerprint it is: by the old value of each that can be had here."""
         if result.settings:
             return dataclasses.replace(result, problem="the script has other settings now than the run had")

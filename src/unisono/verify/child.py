@@ -1,9 +1,8 @@
-"""What happens in a process that a nursery has forked: one worker of one run of the script."""
+"""What happens in a process that a fork server has started: one worker of one run of the script."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import os
 import runpy
@@ -17,61 +16,51 @@ from typing import Any, NoReturn
 import torch
 
 import unisono
-import unisono.training.trainer as home
 from unisono.errors import UnisonoError
 from unisono.launch.report import describe
+from unisono.system.fork_server import BLOCKED_SIGNALS
+from unisono.verify.bench import Bench
 from unisono.verify.job import Change, Variant
 from unisono.verify.plain import PlainTrainer
-from unisono.verify.probe import Bench, ProbeTrainer
-from unisono.verify.record import WorkerRecord
-from unisono.verify.watch import Watch, is_users
-
-_PR_SET_PDEATHSIG = 1
+from unisono.verify.probe import ProbeTrainer
+from unisono.verify.record import Note, ScriptFailure, WorkerRecord
+from unisono.verify.watch import ScriptWatch, is_users
 
 
 def run(spec: dict[str, Any]) -> NoReturn:
     """Runs the script as ``spec`` says (see ``runs.Runs``), leaves a record, and ends the process."""
     status = 1
     try:
-        os.setsid()
-        with contextlib.suppress(OSError, AttributeError):  # Linux only; the nursery also ends what it has started
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        folder = Path(spec["folder"])
-        log = os.open(folder / f"output-{spec['rank']}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
         faulthandler.enable()
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_DFL)
-        status = _Worker(spec, folder).run()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED_SIGNALS)
+        status = _Worker(spec).run()
     except BaseException:
         traceback.print_exc()
     finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)
+        _leave(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """Nothing of this process is worth tidying up, and that takes a second."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
 
 
 class _Worker:
-    def __init__(self, spec: dict[str, Any], folder: Path) -> None:
-        self._spec, self._folder = spec, folder
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self._spec, self._folder = spec, Path(spec["folder"])
         self._record = WorkerRecord(rank=spec["rank"])
         self._known = set(sys.modules)
-
-    def run(self) -> int:
-        spec = self._spec
-        os.environ.update(spec["environment"])
         torch.set_num_threads(spec["threads"])
-        watch = Watch(
-            frozenset(Change(name) for name in spec["changes"]),
-            rank=spec["rank"],
-            size=spec["size"],
-            shift=spec["shift"],
-            scratch=Path(spec["scratch"]),
+        self._watch = ScriptWatch(
+            frozenset(Change(name) for name in spec["changes"]), shift=spec["shift"], scratch=Path(spec["scratch"])
         )
-        bench = Bench(
-            watch=watch,
+        self._bench = Bench(
+            watch=self._watch,
             record=self._record,
             folder=self._folder,
             meeting=spec["meeting"],
@@ -84,29 +73,24 @@ class _Worker:
             finish=self._finish,
             inspect=spec["inspect"],
         )
-        self._watch, self._bench = watch, bench
-        ProbeTrainer.bench = PlainTrainer.bench = bench
+        ProbeTrainer.bench = PlainTrainer.bench = self._bench
         if spec["reference"] is not None:
             PlainTrainer.variant = Variant(spec["reference"])
         trainer: Any = ProbeTrainer if spec["reference"] is None else PlainTrainer
-        unisono.Trainer = home.Trainer = trainer  # type: ignore[misc]
-        return self._run_script()
+        unisono.Trainer = trainer  # type: ignore[misc]
 
-    def _run_script(self) -> int:
+    def run(self) -> int:
         script = self._spec["script"]
         sys.argv = [script, *self._spec["args"]]
         if not os.environ.get("PYTHONSAFEPATH"):
             sys.path.insert(0, str(Path(script).resolve().parent))
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as self._caught:
             warnings.simplefilter("default")
-            self._caught = caught
             self._watch.install()
             try:
                 runpy.run_path(script, run_name="__main__")
-                self._record.ended = True
             except SystemExit as stop:
-                self._record.ended = stop.code in (None, 0)
-                if not self._record.ended:
+                if stop.code not in (None, 0):
                     self._fail(stop)
             except BaseException as error:
                 traceback.print_exc()
@@ -120,17 +104,17 @@ class _Worker:
             trace = trace.tb_next  # what started the script would bury the place that matters
         account = describe(error.with_traceback(trace))
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_users(frame.filename)]
-        self._record.failure = {
-            "kind": account.kind,
-            "message": account.message,
-            "traceback": account.traceback,
-            "secondary": account.secondary,
-            "ours": isinstance(error, UnisonoError),
-            "file": frames[-1].filename if frames else "",
-            "line": frames[-1].lineno if frames else 0,
-            "code": frames[-1].line if frames else "",
-            "time_s": account.time_s,
-        }
+        where = [Note(file=frame.filename, line=frame.lineno or 0, code=frame.line or "") for frame in frames[-1:]]
+        self._record.failure = ScriptFailure(
+            kind=account.kind,
+            message=account.message,
+            traceback=account.traceback,
+            rank=self._record.rank,
+            time_s=account.time_s,
+            secondary=account.secondary,
+            refused=isinstance(error, UnisonoError),
+            where=where[0] if where else Note(),
+        )
 
     def _finish(self) -> NoReturn:
         """All that was wanted is there."""
@@ -138,9 +122,7 @@ class _Worker:
         if self._bench.collective is not None:
             with contextlib.suppress(Exception):
                 self._bench.collective.barrier()  # nobody leaves while others still read its memory
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        _leave(0)
 
     def _write(self) -> None:
         record = self._record
@@ -153,4 +135,4 @@ class _Worker:
             for name in sys.modules
             if name not in self._known and not is_users(getattr(sys.modules[name], "__file__", None) or "<none>")
         ]
-        record.write(self._folder / f"record-{record.rank}.json")
+        record.write(self._folder / f"record-{record.rank}.pickle")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unisono.verify.record import StepRecord
-from unisono.verify.runs import Run, brief
+from unisono.verify.runs import RunOutcome, brief
 
 Stage = Literal["start", "settings", "data", "loss", "gradient", "callback", "update", "metric", "steps", "failure"]
 
@@ -60,72 +60,81 @@ class Difference:
         return _WORDS[self.stage]
 
 
-def first_difference(one: Run, other: Run) -> Difference | None:
+def first_difference(one: RunOutcome, other: RunOutcome) -> Difference | None:
     """Where ``other`` parts from ``one`` (of one worker), or None if all its workers have the same bits all the way."""
-    for number, (trainer, _) in enumerate(zip(one.trainers, other.trainers, strict=False)):
+    for number, trainer in enumerate(one.trainers[: len(other.trainers)]):
         everybody = [record.trainers[number] for record in other.records if record and len(record.trainers) > number]
         for index, step in enumerate(trainer.steps):
-            theirs = [(rank, each.steps[index]) for rank, each in enumerate(everybody) if index < len(each.steps)]
+            theirs = [each.steps[index] for each in everybody if index < len(each.steps)]
             if len(theirs) < other.job.workers:
                 break
-            found = _differs(step, theirs)
+            found = _step_difference(step, theirs)
             if found is not None:
                 return dataclasses.replace(found, trainer=number, step=step.step, event=step.event)
         for rank, each in enumerate(everybody):
             for left, right in zip(trainer.evaluations, each.evaluations, strict=False):
                 if repr(left) != repr(right):
-                    last = len(trainer.steps)
-                    return Difference(
-                        stage="metric", what=f"{left} and {right}", trainer=number, step=last, rank=rank, event=one.first.events
-                    )
-    failures = one.failure, other.failure
-    if (failures[0] is None) != (failures[1] is None):
-        failure = failures[0] or failures[1]
-        assert failure is not None
-        return Difference(stage="failure", what=f"{failure['kind']}: {brief(failure['message'])}", rank=failure["rank"])
+                    found = Difference(stage="metric", what=f"{left} and {right}", rank=rank)
+                    return dataclasses.replace(found, trainer=number, step=len(trainer.steps), event=one.first.events)
+    failure = one.failure or other.failure
+    if failure is not None and (one.failure is None or other.failure is None):
+        return Difference(stage="failure", what=f"{failure.kind}: {brief(failure.message)}", rank=failure.rank)
     lengths = [[len(trainer.steps) for trainer in run.trainers] for run in (one, other)]
     if lengths[0] != lengths[1]:
         return Difference(stage="steps", what=f"{lengths[0]} and {lengths[1]} steps")
     return None
 
 
-def _differs(step: StepRecord, theirs: Sequence[tuple[int, StepRecord]]) -> Difference | None:
-    after = [(rank, [name for name, value in step.end.items() if each.end.get(name) != value]) for rank, each in theirs]
-    rank, tensors = next(((rank, names) for rank, names in after if names), (0, []))
-    more: dict[str, Any] = {"tensor": tensors[0] if tensors else None, "tensors": len(tensors), "rank": rank}
-    for rank, each in theirs:
-        names = [name for name, value in step.start.items() if each.start.get(name) != value]
-        if names:
+def _step_difference(step: StepRecord, theirs: Sequence[StepRecord]) -> Difference | None:
+    """The first one within a step, in the order in which things happen.
+
+    Args:
+        step: On one worker.
+        theirs: By rank.
+    """
+    after = [_unlike(step.end, each.end) for each in theirs]
+    changed_rank = next((rank for rank, names in enumerate(after) if names), 0)
+    tensors = after[changed_rank]
+    more: dict[str, Any] = {"tensor": tensors[0] if tensors else None, "tensors": len(tensors)}
+    for rank, each in enumerate(theirs):
+        if names := _unlike(step.start, each.start):
             return Difference(stage="start", what=f"{names[0]} is another", tensor=names[0], tensors=len(names), rank=rank)
-    for rank, each in theirs:
+    for rank, each in enumerate(theirs):
         if repr(each.settings) != repr(step.settings):
-            return Difference(stage="settings", what=settings_difference(step.settings, each.settings), **{**more, "rank": rank})
-    for stage, left in (("data", step.data), ("loss", step.losses)):
-        for rank, each in theirs:
-            right: Mapping[str, Any] = each.data if stage == "data" else each.losses
-            for number in sorted(right, key=int):
-                if repr(right[number]) != repr(left.get(number)):
-                    values = "" if stage == "data" else f": {_shown(left.get(number))} and {_shown(right[number])}"
-                    what = f"microbatch {number}{values}"
-                    return Difference(stage="data" if stage == "data" else "loss", what=what, **{**more, "rank": rank})
-    for _, each in theirs:
+            return Difference(stage="settings", what=settings_difference(step.settings, each.settings), rank=rank, **more)
+    for rank, each in enumerate(theirs):
+        for number in sorted(each.data):
+            if each.data[number] != step.data.get(number):
+                return Difference(stage="data", what=f"microbatch {number}", rank=rank, **more)
+    for rank, each in enumerate(theirs):
+        for number in sorted(each.losses):
+            left, right = step.losses.get(number), each.losses[number]
+            if repr(left) != repr(right):
+                return Difference(
+                    stage="loss", what=f"microbatch {number}: {_shown(left)} and {_shown(right)}", rank=rank, **more
+                )
+    more["rank"] = changed_rank
+    for each in theirs:
         if repr(each.norm) != repr(step.norm):
             return Difference(stage="gradient", what=f"norm {step.norm:.9g} and {each.norm:.9g}", **more)
     if tensors:
-        edits = {name for each in (step, *(each for _, each in theirs)) for name in each.edited}
-        edited = {name for each in (step, *(each for _, each in theirs)) for names in each.edited.values() for name in names}
-        if edited & set(tensors):
-            return Difference(stage="callback", what=f"changed by {', '.join(sorted(edits))}", **more)
+        edits = [edit for each in (step, *theirs) for edit in each.edited.items()]
+        if any(name in tensors for _, names in edits for name in names):
+            return Difference(stage="callback", what=f"changed by {', '.join(sorted(dict(edits)))}", **more)
         return Difference(stage="update", what=f"{len(tensors)} tensors", **more)
-    union = {name: value for _, each in theirs for name, value in each.optimizer.items()}
-    names = [name for name, value in step.optimizer.items() if union.get(name) != value]
+    # Each worker keeps the state of the parameters that it updates.
+    names = _unlike(step.optimizer, {name: value for each in theirs for name, value in each.optimizer.items()})
     if names:
         return Difference(stage="update", what="optimizer state", tensor=names[0], tensors=len(names))
     return None
 
 
-def _shown(value: Any) -> str:
-    if not isinstance(value, list):
+def _unlike(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    return [name for name, value in one.items() if other.get(name) != value]
+
+
+def _shown(value: tuple[float, float] | None) -> str:
+    if value is None:
         return "none"
     return f"{value[0]:.9g}" if value[1] < 0 else f"{value[0]:.9g} over {value[1]:g}"
 
@@ -143,7 +152,7 @@ def settings_difference(one: Sequence[Mapping[str, Any]], other: Sequence[Mappin
     return "; ".join(found)
 
 
-def measure(difference: Difference, one: Run, other: Run) -> Difference:
+def measure(difference: Difference, one: RunOutcome, other: RunOutcome) -> Difference:
     """The difference with its size, from two runs that have kept the tensors of that step."""
     left = one.tensors(difference.trainer, difference.step)
     rights = [other.tensors(difference.trainer, difference.step, rank) for rank in range(other.job.workers)]
@@ -220,7 +229,7 @@ class Distance:
         return cls({name: tuple(map(max, zip(*(one.steps[name] for one in several), strict=False))) for name in names})
 
 
-def distance(one: Run, plain: Run) -> Distance:
+def distance(one: RunOutcome, plain: RunOutcome) -> Distance:
     """Between a run on one worker and the reference, over all trainers."""
     steps: dict[str, list[float]] = {name: [] for name in _FLOORS}
     for number, (left, right) in enumerate(zip(one.trainers, plain.trainers, strict=False)):

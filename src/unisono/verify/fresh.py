@@ -9,16 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 from unisono.verify.places import Snapshot
+from unisono.verify.record import add
 
 
 def fresh(dataset: Any, changed: list[str]) -> Any:
     """*local*. The dataset, of which reading changes nothing."""
     return (_FreshInOneGo if callable(getattr(dataset, "__getitems__", None)) else _Fresh)(dataset, changed)
-
-
-def add(known: list[str], new: list[str]) -> None:
-    """*local*. Adds what is not there yet."""
-    known.extend(name for name in new if name not in known)
 
 
 class _Fresh:

@@ -11,33 +11,39 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from unisono.verify.causes import Cause, Search, lines, search
+from unisono.verify.causes import Cause, CauseSearch, lines, search
 from unisono.verify.compare import Difference, first_difference, measure
 from unisono.verify.job import Change, Job
-from unisono.verify.nursery import Nurseries
+from unisono.verify.record import Note, ScriptFailure
 from unisono.verify.reference import ReferenceResult, examine
-from unisono.verify.runs import Run, Runs, brief
+from unisono.verify.runs import RunOutcome, Runs, brief
+from unisono.verify.servers import ForkServers
 
 Verdict = Literal["equal", "different", "unknown"]
 EXIT_STATUS: dict[Verdict, int] = {"equal": 0, "different": 1, "unknown": 2}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Comparison:
+class WorkerComparison:
     """One run beside the run on one worker."""
 
     name: str
     """Such as "3 workers"."""
     workers: int
     difference: Difference | None = None
-    search: Search | None = None
+    search: CauseSearch | None = None
     """What was found about the difference."""
     skipped: str = ""
     """Why it was not compared."""
 
+    @property
+    def changes(self) -> frozenset[Change]:
+        """Under these the difference is gone; empty if there is none, or if they were not found."""
+        return self.search.changes if self.search else frozenset()
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
+class VerifyReport:
     """Everything that ``verify`` has to say."""
 
     script: str
@@ -45,7 +51,7 @@ class Report:
     verdict: Verdict
     steps: int
     """Optimizer steps that were compared, over all trainers."""
-    comparisons: tuple[Comparison, ...] = ()
+    comparisons: tuple[WorkerComparison, ...] = ()
     reference: ReferenceResult | None = None
     findings: tuple[Cause, ...] = ()
     """What is wrong without making a difference in bits."""
@@ -76,8 +82,8 @@ def inquire(
     steps: int = 10,
     threads: int = 1,
     say: Callable[[str], None] = lambda _: None,
-    nurseries: Nurseries | None = None,
-) -> Report:
+    servers: ForkServers | None = None,
+) -> VerifyReport:
     """*local*. Runs the script as often as needed, and says what came out.
 
     Args:
@@ -87,12 +93,12 @@ def inquire(
         steps: Optimizer steps of each trainer.
         threads: Threads per worker.
         say: Told what is going on.
-        nurseries: Where processes come from; None: new ones.
+        servers: Where processes come from; None: new ones.
     """
     began_s = time.monotonic()
     with contextlib.ExitStack() as closing:
-        nurseries = nurseries or closing.enter_context(Nurseries())
-        runs = closing.enter_context(Runs(nurseries, script, args, steps=steps, threads=threads))
+        servers = servers or closing.enter_context(ForkServers())
+        runs = closing.enter_context(Runs(servers, script, args, steps=steps, threads=threads))
         report = _Inquiry(runs, workers, threads, say).report()
         return dataclasses.replace(report, runs=runs.made, seconds=time.monotonic() - began_s)
 
@@ -103,7 +109,7 @@ class _Inquiry:
         self._notes: list[str] = []
         self._findings: list[Cause] = []
 
-    def report(self) -> Report:
+    def report(self) -> VerifyReport:
         """See ``inquire``."""
         self._say("1 worker")
         first = self._runs(Job(threads=self._threads))
@@ -114,40 +120,31 @@ class _Inquiry:
         self._runs.learn(first)
         base = Job(threads=self._threads, events=first.first.events, keep=True)
         repeat = self._repeat(base)
-        comparisons = [repeat]
-        if repeat.difference is not None:
-            changes = repeat.search.changes if repeat.search else frozenset()
-            if not changes:
-                rest = [Comparison(name=_name(count), workers=count, skipped=_UNSTABLE) for count in self._workers]
-                return self._conclude("different", steps, comparisons=[repeat, *rest])
-            base = base.but(*changes)
-        comparisons += self._parallel(base)
+        if repeat.difference is not None and not repeat.changes:
+            rest = [WorkerComparison(name=_name(count), workers=count, skipped=_UNSTABLE) for count in self._workers]
+            return self._conclude("different", steps, comparisons=[repeat, *rest])
+        base = base.but(*repeat.changes)
+        comparisons = [repeat, *self._parallel(base)]
         self._say("the plain loop")
-        for comparison in comparisons:
-            base = base.but(*(comparison.search.changes if comparison.search else ()))
-        reference = examine(self._runs, base)
-        return self._conclude(
-            _verdict(comparisons, reference, self._findings, is_alone=not self._workers),
-            steps,
-            comparisons=comparisons,
-            reference=reference,
-        )
+        reference = examine(self._runs, base.but(*(change for comparison in comparisons for change in comparison.changes)))
+        verdict = _verdict(comparisons, reference, self._findings, is_alone=not self._workers)
+        return self._conclude(verdict, steps, comparisons=comparisons, reference=reference)
 
     # ------------------------------------------------------------------ the first run
 
-    def _look(self, run: Run) -> str:
+    def _look(self, run: RunOutcome) -> str:
         """Why the first run tells nothing; notes what a user should know about it."""
         record, failure = run.first, run.failure
         trained = [trainer for trainer in run.trainers if trainer.steps]
         if failure is not None and not trained:
-            return f"the script failed: {failure['kind']}: {brief(failure['message'])}" + _trace(failure)
+            return f"the script failed: {failure.kind}: {brief(failure.message)}" + _trace(failure)
         if not run.trainers:
             return "the script makes no unisono.Trainer, so there is nothing to compare"
         if not trained:
             return "the script makes a trainer, but trains no step with it (fit, or step on batches)"
         if failure is not None:
             self._notes.append(
-                f"after {record.events} steps and evaluations it failed ({failure['kind']}: {brief(failure['message'])}); "
+                f"after {record.events} steps and evaluations it failed ({failure.kind}: {brief(failure.message)}); "
                 "what came before was compared. Training was cut short, which it may not expect"
             )
         if len(run.trainers) > 1:
@@ -156,13 +153,13 @@ class _Inquiry:
             if len(trainer.steps) < self._runs.steps:
                 which = f" of trainer {number + 1}" if len(trained) > 1 else ""
                 self._notes.append(f"training ends after {len(trainer.steps)} steps{which}, {self._runs.steps} were asked for")
-        written = list(dict.fromkeys(note["what"] for note in run.notes("writes")))
+        written = list(dict.fromkeys(note.what for note in run.notes("writes")))
         if written:
             more = f" and {len(written) - 3} more" if len(written) > 3 else ""
             self._notes.append(f"the script itself writes files, also when it is verified: {', '.join(written[:3])}{more}")
         return ""
 
-    def _repeat(self, base: Job) -> Comparison:
+    def _repeat(self, base: Job) -> WorkerComparison:
         """The same again, with other hashes, at another time."""
         self._say("1 worker, again")
         comparison = self._compare("1 worker, again", base, dataclasses.replace(base, second=True, keep=False))
@@ -176,34 +173,34 @@ class _Inquiry:
 
     # ------------------------------------------------------------------ several workers
 
-    def _parallel(self, base: Job) -> list[Comparison]:
+    def _parallel(self, base: Job) -> list[WorkerComparison]:
         first = self._runs(base).first
         parts = min(trainer.microbatches for trainer in first.trainers if trainer.steps)
         most = parts if first.gpus is None else min(parts, first.gpus)
-        counts = [count for count in self._workers if count <= most]
-        self._say(f"{', '.join(map(str, counts))} workers" if counts else "no more workers")
-        for count in counts:
-            self._runs.start(dataclasses.replace(base, workers=count, keep=False))
-        comparisons: list[Comparison] = []
-        known: Comparison | None = None
-        for count in self._workers:
-            if count not in counts:
-                what = f"the trainer has {parts} microbatches" if count > parts else f"this machine has {first.gpus} GPUs"
-                skipped = f"{what}, so at most as many workers"
-                comparisons.append(Comparison(name=_name(count), workers=count, skipped=skipped))
-                continue
-            comparison = self._compare(_name(count), base, dataclasses.replace(base, workers=count, keep=False), known)
+        jobs = [dataclasses.replace(base, workers=count, keep=False) for count in self._workers if count <= most]
+        self._say(f"{', '.join(str(job.workers) for job in jobs)} workers" if jobs else "no more workers")
+        for job in jobs:
+            self._runs.start(job)
+        comparisons: list[WorkerComparison] = []
+        known: WorkerComparison | None = None
+        for job in jobs:
+            comparison = self._compare(_name(job.workers), base, job, known)
             known = known or (comparison if comparison.difference else None)
             comparisons.append(comparison)
-            self._warned(self._runs(dataclasses.replace(base, workers=count, keep=False)), base, count)
-        self._talked(base, counts)
+            self._warned(self._runs(job), job)
+        for count in [count for count in self._workers if count > most]:
+            what = f"the trainer has {parts} microbatches" if count > parts else f"this machine has {first.gpus} GPUs"
+            skipped = f"{what}, so at most as many workers"
+            comparisons.append(WorkerComparison(name=_name(count), workers=count, skipped=skipped))
+        if len(jobs) > 1:
+            self._combined(jobs[:2])
         return comparisons
 
-    def _compare(self, name: str, base: Job, other: Job, known: Comparison | None = None) -> Comparison:
+    def _compare(self, name: str, base: Job, other: Job, known: WorkerComparison | None = None) -> WorkerComparison:
         one, two = self._runs.all([base, other])
         difference = first_difference(one, two)
         if difference is None:
-            return Comparison(name=name, workers=other.workers)
+            return WorkerComparison(name=name, workers=other.workers)
         if difference.stage != "failure" and difference.tensor is not None:
             dump = (difference.trainer, difference.step)
             kept = [dataclasses.replace(job, dump=dump, events=difference.event) for job in (base, other)]
@@ -214,49 +211,50 @@ class _Inquiry:
             found = search(self._runs, one, two, difference)
         if difference.stage == "failure" and two.failure is not None:
             found = dataclasses.replace(found, causes=found.causes or (_refused(two.failure),))
-        return Comparison(name=name, workers=other.workers, difference=difference, search=found)
+        return WorkerComparison(name=name, workers=other.workers, difference=difference, search=found)
 
-    def _again(self, known: Comparison | None, base: Job, other: Job) -> Search | None:
+    def _again(self, known: WorkerComparison | None, base: Job, other: Job) -> CauseSearch | None:
         """The causes of a difference that another number of workers has shown, if they explain this one, too."""
-        if known is None or known.search is None or not known.search.changes:
+        if known is None or not known.changes:
             return None
-        changed = self._runs.all([job.but(*known.search.changes) for job in (base, other)])
+        changed = self._runs.all([job.but(*known.changes) for job in (base, other)])
         return known.search if first_difference(*changed) is None else None
 
-    def _warned(self, run: Run, base: Job, count: int) -> None:
+    def _warned(self, run: RunOutcome, job: Job) -> None:
         """What the trainer itself has warned of."""
-        for text in run.first.warnings:
-            if "models differ at the start" in text and not any(cause.name == "models_differ" for cause in self._findings):
-                hidden = self._runs(dataclasses.replace(base, workers=count, events=1, keep=False).but(Change.HIDE_RANK))
-                rank = not any("models differ at the start" in other for other in hidden.first.warnings)
-                self._findings.append(
-                    Cause(
-                        name="models_differ",
-                        what=text.partition(": ")[2]
-                        + (". It depends on the worker's rank or on how many there are" if rank else ""),
-                        advice="seed before you build the model, the same on every worker",
-                        places=lines([note for note in run.notes("rank") if note["phase"] == "script"]) if rank else (),
-                        experiments=(Change.HIDE_RANK.value,) if rank else (),
-                        fault=False,
-                    )
-                )
-
-    def _talked(self, base: Job, counts: Sequence[int]) -> None:
-        """Numbers that the script itself puts together from all workers: they must not depend on how many there are."""
-        if len(counts) < 2:
+        warned = [text for text in run.first.warnings if _MODELS_DIFFER in text]
+        if not warned or any(cause.name == "models_differ" for cause in self._findings):
             return
-        few, many = (self._runs(dataclasses.replace(base, workers=count, keep=False)) for count in counts[:2])
-        told = [[note for note in run.first.notes.get("talk", []) if "." in note["result"]] for run in (few, many)]
-        for one, other in zip(*told, strict=False):
-            if (one["line"], one["order"]) == (other["line"], other["order"]) and not _alike(one["result"], other["result"]):
-                again = self._runs(dataclasses.replace(base, workers=counts[0], repeat=1, keep=False)).first.notes.get("talk", [])
-                if not any(note["order"] == one["order"] and _alike(note["result"], one["result"]) for note in again):
+        hidden = self._runs(dataclasses.replace(job, events=1).but(Change.HIDE_RANK))
+        by_rank = not any(_MODELS_DIFFER in other for other in hidden.first.warnings)
+        self._findings.append(
+            Cause(
+                name="models_differ",
+                what=warned[0].partition(": ")[2] + (". It depends on the worker's rank or on how many there are" * by_rank),
+                advice="seed before you build the model, the same on every worker",
+                places=lines(note for note in run.notes("rank") if note.phase == "script") if by_rank else (),
+                experiments=(Change.HIDE_RANK.value,) if by_rank else (),
+                fault=False,
+            )
+        )
+
+    def _combined(self, jobs: Sequence[Job]) -> None:
+        """Numbers that the script itself puts together from all workers: they must not depend on how many there are.
+
+        Args:
+            jobs: Of two numbers of workers.
+        """
+        few, many = (_talk(self._runs(job)) for job in jobs)
+        for one, other in zip(few, many, strict=False):
+            if (one.line, one.order) == (other.line, other.order) and not _alike(one.result, other.result):
+                again = _talk(self._runs(dataclasses.replace(jobs[0], repeat=1)))
+                if not any(note.order == one.order and _alike(note.result, one.result) for note in again):
                     return  # a duration, say: it is never the same
                 self._findings.append(
                     Cause(
                         name="combined_over_workers",
-                        what=f"a number that the script combines over workers itself ({one['what']}) depends on how many there "
-                        f"are: {one['result']} with {counts[0]}, {other['result']} with {counts[1]}",
+                        what=f"a number that the script combines over workers itself ({one.what}) depends on how many there "
+                        f"are: {one.result} with {jobs[0].workers}, {other.result} with {jobs[1].workers}",
                         advice="workers do not have equally many samples, so a mean of their means is none of the samples: add "
                         "up sums and counts, and divide once; or use trainer.evaluate, which does that",
                         places=lines([one]),
@@ -267,9 +265,9 @@ class _Inquiry:
 
     # ------------------------------------------------------------------
 
-    def _conclude(self, verdict: Verdict, steps: int, **more: Any) -> Report:
+    def _conclude(self, verdict: Verdict, steps: int, **more: Any) -> VerifyReport:
         comparisons = tuple(more.pop("comparisons", ()))
-        return Report(
+        return VerifyReport(
             script=self._runs.script,
             args=tuple(self._runs.args),
             verdict=verdict,
@@ -281,6 +279,7 @@ class _Inquiry:
         )
 
 
+_MODELS_DIFFER = "models differ at the start"  # of a warning of the trainer
 _UNSTABLE = "two runs on one worker differ already"
 
 
@@ -289,7 +288,7 @@ def _name(workers: int) -> str:
 
 
 def _verdict(
-    comparisons: Sequence[Comparison], reference: ReferenceResult, findings: Sequence[Cause], *, is_alone: bool
+    comparisons: Sequence[WorkerComparison], reference: ReferenceResult, findings: Sequence[Cause], *, is_alone: bool
 ) -> Verdict:
     """What the comparisons come to; ``is_alone``: no other number of workers than one was asked for."""
     if any(comparison.difference is not None for comparison in comparisons):
@@ -301,13 +300,18 @@ def _verdict(
     return "equal" if reference.explained else "different"
 
 
-def _refused(failure: dict[str, Any]) -> Cause:
+def _refused(failure: ScriptFailure) -> Cause:
     return Cause(
-        name="refused" if failure.get("ours") else "failure",
-        what=f"with several workers the script fails: {failure['kind']}: {brief(failure['message'])}",
-        advice="the message says what to do" if failure.get("ours") else "see the traceback",
-        places=lines([failure]) if failure.get("file") else (),
+        name="refused" if failure.refused else "failure",
+        what=f"with several workers the script fails: {failure.kind}: {brief(failure.message)}",
+        advice="the message says what to do" if failure.refused else "see the traceback",
+        places=lines([failure.where]),
     )
+
+
+def _talk(run: RunOutcome) -> list[Note]:
+    """What worker 0 was told by the others and has fractions."""
+    return [note for note in run.first.notes.get("talk", []) if "." in note.result]
 
 
 def _alike(one: str, other: str) -> bool:
@@ -317,5 +321,5 @@ def _alike(one: str, other: str) -> bool:
     return len(left) == len(right) and all(abs(a - b) <= 1e-5 * max(abs(a), abs(b)) for a, b in zip(left, right, strict=True))
 
 
-def _trace(failure: dict[str, Any]) -> str:
-    return f"\n{failure['traceback'].rstrip()}" if failure.get("traceback") else ""
+def _trace(failure: ScriptFailure) -> str:
+    return f"\n{failure.traceback.rstrip()}" if failure.traceback else ""

@@ -9,7 +9,7 @@ import contextlib
 import linecache
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from unisono.verify.draws import constant_draws
-from unisono.verify.places import Snapshot, roots_of
+from unisono.verify.places import undone
+from unisono.verify.record import Note
 from unisono.verify.watch import place, users_frame
 
 _TOLERANCE = 2e-3
@@ -53,53 +54,32 @@ class Inspection:
     def findings(self) -> dict[str, Any]:
         """What is remarkable, by name: see the methods. What cannot be computed is left out."""
         found: dict[str, Any] = {}
-        with self._aside():
-            for look in (self._repetition, self._weights, self._coupling, self._division):
-                try:
+        # Batch normalisation as in evaluation, constant draws: what is left depends on the samples alone.
+        with undone(self._loss, self._model), constant_draws():
+            for module in self._model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.training = False
+            for look in (self._repetition, self._weights, self._division):
+                with contextlib.suppress(Exception):  # a loss may refuse single samples; then this look tells nothing
                     found.update(look())
-                except Exception as error:  # a loss may refuse single samples; then this look tells nothing
-                    found.setdefault("unknown", []).append(f"{look.__name__.strip('_')}: {type(error).__name__}: {error}")
         return found
-
-    @contextlib.contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Batch normalisation as in evaluation, constant draws; afterwards everything is as before."""
-        before = Snapshot(roots_of(self._loss, self._model))
-        buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
-        modes = [(module, module.training) for module in self._model.modules()]
-        for module in self._model.modules():
-            if isinstance(module, _BatchNorm):
-                module.training = False
-        try:
-            with constant_draws():
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
-            with torch.no_grad():
-                for name, buffer in self._model.named_buffers():
-                    buffer.copy_(buffers[name])
-            before.restore()
 
     def _returned(self, numbers: Sequence[int]) -> tuple[float, float]:
         """Sum and count that the loss gives for these samples (a mean counts one a sample), from the same state each time."""
-        before = Snapshot(roots_of(self._loss, self._model))
-        buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
-        with torch.no_grad():
-            returned = self._loss(self._model, self._collate([self._samples[number] for number in numbers]))
-            for name, buffer in self._model.named_buffers():
-                buffer.copy_(buffers[name])
-        before.restore()
+        with undone(self._loss, self._model), torch.no_grad():
+            returned = self._loss(self._model, self._batch(numbers))
         if isinstance(returned, (tuple, list)):
             return float(returned[0]), float(returned[1])
         return float(returned) * len(numbers), float(len(numbers))
 
+    def _batch(self, numbers: Sequence[int]) -> Any:
+        return self._collate([self._samples[number] for number in numbers])
+
     def _repetition(self) -> dict[str, Any]:
         """Whether the loss is a mean that comes with a count: of a sample that stands there several times the sum grows as the
         count does, and the mean stays."""
-        probed = range(min(_PROBED, len(self._samples)))
         told = []
-        for number in probed:
+        for number in range(min(_PROBED, len(self._samples))):
             once, *more = (self._returned([number] * times) for times in (1, 2, 3))
             if abs(once[0]) < 1e-12 or once[1] == 0:
                 continue  # tells nothing
@@ -117,78 +97,35 @@ class Inspection:
         """The weight of a sample in the mean of two should be its share of the count."""
         singles = [self._returned([number]) for number in range(min(_PROBED, len(self._samples)))]
         for other in range(1, len(singles)):
+            samples = [self._indices[0], self._indices[other]]
             pair = self._returned([0, other])
             if not math.isclose(pair[1], singles[0][1] + singles[other][1], rel_tol=1e-6):
-                return {
-                    "count": {
-                        "samples": [self._indices[0], self._indices[other]],
-                        "counts": [singles[0][1], singles[other][1], pair[1]],
-                    }
-                }
+                return {"count": {"samples": samples, "counts": [singles[0][1], singles[other][1], pair[1]]}}
             if 0.0 in (singles[0][1], singles[other][1]):
                 continue
             one, two = (value / count for value, count in (singles[0], singles[other]))
             both = pair[0] / pair[1]
             room = _TOLERANCE * max(abs(one), abs(two), abs(both))
             if not min(one, two) - room <= both <= max(one, two) + room:  # no mean of the two, whatever the weights
-                return {"coupled": {"samples": [self._indices[0], self._indices[other]]}}
+                return self._coupled(other)
             if abs(one - two) < 1e-2 * max(abs(one), abs(two)):
                 continue  # equal losses say nothing about weights
             share = (both - two) / (one - two)
-            expected = singles[0][1] / pair[1]
-            if abs(share - expected) < _TOLERANCE * 10:
+            if abs(share - singles[0][1] / pair[1]) < _TOLERANCE * 10:
                 continue
             # Is it a weighted mean at all? Then a sample that stands there twice has twice the weight.
             twice = self._returned([0, 0, other])
             predicted = (2 * share * one + (1 - share) * two) / (1 + share)
-            mean = 0 < share < 1 and abs(twice[0] / twice[1] - predicted) < 10 * _TOLERANCE * abs(one - two)
-            return {
-                "weights" if mean else "coupled": {
-                    "samples": [self._indices[0], self._indices[other]],
-                    "share": share,
-                    "expected": expected,
-                    "ratio": share / (1 - share) if mean else None,
-                }
-            }
+            if 0 < share < 1 and abs(twice[0] / twice[1] - predicted) < 10 * _TOLERANCE * abs(one - two):
+                return {"weights": {"samples": samples, "ratio": share / (1 - share)}}
+            return self._coupled(other)
         return {}
 
-    def _coupling(self) -> dict[str, Any]:
-        """The first module that gives a sample another output beside other samples than alone with half of them."""
-        count = len(self._samples) // 2 * 2
-        if count < 4:
-            return {}
-        whole, shapes = self._outputs(list(range(count)))
-        half, other_shapes = self._outputs(list(range(count // 2)))
-        if shapes != other_shapes:
-            return {"padded": {"whole": shapes, "half": other_shapes}}
-        for name, (kind, value) in whole.items():
-            if name in half and value.shape[0] == count and half[name][1].shape[1:] == value.shape[1:]:
-                part = half[name][1]
-                scale = float(value.abs().max()) or 1.0
-                if float((value[: count // 2] - part).abs().max()) > _TOLERANCE * scale:
-                    return {"module": {"name": name, "kind": kind}}
-        return {}
-
-    def _outputs(self, numbers: list[int]) -> tuple[dict[str, tuple[str, Tensor]], list[list[int]]]:
-        outputs: dict[str, tuple[str, Tensor]] = {}
-        hooks = []
-        for name, module in self._model.named_modules():
-
-            def hook(module: nn.Module, _: Any, output: Any, name: str = name) -> None:
-                if isinstance(output, Tensor) and output.dim() > 1 and output.is_floating_point():
-                    outputs.setdefault(name or "the model", (type(module).__name__, output.detach().clone()))
-
-            hooks.append(module.register_forward_hook(hook))
-        try:
-            batch = self._collate([self._samples[number] for number in numbers])
-            before = Snapshot(roots_of(self._loss, self._model))
-            with torch.no_grad():
-                self._loss(self._model, batch)
-            before.restore()
-        finally:
-            for handle in hooks:
-                handle.remove()
-        return outputs, [list(tensor.shape[1:]) for tensor in _tensors(batch)]
+    def _coupled(self, other: int) -> dict[str, Any]:
+        """Two samples influence each other: because one is padded to the other's length, or by what is computed."""
+        shapes = [[tensor.shape[1:] for tensor in _tensors(self._batch(numbers))] for numbers in ([0], [other], [0, other])]
+        padded = shapes[0] != shapes[2] or shapes[1] != shapes[2]
+        return {"padded" if padded else "coupled": [self._indices[0], self._indices[other]]}
 
     def _division(self) -> dict[str, Any]:
         """Whether the loss is divided by the number of microbatches; then it would be smaller with more of them."""
@@ -196,17 +133,16 @@ class Inspection:
             return {}
         batch = self._collate(self._samples)
         plain = self._value(batch)
-        watcher = _Undivided(self._parts)
-        with watcher:
+        with _Undivided(self._parts) as watcher:
             without = self._value(batch)
         if not watcher.places or plain == 0 or not math.isclose(without / plain, self._parts, rel_tol=1e-3):
             return {}
-        return {"divided": {"by": self._parts, **watcher.places[0]}}
+        where = watcher.places[0]
+        return {"divided": {"by": self._parts, "divisor": _divisor(where), "where": where}}
 
     def _value(self, batch: Any) -> float:
-        before = Snapshot(roots_of(self._loss, self._model))
-        returned = self._loss(self._model, batch)
-        before.restore()
+        with undone(self._loss, self._model):
+            returned = self._loss(self._model, batch)
         return float((returned[0] if isinstance(returned, (tuple, list)) else returned).detach())
 
 
@@ -216,7 +152,7 @@ class _Undivided(TorchFunctionMode):
     def __init__(self, number: int) -> None:
         super().__init__()
         self._number = number
-        self.places: list[dict[str, Any]] = []
+        self.places: list[Note] = []
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         name = getattr(func, "__name__", "").strip("_")
@@ -225,8 +161,7 @@ class _Undivided(TorchFunctionMode):
                 same = isinstance(args[1], (int, float, Tensor)) and float(args[1]) == self._number
             user = users_frame(sys._getframe(1)) if same else None
             if user is not None:
-                where = place(user)
-                self.places.append({**where, "divisor": _divisor(where["file"], where["line"])})
+                self.places.append(Note(**place(user)))
                 return args[0] * 1
         return func(*args, **(kwargs or {}))
 
@@ -235,10 +170,10 @@ class _Undivided(TorchFunctionMode):
         return isinstance(value, Tensor) and value.dim() == 0 and value.requires_grad
 
 
-def _divisor(file: str, line: int) -> str:
+def _divisor(where: Note) -> str:
     """The expression that a line of source divides by."""
     with contextlib.suppress(SyntaxError):
-        for node in ast.walk(ast.parse(linecache.getline(file, line).strip())):
+        for node in ast.walk(ast.parse(linecache.getline(where.file, where.line).strip())):
             if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
                 return ast.unparse(node.right)
             if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Div):
@@ -249,9 +184,6 @@ def _divisor(file: str, line: int) -> str:
 def _tensors(data: Any) -> Iterator[Tensor]:
     if isinstance(data, Tensor):
         yield data
-    elif isinstance(data, dict) or hasattr(data, "items"):
-        for value in data.values():
-            yield from _tensors(value)
-    elif isinstance(data, (list, tuple)):
-        for value in data:
+    elif isinstance(data, (Mapping, list, tuple)):
+        for value in data.values() if isinstance(data, Mapping) else data:
             yield from _tensors(value)

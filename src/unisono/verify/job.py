@@ -41,9 +41,7 @@ class Change(enum.StrEnum):
     FIX_ENTROPY = "fix_entropy"
     """What the script draws from the operating system (and its process number) is the same in each run."""
     SAME_HASH = "same_hash"
-    """All workers hash strings alike, as under PYTHONHASHSEED."""
-    SAME_MEMORY = "same_memory"
-    """All workers are forks of one process: objects lie at the same addresses, so `id()` and default hashes agree, too."""
+    """All workers are forks of one process: strings hash alike, and objects lie at the same addresses."""
     USER_SCHEDULES = "user_schedules"
     """The reference steps the scheduler whenever the script does."""
 
@@ -79,7 +77,7 @@ class Job:
     environment: tuple[tuple[str, str], ...] = ()
     """Variables that must be set before PyTorch is imported."""
     inspect: bool = False
-    """Whether the reference looks into how the loss treats single samples."""
+    """Whether the reference looks at how the loss treats single samples."""
     keep: bool = False
     """Whether the tensors after each step are kept."""
     teacher: Job | None = None

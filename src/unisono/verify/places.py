@@ -5,6 +5,7 @@ and can be undone. Parameters and buffers of modules are not looked at: they are
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import random
 import sys
@@ -48,6 +49,32 @@ def roots_of(loss: Any, model: Any) -> dict[str, Any]:
     if names is not None and is_users(names.get("__file__") or "<none>"):
         roots["script"] = names
     return roots
+
+
+@contextlib.contextmanager
+def same_mode_and_buffers(model: nn.Module) -> Iterator[None]:
+    """*local*. Afterwards the model's buffers and modes (training or evaluation) are as before."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+
+
+@contextlib.contextmanager
+def undone(loss: Any, model: nn.Module) -> Iterator[None]:
+    """*local*. Afterwards everything that the loss may keep state in is as before, parameters excepted."""
+    before = Snapshot(roots_of(loss, model))
+    try:
+        with same_mode_and_buffers(model):
+            yield
+    finally:
+        before.restore()
 
 
 class Snapshot:
@@ -219,40 +246,32 @@ def _same(one: Any, other: Any) -> bool:
         return False
 
 
+_SETTERS: dict[type, Callable[[Any, Any], Any]] = {
+    torch.Generator: lambda generator, state: generator.set_state(state),
+    random.Random: lambda generator, state: generator.setstate(state),
+    np.random.Generator: lambda generator, state: setattr(generator.bit_generator, "state", state),
+    np.random.RandomState: lambda generator, state: generator.set_state(state),
+    np.ndarray: lambda array, values: array.__setitem__(..., values),
+    list: lambda items, values: items.__setitem__(slice(None), values),
+    bytearray: lambda items, values: items.__setitem__(slice(None), values),
+    dict: lambda items, values: (items.clear(), items.update(values)),
+    set: lambda items, values: (items.clear(), items.update(values)),
+    collections.deque: lambda items, values: (items.clear(), items.extend(values)),
+}
+
+
 def _put_back(holder: Any, key: Any, value: Any, content: Any) -> None:
-    setter: dict[type, Callable[[Any, Any], Any]] = {
-        torch.Generator: lambda generator, state: generator.set_state(state),
-        random.Random: lambda generator, state: generator.setstate(state),
-        np.random.Generator: lambda generator, state: setattr(generator.bit_generator, "state", state),
-        np.random.RandomState: lambda generator, state: generator.set_state(state),
-    }
     if _now(holder, key) is not value:
         if isinstance(holder, types.CellType):
             holder.cell_contents = value
-        elif isinstance(holder, dict):
-            holder[key] = value
-        elif isinstance(holder, nn.Module) and key in holder._modules:
-            holder._modules[key] = value
         else:
-            holder.__dict__[key] = value
+            in_modules = isinstance(holder, nn.Module) and key in holder._modules
+            names: Any = holder if isinstance(holder, dict) else holder._modules if in_modules else holder.__dict__
+            names[key] = value
     if isinstance(value, Tensor):
         if content[1] is not None and value._version != content[0]:
             with torch.no_grad():
                 value.copy_(content[1])
             content[0] = value._version
-    elif content is None:
-        return
-    elif isinstance(value, np.ndarray):
-        value[...] = content
-    elif isinstance(value, dict):
-        value.clear()
-        value.update(content)
-    elif isinstance(value, (list, bytearray)):
-        value[:] = content
-    elif isinstance(value, (set, collections.deque)):
-        value.clear()
-        value.update(content) if isinstance(value, set) else value.extend(content)
-    else:
-        for kind, put in setter.items():
-            if isinstance(value, kind):
-                put(value, content)
+    elif content is not None:
+        next(put for kind, put in _SETTERS.items() if isinstance(value, kind))(value, content)

@@ -7,32 +7,28 @@ and the seed under which a sample is read. There are no microbatches, no tree, n
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
-import random
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Subset
 
+from unisono.collective import InProcess
 from unisono.data.loader import Loader, dataset_length
 from unisono.order import derive_seed, make_order, microbatch_bounds
 from unisono.replica.randomness import seed_generators
 from unisono.training.callbacks import Callback
 from unisono.training.record import Position
 from unisono.training.step import StepResult
-from unisono.verify.draws import constant_draws
+from unisono.verify.bench import Bench, few, watch_scheduler
 from unisono.verify.fresh import fresh
 from unisono.verify.inspect_loss import Inspection
 from unisono.verify.job import Change, Variant
-from unisono.verify.places import Snapshot, roots_of
-from unisono.verify.probe import Bench, called_from, few, freeze_norm, watch_scheduler
+from unisono.verify.places import same_mode_and_buffers
 from unisono.verify.record import StepRecord, TrainerRecord, data_digest, groups
 from unisono.world import World
 
@@ -44,13 +40,23 @@ class _NotJoinable(Exception):
     """Microbatches that must be collated one by one, and cannot be put together."""
 
 
+@dataclasses.dataclass(frozen=True)
 class PlainBatch:
     """Sample indices of a global batch, and where it stands."""
 
-    def __init__(self, indices: Sequence[int], epoch: int, number: int, of: int, dataset: Any, loader: Loader) -> None:
-        self.indices, self.epoch, self.number, self.of = list(indices), epoch, number, of
-        self.dataset, self.loader = dataset, loader
-        self.samples = len(self.indices)
+    indices: list[int]
+    epoch: int
+    number: int
+    of: int
+    bounds: list[tuple[int, int]]
+    """Of those microbatches that are not empty."""
+    dataset: Any
+    loader: Loader
+
+    @property
+    def samples(self) -> int:
+        """How many."""
+        return len(self.indices)
 
 
 class PlainTrainer:
@@ -68,47 +74,34 @@ class PlainTrainer:
         batch_size: int,
         microbatches: int = 8,
         seed: int = 0,
-        scheduler: Any = None,
-        max_grad_norm: float | None = None,
-        precision: str = "fp32",
-        device: Any = None,
-        callbacks: Sequence[Callback] = (),
-        loader: Loader | None = None,
-        **_: Any,
+        **settings: Any,
     ) -> None:
-        self._record = TrainerRecord(
-            batch_size=batch_size,
-            microbatches=microbatches,
-            seed=seed,
-            call=called_from(sys._getframe(1)),
-            settings=groups(optimizer),
-            norms=[name for name, module in model.named_modules() if isinstance(module, _BatchNorm)],
-        )
         bench = self.bench
-        bench.begins(self._record)
-        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self._record = TrainerRecord(batch_size=batch_size, microbatches=microbatches, settings=groups(optimizer))
+        bench.begins(self._record, model)
+        self.model, self.optimizer, self.scheduler = model, optimizer, settings.get("scheduler")
         self.batch_size, self.microbatches, self.seed = batch_size, microbatches, seed
-        self.callbacks = () if Change.NO_CALLBACKS in bench.changes else tuple(callbacks)
+        self.callbacks: tuple[Callback, ...] = tuple(settings.get("callbacks") or ())
+        if Change.NO_CALLBACKS in bench.changes:
+            self.callbacks = ()
         self.position = Position()
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.world = World()
-        self._loss, self._precision, self._max_grad_norm = loss, precision, max_grad_norm
-        self._loader = loader or Loader()
+        self.device = torch.device(settings.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.world, self.collective = World(), InProcess()
+        self._loss, self._precision = loss, settings.get("precision", "fp32")
+        self._max_grad_norm = settings.get("max_grad_norm") or math.inf
+        self._loader = settings.get("loader") or Loader()
         model.to(self.device)
         if self.variant is Variant.DOUBLE:
             model.double()
-        if scheduler is not None:
-            self._schedule = watch_scheduler(scheduler, bench.watch, obey=Change.USER_SCHEDULES in bench.changes)
-        if bench.watch.phase == "script":
-            bench.watch.phase = "between"
+        if self.scheduler is not None:
+            self._schedule = watch_scheduler(self.scheduler, bench.watch, obey=Change.USER_SCHEDULES in bench.changes)
+        bench.made()
 
     # ------------------------------------------------------------------ what a script calls
 
-    def fit(
-        self, dataset: Any, epochs: int, *, order: Any = "shuffle", drop_last: bool = False, loader: Loader | None = None
-    ) -> None:
+    def fit(self, dataset: Any, epochs: int, **settings: Any) -> None:
         """As the trainer's."""
-        for batch in self.batches(dataset, epochs, order=order, drop_last=drop_last, loader=loader):
+        for batch in self.batches(dataset, epochs, **settings):
             self.step(batch)
 
     def batches(
@@ -121,42 +114,35 @@ class PlainTrainer:
             dataset = fresh(dataset, self.bench.record.data_state)
         while self.position.epoch < epochs:
             epoch = samples.epoch(self.position.epoch)
-            self._record.asked = max(self._record.asked, epoch.batches * epochs)
             for number in range(self.position.batch, epoch.batches):
                 if self.position.step >= self.bench.steps:
                     return
                 indices = epoch.batch(number).tolist()
-                yield PlainBatch(indices, self.position.epoch, number, epoch.batches, dataset, loader or self._loader)
+                bounds = [(lo, hi) for lo, hi in microbatch_bounds(len(indices), self.batch_size, self.microbatches) if hi > lo]
+                yield PlainBatch(indices, self.position.epoch, number, epoch.batches, bounds, dataset, loader or self._loader)
 
     def step(self, batch: PlainBatch) -> StepResult:
         """As the trainer's: forward, backward, clip, update, over the whole batch at once."""
-        began, bench = time.perf_counter(), self.bench
-        record = StepRecord(step=self.position.step + 1, samples=batch.indices)
+        record = StepRecord(step=self.position.step + 1)
         self._learn(record.step)
         before = [parameter.detach().clone() for parameter in self.model.parameters()]
         self.optimizer.zero_grad()
-        if bench.inspect and record.step == 1:
+        if self.bench.inspect and record.step == 1:
             self._record.findings = self._inspect(batch)
-        if self.variant is Variant.PARTS:
-            total, count = self._in_parts(batch, record)
-        else:
-            total, count = self._at_once(batch, record)
+        total, count = self._in_parts(batch, record) if self.variant is Variant.PARTS else self._at_once(batch, record)
         for parameter in self.model.parameters():
             if parameter.grad is not None and parameter.grad.is_sparse:
                 parameter.grad = parameter.grad.to_dense()
-        limit = float("inf") if self._max_grad_norm is None else self._max_grad_norm
-        rates = tuple(float(group["lr"]) for group in self.optimizer.param_groups if "lr" in group)
-        record.norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        record.rates = tuple(float(group["lr"]) for group in self.optimizer.param_groups if "lr" in group)
+        record.norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self._max_grad_norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
         moved = [float((new.detach() - old).double().norm()) for new, old in zip(self.model.parameters(), before, strict=True)]
         record.update = math.hypot(*moved)
-        record.loss, record.rates = total / count, list(rates)
+        record.loss = total / count
         self._advance(batch)
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self._schedule(record.loss)
-        elif self.scheduler is not None:
-            self._schedule()
+        if self.scheduler is not None:
+            self._schedule(*([record.loss] if isinstance(self.scheduler, ReduceLROnPlateau) else []))
         result = StepResult(
             step=record.step,
             epoch=batch.epoch,
@@ -164,15 +150,13 @@ class PlainTrainer:
             count=count,
             samples=batch.samples,
             gradient_norm=record.norm,
-            learning_rates=rates,
+            learning_rates=record.rates,
         )
         seed_generators(derive_seed("between", self.seed, record.step), self.device)
-        self._tell(batch, result)
-        record.seconds = time.perf_counter() - began
-        record.event = bench.record.events + 1
-        self._record.steps.append(record)
-        bench.keep_tensors(self._record, self.model, self.optimizer, record.step)
-        bench.happened()
+        self._tell("on_step", result)
+        if batch.number + 1 == batch.of:
+            self._tell("on_epoch", batch.epoch)
+        self.bench.stepped(self._record, record, self.model, self.optimizer)
         return result
 
     def evaluate(
@@ -180,42 +164,26 @@ class PlainTrainer:
     ) -> dict[str, float]:
         """As the trainer's, over the first samples, in one batch."""
         data = few(dataset, self.batch_size)
-        modes = [(module, module.training) for module in self.model.modules()]
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        self.model.eval()
+        collate = (loader or self._loader).collate_fn
+        size = batch_size or -(-self.batch_size // self.microbatches)
         results: dict[str, float] = {}
-        with torch.no_grad():
-            collate = (loader or self._loader).collate_fn
+        with same_mode_and_buffers(self.model), torch.no_grad():
+            self.model.eval()
             samples = self._read(data, range(len(data)), 0)
-            size = batch_size or -(-self.batch_size // self.microbatches)
             parts = [samples[lo : lo + size] for lo in range(0, len(samples), size)]
             for name, metric in ({"loss": self._loss} if metrics is None else metrics).items():
-                value, count = _pair(metric(self.model, self._placed(collate(samples))), len(data))
-                results[name] = float(value) / count
-                pairs = [_pair(metric(self.model, self._placed(collate(part))), len(part)) for part in parts]
+                whole, *pairs = [_pair(metric(self.model, self._placed(collate(part))), len(part)) for part in (samples, *parts)]
+                results[name] = float(whole[0]) / whole[1]
                 summed = sum(float(value) for value, _ in pairs) / (sum(count for _, count in pairs) or 1.0)
                 if abs(summed - results[name]) > _ADDITIVE * max(abs(summed), abs(results[name]), 1e-12):
                     self._record.findings.setdefault("metrics", {})[name] = [results[name], summed]
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(buffers[name])
-        for module, training in modes:
-            module.training = training
         self._record.evaluations.append(results)
         self.bench.happened()
-        for callback in self.callbacks:
-            with self.bench.phase(f"callback {type(callback).__name__}"):
-                callback.on_evaluate(self, results)  # type: ignore[arg-type]
+        self._tell("on_evaluate", results)
         return results
 
     def save(self) -> None:
         """The reference leaves nothing behind."""
-
-    @property
-    def collective(self) -> Any:
-        """Nobody else takes part."""
-        from unisono.collective import InProcess
-
-        return InProcess()
 
     # ------------------------------------------------------------------ one batch
 
@@ -240,25 +208,21 @@ class PlainTrainer:
 
     def _at_once(self, batch: PlainBatch, record: StepRecord) -> tuple[float, float]:
         try:
-            data = self._load(batch, self._record_order(batch.indices))
+            data = self._load(batch)
         except _NotJoinable:
             self._record.findings["in_parts"] = True
             return self._in_parts(batch, record)
-        record.data["0"] = data_digest(data)
-        value, count = self._forward(data, len(batch.indices))
+        record.data[0] = data_digest(data)
+        value, count = self._forward(data, batch.samples, 0)
         (value / count).backward()  # type: ignore[no-untyped-call]
         return float(value.detach()), count
 
     def _in_parts(self, batch: PlainBatch, record: StepRecord) -> tuple[float, float]:
         total = count = 0.0
-        for number, (lo, hi) in enumerate(microbatch_bounds(batch.samples, self.batch_size, self.microbatches)):
-            if hi == lo:
-                continue
+        for number, (lo, hi) in enumerate(batch.bounds):
             samples = self._read(batch.dataset, batch.indices[lo:hi], batch.epoch)
-            seed_generators(derive_seed("collate", self.seed, batch.epoch, batch.indices[lo]))
-            data = self._placed(batch.loader.collate_fn(samples))
-            seed_generators(derive_seed("step", self.seed, record.step, number), self.device)
-            value, share = self._forward(data, hi - lo, seeded=True)
+            self._seed_collate(batch, lo)
+            value, share = self._forward(self._placed(batch.loader.collate_fn(samples)), hi - lo, number)
             value.backward()  # type: ignore[no-untyped-call]
             total, count = total + float(value.detach()), count + share
         for parameter in self.model.parameters():
@@ -266,68 +230,45 @@ class PlainTrainer:
                 parameter.grad /= count
         return total, count
 
-    def _forward(self, data: Any, samples: int, *, seeded: bool = False) -> tuple[Tensor, float]:
-        changes = self.bench.changes
-        if not seeded:
-            seed_generators(derive_seed("step", self.seed, self.position.step + 1, 0), self.device)
-        if Change.CONSTANT_PYTHON_DRAWS in changes:
-            random.seed(20)
-            np.random.seed(20)
-        if Change.FREEZE_NORM in changes:
-            freeze_norm(self.model)
-        before = Snapshot(roots_of(self._loss, self.model)) if Change.RESTORE_STATE in changes else None
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+    def _forward(self, data: Any, samples: int, number: int) -> tuple[Tensor, float]:
+        seed_generators(derive_seed("step", self.seed, self.position.step + 1, number), self.device)
         with contextlib.ExitStack() as modes:
-            if self._precision == "bf16" and self.variant is not Variant.DOUBLE:
-                modes.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16))
-            if Change.CONSTANT_DRAWS in changes:
-                modes.enter_context(constant_draws())
             if self.variant is Variant.DOUBLE:  # what forward makes itself must match
-                dtype = torch.get_default_dtype()
-                modes.callback(torch.set_default_dtype, dtype)
+                modes.callback(torch.set_default_dtype, torch.get_default_dtype())
                 torch.set_default_dtype(torch.float64)
-            with self.bench.phase("loss"):
-                returned = self._loss(self.model, data)
-        if before is not None:
-            before.restore()
-        if Change.FREEZE_BUFFERS in changes:
-            with torch.no_grad():
-                for name, buffer in self.model.named_buffers():
-                    buffer.copy_(buffers[name])
+            elif self._precision == "bf16":
+                modes.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16))
+            modes.enter_context(self.bench.calling(self._loss, self.model))
+            returned = self._loss(self.model, data)
         value, count = _pair(returned, samples)
         return value.reshape(()), count
 
-    def _record_order(self, indices: list[int]) -> list[int]:
-        return indices[::-1] if self.variant is Variant.REVERSED else indices
-
     # ------------------------------------------------------------------ data
 
-    def _load(self, batch: PlainBatch, indices: list[int]) -> Any:
+    def _load(self, batch: PlainBatch) -> Any:
         """The whole batch, collated at once; its randomness keyed as the trainer keys it."""
-        parts = [(lo, hi) for lo, hi in microbatch_bounds(batch.samples, self.batch_size, self.microbatches) if hi > lo]
-        read = [self._read(batch.dataset, batch.indices[lo:hi], batch.epoch) for lo, hi in parts]
-        state = self._collate_state(batch, 0)
+        turned = self.variant is Variant.REVERSED
+        read = [self._read(batch.dataset, batch.indices[lo:hi], batch.epoch) for lo, hi in batch.bounds]
         samples = [sample for part in read for sample in part]
-        if indices != batch.indices:
-            samples.reverse()
-        data = batch.loader.collate_fn(samples)
+        self._seed_collate(batch, 0)
+        state = torch.default_generator.get_state()
+        data = batch.loader.collate_fn(samples[::-1] if turned else samples)
         if not torch.equal(state, torch.default_generator.get_state()):
             # Collating draws (masks of a language model, say), once a microbatch: so it must be done as the trainer does it.
             whole = []
-            for (lo, _), part in zip(parts, read, strict=True):
-                self._collate_state(batch, lo)
+            for (lo, _), part in zip(batch.bounds, read, strict=True):
+                self._seed_collate(batch, lo)
                 whole.append(batch.loader.collate_fn(part))
             try:
                 data = _joined(whole)
             except RuntimeError as error:  # padded to other lengths
                 raise _NotJoinable from error
-            if indices != batch.indices:
-                data = _reversed(data, len(samples))
+            if turned:
+                data = _mapped(data, lambda t: t.flip(0) if t.dim() and t.shape[0] == len(samples) else t)
         return self._placed(data)
 
-    def _collate_state(self, batch: PlainBatch, first: int) -> Tensor:
+    def _seed_collate(self, batch: PlainBatch, first: int) -> None:
         seed_generators(derive_seed("collate", self.seed, batch.epoch, batch.indices[first]))
-        return torch.default_generator.get_state()
 
     def _read(self, dataset: Any, indices: Sequence[int], epoch: int) -> list[Any]:
         with self.bench.phase("data"):
@@ -352,21 +293,16 @@ class PlainTrainer:
         last = batch.number + 1 == batch.of
         self.position.epoch, self.position.batch = (batch.epoch + 1, 0) if last else (batch.epoch, batch.number + 1)
 
-    def _tell(self, batch: PlainBatch, result: StepResult) -> None:
+    def _tell(self, method: str, value: Any) -> None:
         for callback in self.callbacks:
             with self.bench.phase(f"callback {type(callback).__name__}"):
-                callback.on_step(self, result)  # type: ignore[arg-type]
-        if batch.number + 1 == batch.of:
-            for callback in self.callbacks:
-                with self.bench.phase(f"callback {type(callback).__name__}"):
-                    callback.on_epoch(self, batch.epoch)  # type: ignore[arg-type]
+                getattr(callback, method)(self, value)
 
     def _inspect(self, batch: PlainBatch) -> dict[str, Any]:
-        samples = self._read(batch.dataset, batch.indices, batch.epoch)
         inspection = Inspection(
             self.model,
             self._loss,
-            samples=samples,
+            samples=self._read(batch.dataset, batch.indices, batch.epoch),
             indices=batch.indices,
             collate=lambda part: self._placed(batch.loader.collate_fn(part)),
             parts=self.microbatches,
@@ -392,13 +328,10 @@ def _mapped(data: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(data, Mapping):
         moved = {key: _mapped(value, change) for key, value in data.items()}
         return moved if type(data) is dict else type(data)(moved)  # type: ignore[call-arg]
-    if isinstance(data, tuple) and hasattr(data, "_fields"):
-        return type(data)(*(_mapped(value, change) for value in data))
     if isinstance(data, (list, tuple)):
-        return type(data)(_mapped(value, change) for value in data)
-    if hasattr(data, "to") and callable(data.to):
-        return data.to("cpu")
-    return data
+        items = [_mapped(value, change) for value in data]
+        return type(data)(*items) if hasattr(data, "_fields") else type(data)(items)
+    return data.to("cpu") if callable(getattr(data, "to", None)) else data
 
 
 def _joined(parts: list[Any]) -> Any:
@@ -411,7 +344,3 @@ def _joined(parts: list[Any]) -> Any:
     if isinstance(first, (list, tuple)) and len({len(part) for part in parts}) == 1 and isinstance(first[0], (Tensor, Mapping)):
         return type(first)(_joined(list(items)) for items in zip(*parts, strict=True))
     return [item for part in parts for item in part] if isinstance(first, list) else first
-
-
-def _reversed(data: Any, samples: int) -> Any:
-    return _mapped(data, lambda t: t.flip(0) if t.dim() and t.shape[0] == samples else t)

@@ -3,19 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pickle
-from collections.abc import Mapping
-from hashlib import blake2b
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from unisono.guard.data import content_digest
+
 Digests = dict[str, str]
 """Name -> digest of a tensor's bytes, dtype and shape."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Note:
+    """Something that the user's code did, and where."""
+
+    what: str = ""
+    phase: str = ""
+    """What was going on: "script", "trainer", "between", "data", "loss", "step", "evaluate", "callback NAME"."""
+    file: str = ""
+    line: int = 0
+    code: str = ""
+    order: int = 0
+    """Number among the notes of its kind."""
+    result: str = ""
+    """What a call returned, as text."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScriptFailure:
+    """Why the script did not come to its end on a worker."""
+
+    kind: str
+    message: str
+    traceback: str = ""
+    rank: int = 0
+    time_s: float = 0.0
+    secondary: bool = False
+    """Whether this worker only noticed that another one was lost."""
+    refused: bool = False
+    """Whether it is an error of unisono's own, whose text says what to do."""
+    where: Note = Note()
+    """The innermost line of the user's code."""
 
 
 @dataclasses.dataclass
@@ -23,26 +55,23 @@ class StepRecord:
     """One optimizer step, as one worker saw it."""
 
     step: int
-    samples: list[int] = dataclasses.field(default_factory=list)
-    """Sample indices of this worker's microbatches."""
-    data: dict[str, str] = dataclasses.field(default_factory=dict)
+    data: dict[int, str] = field(default_factory=dict)
     """Microbatch number -> digest of what was loaded."""
-    losses: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    losses: dict[int, tuple[float, float]] = field(default_factory=dict)
     """Microbatch number -> loss (as returned) and count (-1: a mean)."""
     loss: float = 0.0
     norm: float = 0.0
-    rates: list[float] = dataclasses.field(default_factory=list)
-    settings: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    rates: tuple[float, ...] = ()
+    settings: list[dict[str, Any]] = field(default_factory=list)
     """The optimizer's parameter groups before the step, without parameters."""
-    start: Digests = dataclasses.field(default_factory=dict)
+    start: Digests = field(default_factory=dict)
     """Parameters and buffers before the step."""
-    end: Digests = dataclasses.field(default_factory=dict)
+    end: Digests = field(default_factory=dict)
     """Parameters and buffers after the step, callbacks included."""
-    optimizer: Digests = dataclasses.field(default_factory=dict)
+    optimizer: Digests = field(default_factory=dict)
     """Optimizer state that this worker keeps."""
-    edited: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    edited: dict[str, list[str]] = field(default_factory=dict)
     """Callback -> tensors that it changed."""
-    seconds: float = 0.0
     update: float = 0.0
     """L2 norm of the change of all parameters (reference only)."""
     event: int = 0
@@ -55,22 +84,17 @@ class TrainerRecord:
 
     batch_size: int = 0
     microbatches: int = 0
-    seed: int = 0
-    call: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Where the script makes it."""
     run_dir: str = ""
     """As the script gave it."""
-    settings: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    settings: list[dict[str, Any]] = field(default_factory=list)
     """The optimizer's parameter groups when it was made."""
-    callbacks: list[str] = dataclasses.field(default_factory=list)
+    callbacks: list[str] = field(default_factory=list)
     loader_workers: int = 0
-    asked: int = 0
-    """Steps that the script would have made of the first `fit` or `batches`."""
-    steps: list[StepRecord] = dataclasses.field(default_factory=list)
-    evaluations: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    norms: list[str] = dataclasses.field(default_factory=list)
+    steps: list[StepRecord] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    norms: list[str] = field(default_factory=list)
     """Modules that normalise over the batch."""
-    findings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    findings: dict[str, Any] = field(default_factory=dict)
     """What an inspection of the loss found."""
 
 
@@ -79,103 +103,72 @@ class WorkerRecord:
     """Everything that one worker has to tell about a run."""
 
     rank: int = 0
-    trainers: list[TrainerRecord] = dataclasses.field(default_factory=list)
+    trainers: list[TrainerRecord] = field(default_factory=list)
     events: int = 0
     """Steps and evaluations."""
-    notes: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    notes: dict[str, list[Note]] = field(default_factory=dict)
     """What the script does that results may depend on, by kind."""
-    state: list[str] = dataclasses.field(default_factory=list)
+    state: list[str] = field(default_factory=list)
     """Places that a call of the loss changed."""
-    data_state: list[str] = dataclasses.field(default_factory=list)
+    data_state: list[str] = field(default_factory=list)
     """Places of the dataset that reading a sample changed."""
-    draws: list[str] = dataclasses.field(default_factory=list)
+    draws: list[str] = field(default_factory=list)
     """Generators from which the loss drew: "torch", "numpy", "random"."""
-    buffers: list[str] = dataclasses.field(default_factory=list)
+    buffers: list[str] = field(default_factory=list)
     """Buffers that the loss changed."""
-    warnings: list[str] = dataclasses.field(default_factory=list)
-    failure: dict[str, Any] | None = None
-    """Kind, message, traceback, secondary, and whether it came after the last event that was asked for."""
-    ended: bool = False
-    """Whether the script came to its own end."""
+    warnings: list[str] = field(default_factory=list)
+    failure: ScriptFailure | None = None
     threads: int = 0
     gpus: int | None = None
     """How many there are; None: training is on the CPU."""
     startup_s: float = 0.0
-    modules: list[str] = dataclasses.field(default_factory=list)
+    """From the script's beginning to its first trainer."""
+    modules: list[str] = field(default_factory=list)
     """Library modules that the script imported."""
 
     def write(self, file: Path) -> None:
         """Whole or not at all."""
         part = file.with_suffix(".part")
-        part.write_text(json.dumps(dataclasses.asdict(self)))
+        part.write_bytes(pickle.dumps(self))
         part.replace(file)
 
     @classmethod
     def read(cls, file: Path) -> WorkerRecord | None:
-        """None if the worker left none."""
-        if not file.exists():
-            return None
-        values = json.loads(file.read_text())
-        trainers = values.pop("trainers")
-        return cls(
-            **values,
-            trainers=[TrainerRecord(**{**one, "steps": [StepRecord(**step) for step in one["steps"]]}) for one in trainers],
-        )
+        """None if the worker left none. (Written by our own child, in a folder that only this user can write to.)"""
+        record: WorkerRecord | None = pickle.loads(file.read_bytes()) if file.exists() else None
+        return record
 
 
-def digest(tensor: Tensor) -> str:
-    """Of a tensor's bytes, dtype and shape."""
-    value = tensor.detach()
-    if value.layout != torch.strided:
-        value = value.to_dense()
-    data = value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{blake2b(data.data, digest_size=8).hexdigest()}:{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+def add(known: list[str], new: list[str]) -> None:
+    """*local*. Adds what is not there yet."""
+    known.extend(name for name in new if name not in known)
 
 
 def digests(model: torch.nn.Module) -> Digests:
     """Of all parameters and buffers."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: digest(tensor) for name, tensor in named if not tensor.is_meta}
+    return {name: content_digest(tensor) for name, tensor in named if not tensor.is_meta}
 
 
 def data_digest(data: Any) -> str:
     """Of whatever a microbatch is made of."""
-    hashed = blake2b(digest_size=8)
-    _feed(hashed, data)
-    return hashed.hexdigest()
-
-
-def _feed(hashed: Any, data: Any) -> None:
-    if isinstance(data, Tensor):
-        hashed.update(digest(data).encode())
-    elif isinstance(data, np.ndarray) and data.dtype != object:
-        hashed.update(data.tobytes())
-    elif isinstance(data, Mapping):
-        for key, value in data.items():
-            hashed.update(repr(key).encode())
-            _feed(hashed, value)
-    elif isinstance(data, (list, tuple)):
-        hashed.update(b"(")
-        for value in data:
-            _feed(hashed, value)
-    elif isinstance(data, (str, bytes, int, float, bool, type(None))):
-        hashed.update(repr(data).encode())
-    else:
+    try:
+        return content_digest(data)
+    except TypeError:  # objects of the user's own classes
         try:
-            hashed.update(pickle.dumps(data))
+            return content_digest(pickle.dumps(data))
         except Exception:
-            hashed.update(type(data).__name__.encode())
-
-
-def plain(value: Any) -> Any:
-    """A setting as JSON can hold it."""
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
+            return type(data).__name__
 
 
 def groups(optimizer: Any) -> list[dict[str, Any]]:
     """The optimizer's settings, without parameters."""
-    return [{key: plain(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    return [{key: _plain(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import linecache
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from unisono.verify.causes import Cause, lines
 from unisono.verify.compare import Distance, distance
 from unisono.verify.job import Change, Job, Variant
-from unisono.verify.runs import Run, Runs, brief
+from unisono.verify.record import Note
+from unisono.verify.runs import RunOutcome, Runs, brief
 
 _CONSTANT = (
     "PyTorch's random draws in forward are constants on both sides: dropout masks are drawn for each microbatch, so a plain loop "
@@ -48,91 +47,98 @@ def examine(runs: Runs, exact: Job) -> ReferenceResult:
     Args:
         exact: The job of one worker, with what must be held for it to repeat itself.
     """
-    first = runs(exact)
-    held = frozenset([Change.CONSTANT_DRAWS]) if "torch" in first.first.draws else frozenset()
-    base = exact.but(*held, keep=True)
-    names = (_CONSTANT,) if held else ()
-    run, plain, rounding, problem = _compared(runs, base)
-    if problem:
-        return ReferenceResult(
-            distance=Distance({}), rounding=Distance({}), beyond=(), causes=(), held=names, explained=False, problem=problem
-        )
+    draws = "torch" in runs(exact).first.draws
+    base = exact.but(*([Change.CONSTANT_DRAWS] if draws else []), keep=True)
+    compared = _compare(runs, base)
+    plain = compared.plain
+    in_parts = any(trainer.findings.get("in_parts") for trainer in plain.trainers)
     result = ReferenceResult(
-        distance=distance(run, plain),
-        rounding=rounding,
-        beyond=tuple(distance(run, plain).beyond(rounding)),
+        distance=compared.distance,
+        rounding=compared.rounding,
+        beyond=tuple(compared.beyond),
         causes=(),
-        held=names,
-        explained=True,
+        held=(*[_CONSTANT] * draws, *[_IN_PARTS] * in_parts),
+        explained=not compared.problem,
+        problem=compared.problem,
     )
-    if any(trainer.findings.get("in_parts") for trainer in plain.trainers):
-        result = dataclasses.replace(result, held=(*names, _IN_PARTS))
-    seen = tuple(_seen_directly(plain))
-    if not result.beyond:
-        return dataclasses.replace(result, causes=seen)
-    causes, explained = _explain(runs, base, run, plain)
-    causes += [cause for cause in seen if cause.name not in {other.name for other in causes}]
+    if compared.problem:
+        return result
+    causes: list[Cause] = []
+    explained = True
+    if compared.beyond:
+        causes, explained = _explain(runs, base, compared.run, plain)
+    known = {cause.name for cause in causes}
+    causes += [cause for cause in _seen_directly(plain) if cause.name not in known]
     return dataclasses.replace(result, causes=tuple(causes), explained=explained)
 
 
-def _compared(runs: Runs, base: Job) -> tuple[Run, Run, Distance, str]:
+@dataclasses.dataclass(frozen=True)
+class _Compared:
+    run: RunOutcome
+    plain: RunOutcome
+    distance: Distance
+    rounding: Distance
+    """What rounding explains."""
+    problem: str
+
+    @property
+    def beyond(self) -> list[str]:
+        return self.distance.beyond(self.rounding)
+
+    @property
+    def agrees(self) -> bool:
+        return not self.problem and not self.beyond
+
+
+def _compare(runs: Runs, base: Job, variant: Variant = Variant.PLAIN) -> _Compared:
     """Trainer and plain loop, what rounding explains, and why not."""
-    variants = [
-        base.plain(Variant.PLAIN, inspect=True),
-        base.plain(Variant.DOUBLE),
-        base.plain(Variant.REVERSED),
-    ]
-    run, plain, double, turned = runs.all([base, *variants])
-    estimates = [distance(plain, other) for other in (double, turned) if other.failure is None]
-    for one, name in ((run, "the trainer"), (plain, "the reference")):
+    jobs = [base, base.plain(variant, inspect=variant is Variant.PLAIN), base.plain(Variant.DOUBLE), base.plain(Variant.REVERSED)]
+    run, plain, *others = runs.all(jobs)
+    whole = plain if variant is Variant.PLAIN else runs(base.plain(Variant.PLAIN, inspect=True))
+    estimates = [distance(whole, other) for other in others if other.failure is None]
+    problem = "" if estimates else "neither float64 nor another order of samples works for this model"
+    for one, name in ((plain, "the reference"), (run, "the trainer")):
         if one.failure is not None:
-            return run, plain, Distance({}), f"{name} failed: {one.failure['kind']}: {brief(one.failure['message'])}"
-    if not estimates:
-        return run, plain, Distance({}), "neither float64 nor another order of samples works for this model"
-    return run, plain, Distance.union(estimates), ""
+            problem = f"{name} failed: {one.failure.kind}: {brief(one.failure.message)}"
+    if problem:
+        return _Compared(run, plain, Distance({}), Distance({}), problem)
+    return _Compared(run, plain, distance(run, plain), Distance.union(estimates), "")
 
 
-def _explain(runs: Runs, base: Job, run: Run, plain: Run) -> tuple[list[Cause], bool]:
+def _explain(runs: Runs, base: Job, run: RunOutcome, plain: RunOutcome) -> tuple[list[Cause], bool]:
     """Experiment after experiment; what cures stays, until nothing is left."""
     causes: list[Cause] = []
-    scheduled = plain.notes("scheduler")
-    if scheduled:
-        found = _try(runs, base, Change.USER_SCHEDULES)
+    if scheduled := plain.notes("scheduler"):
         causes.append(_schedule(scheduled))
-        if found:
-            return causes, True
         base = base.but(Change.USER_SCHEDULES)
+        if _compare(runs, base).agrees:
+            return causes, True
     candidates = {
-        Change.FREEZE_NORM: bool(run.trainers and any(trainer.norms for trainer in run.trainers)),
-        Change.CONSTANT_PYTHON_DRAWS: bool({"random", "numpy"} & set(run.first.draws)),
-        Change.RESTORE_STATE: bool(run.first.state),
-        Change.FREEZE_BUFFERS: bool(run.first.buffers),
+        Change.FREEZE_NORM: any(trainer.norms for trainer in run.trainers),
+        Change.CONSTANT_PYTHON_DRAWS: {"random", "numpy"} & set(run.first.draws),
+        Change.RESTORE_STATE: run.first.state,
+        Change.FREEZE_BUFFERS: run.first.buffers,
     }
     wanted = [change for change, reason in candidates.items() if reason]
     for change in wanted:
-        if _try(runs, base, change):
-            return [*causes, _named(change, run)], True
-    if len(wanted) > 1 and _try(runs, base, *wanted):
-        needed = [change for change in wanted if not _try(runs, base, *(other for other in wanted if other is not change))]
-        return [*causes, *(_named(change, run) for change in needed or wanted)], True
-    parts = runs(base.but(*wanted).plain(Variant.PARTS))
-    cut = parts.failure is None and not distance(runs(base.but(*wanted)), parts).beyond(_compared(runs, base.but(*wanted))[2])
-    if not cut:
+        if _compare(runs, base.but(change)).agrees:
+            return [*causes, _NAMES[change](run)], True
+    together = base.but(*wanted)
+    if len(wanted) > 1 and _compare(runs, together).agrees:
+        rest = {change: [other for other in wanted if other is not change] for change in wanted}
+        needed = [change for change in wanted if not _compare(runs, base.but(*rest[change])).agrees]
+        return [*causes, *(_NAMES[change](run) for change in needed or wanted)], True
+    if not _compare(runs, together, Variant.PARTS).agrees:
         return causes, False
-    causes += [_named(change, run) for change in wanted if change is Change.FREEZE_NORM]
-    composed = _composition(plain)
-    return [*causes, composed], True
-
-
-def _try(runs: Runs, base: Job, *changes: Change) -> bool:
-    run, plain, rounding, problem = _compared(runs, base.but(*changes))
-    return not problem and not distance(run, plain).beyond(rounding)
+    if Change.FREEZE_NORM in wanted:
+        causes.append(_norm(run))
+    return [*causes, _composition(plain)], True
 
 
 # ---------------------------------------------------------------------- names
 
 
-def _schedule(notes: list[dict[str, Any]]) -> Cause:
+def _schedule(notes: list[Note]) -> Cause:
     return Cause(
         name="scheduler_stepped_twice",
         what="the script steps the scheduler that the trainer steps already, so the learning rate runs ahead",
@@ -142,103 +148,103 @@ def _schedule(notes: list[dict[str, Any]]) -> Cause:
     )
 
 
-def _named(change: Change, run: Run) -> Cause:
-    record = run.first
-    experiments = (change.value,)
-    if change is Change.FREEZE_NORM:
-        names = [name for trainer in run.trainers for name in trainer.norms]
-        size = max(-(-trainer.batch_size // trainer.microbatches) for trainer in run.trainers)
-        return Cause(
-            name="batch_norm",
-            what=f"batch normalisation ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) sees a microbatch of {size} "
-            "samples, not the whole batch; with frozen statistics only rounding is left. The same for every number of workers",
-            advice="a choice, not a fault. To come closer to the whole batch: fewer, larger microbatches (microbatches=1 is the "
-            "whole batch, on one worker), GroupNorm or LayerNorm instead, or frozen statistics (module.eval())",
-            experiments=experiments,
-            fault=False,
-        )
-    if change is Change.CONSTANT_PYTHON_DRAWS:
-        names = [name for name in record.draws if name != "torch"]
-        return Cause(
-            name="python_random_in_forward",
-            what=f"the model or the loss draws from {' and '.join(names)}: once a microbatch, where a loop over whole batches "
-            "draws once a batch",
-            advice="decide per sample, with PyTorch's generator (torch.rand(len(x), ...)), or once a step, outside forward",
-            experiments=experiments,
-        )
-    if change is Change.RESTORE_STATE:
-        return Cause(
-            name="state_between_batches",
-            what=f"the model or the loss keeps state from one microbatch to the next: {', '.join(record.state[:5])}",
-            advice="begin each batch from the same state, or make it a buffer",
-            experiments=experiments,
-        )
+def _norm(run: RunOutcome) -> Cause:
+    names = [name for trainer in run.trainers for name in trainer.norms]
+    size = max(-(-trainer.batch_size // trainer.microbatches) for trainer in run.trainers)
     return Cause(
-        name="buffers",
-        what=f"forward changes buffers that it uses ({', '.join(record.buffers[:5])}): each microbatch begins from the step's "
-        "start and sees itself, where a whole batch sees all samples",
-        advice="a choice, not a fault: the same for every number of workers. Fewer, larger microbatches come closer to the whole "
-        "batch",
-        experiments=experiments,
+        name="batch_norm",
+        what=f"batch normalisation ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) sees a microbatch of {size} "
+        "samples, not the whole batch; with frozen statistics only rounding is left. The same for every number of workers",
+        advice="a choice, not a fault. To come closer to the whole batch: fewer, larger microbatches (microbatches=1 is the "
+        "whole batch, on one worker), GroupNorm or LayerNorm instead, or frozen statistics (module.eval())",
+        experiments=(Change.FREEZE_NORM.value,),
         fault=False,
     )
 
 
-def _findings(inspected: Run) -> list[Mapping[str, Any]]:
-    return [trainer.findings for trainer in inspected.trainers]
-
-
-def _composition(inspected: Run) -> Cause:
-    """Cutting the batch into microbatches is what makes the difference: why."""
-    cut = (Variant.PARTS.value,)
-    for found in _findings(inspected):
-        if "mean" in found:
-            return _mean_with_count(found["mean"])
-        if "count" in found:
-            samples, counts = found["count"]["samples"], found["count"]["counts"]
-            return Cause(
-                name="count_not_additive",
-                what=f"the loss's count does not add up: {counts[0]:g} for sample {samples[0]}, {counts[1]:g} for sample "
-                f"{samples[1]}, {counts[2]:g} for both together",
-                advice="return the sum over the microbatch and the number of terms in it, for example (sum, number of tokens)",
-                experiments=cut,
-            )
-        if "weights" in found:
-            samples, ratio = found["weights"]["samples"], found["weights"]["ratio"]
-            return Cause(
-                name="mean_over_ragged_counts",
-                what="the loss is a mean over something that samples have different numbers of (tokens?): sample "
-                f"{samples[0]} weighs {ratio:.3g} times as much as sample {samples[1]}, but the trainer was told to count them "
-                "by another measure, so what a sample weighs depends on its microbatch",
-                advice='return (sum, count), for example (F.cross_entropy(..., reduction="sum"), number of tokens): the division '
-                "is done once, over the whole batch",
-                experiments=cut,
-            )
-        if "module" in found or ("coupled" in found and "padded" not in found):
-            module = found.get("module")
-            who = f"module {module['name']!r} ({module['kind']})" if module else "the loss"
-            return Cause(
-                name="samples_coupled",
-                what=f"{who} lets the samples of a batch influence each other, so a microbatch is another computation than the "
-                "whole batch. The same for every number of workers",
-                advice="a choice, not a fault, if it is meant so: fewer, larger microbatches come closer to the whole batch",
-                experiments=cut,
-                fault=False,
-            )
-        if "padded" in found:
-            return Cause(
-                name="padding",
-                what="samples are padded to the longest of their microbatch, and the model's result depends on the padding",
-                advice="mask what is padded, or pad all samples to one length",
-                experiments=cut,
-            )
+def _python_draws(run: RunOutcome) -> Cause:
     return Cause(
-        name="cut_into_microbatches",
-        what="computing the batch in microbatches makes the difference (a plain loop that accumulates over the same microbatches "
-        "agrees), but no module was found in which samples influence each other",
-        advice="look at what the loss does with the batch as a whole",
-        experiments=cut,
+        name="python_random_in_forward",
+        what=f"the model or the loss draws from {' and '.join(name for name in run.first.draws if name != 'torch')}: once a "
+        "microbatch, where a loop over whole batches draws once a batch",
+        advice="decide per sample, with PyTorch's generator (torch.rand(len(x), ...)), or once a step, outside forward",
+        experiments=(Change.CONSTANT_PYTHON_DRAWS.value,),
     )
+
+
+def _state(run: RunOutcome) -> Cause:
+    return Cause(
+        name="state_between_batches",
+        what=f"the model or the loss keeps state from one microbatch to the next: {', '.join(run.first.state[:5])}",
+        advice="begin each batch from the same state, or make it a buffer",
+        experiments=(Change.RESTORE_STATE.value,),
+    )
+
+
+def _buffers(run: RunOutcome) -> Cause:
+    return Cause(
+        name="buffers",
+        what=f"forward changes buffers that it uses ({', '.join(run.first.buffers[:5])}): each microbatch begins from the step's "
+        "start and sees itself, where a whole batch sees all samples",
+        advice="a choice, not a fault: the same for every number of workers. Fewer, larger microbatches come closer to the whole "
+        "batch",
+        experiments=(Change.FREEZE_BUFFERS.value,),
+        fault=False,
+    )
+
+
+_NAMES: dict[Change, Callable[[RunOutcome], Cause]] = {
+    Change.FREEZE_NORM: _norm,
+    Change.CONSTANT_PYTHON_DRAWS: _python_draws,
+    Change.RESTORE_STATE: _state,
+    Change.FREEZE_BUFFERS: _buffers,
+}
+
+
+def _composition(inspected: RunOutcome) -> Cause:
+    """Cutting the batch into microbatches is what makes the difference: why."""
+    found = {key: value for trainer in reversed(inspected.trainers) for key, value in trainer.findings.items()}
+    if "mean" in found:
+        return _mean_with_count(found["mean"])
+    if "count" in found:
+        samples, counts = found["count"]["samples"], found["count"]["counts"]
+        name, fault = "count_not_additive", True
+        what = (
+            f"the loss's count does not add up: {counts[0]:g} for sample {samples[0]}, {counts[1]:g} for sample {samples[1]}, "
+            f"{counts[2]:g} for both together"
+        )
+        advice = "return the sum over the microbatch and the number of terms in it, for example (sum, number of tokens)"
+    elif "weights" in found:
+        samples, ratio = found["weights"]["samples"], found["weights"]["ratio"]
+        name, fault = "mean_over_ragged_counts", True
+        what = (
+            f"the loss is a mean over something that samples have different numbers of (tokens?): sample {samples[0]} weighs "
+            f"{ratio:.3g} times as much as sample {samples[1]}, but the trainer was told to count them by another measure, so "
+            "what a sample weighs depends on its microbatch"
+        )
+        advice = (
+            'return (sum, count), for example (F.cross_entropy(..., reduction="sum"), number of tokens): the division is done '
+            "once, over the whole batch"
+        )
+    elif "coupled" in found:
+        name, fault = "samples_coupled", False
+        what = (
+            "the loss lets the samples of a batch influence each other, so a microbatch is another computation than the whole "
+            "batch. The same for every number of workers"
+        )
+        advice = "a choice, not a fault, if it is meant so: fewer, larger microbatches come closer to the whole batch"
+    elif "padded" in found:
+        name, fault = "padding", True
+        what = "samples are padded to the longest of their microbatch, and the model's result depends on the padding"
+        advice = "mask what is padded, or pad all samples to one length"
+    else:
+        name, fault = "cut_into_microbatches", True
+        what = (
+            "computing the batch in microbatches makes the difference (a plain loop that accumulates over the same microbatches "
+            "agrees), but no samples were found that influence each other"
+        )
+        advice = "look at what the loss does with the batch as a whole"
+    return Cause(name=name, what=what, advice=advice, experiments=(Variant.PARTS.value,), fault=fault)
 
 
 def _mean_with_count(found: Mapping[str, Any]) -> Cause:
@@ -253,57 +259,28 @@ def _mean_with_count(found: Mapping[str, Any]) -> Cause:
     )
 
 
-def _seen_directly(inspected: Run) -> list[Cause]:
+def _seen_directly(inspected: RunOutcome) -> Iterator[Cause]:
     """Faults that both sides share, so that no distance shows them."""
-    causes = []
-    for trainer in inspected.trainers:
-        found = trainer.findings
+    for found in (trainer.findings for trainer in inspected.trainers):
         if "mean" in found:
-            causes.append(_mean_with_count(found["mean"]))
+            yield _mean_with_count(found["mean"])
         for name, (whole, summed) in found.get("metrics", {}).items():
-            causes.append(
-                Cause(
-                    name="metric_not_additive",
-                    what=f"metric {name!r} is {whole:.6g} over the samples at once, but {summed:.6g} put together from parts: it "
-                    "is a mean over something else than it is counted by",
-                    advice="return (sum, count) with the number of terms of the sum, as for a loss",
-                    experiments=(Variant.PARTS.value,),
-                )
+            yield Cause(
+                name="metric_not_additive",
+                what=f"metric {name!r} is {whole:.6g} over the samples at once, but {summed:.6g} put together from parts: it "
+                "is a mean over something else than it is counted by",
+                advice="return (sum, count) with the number of terms of the sum, as for a loss",
+                experiments=(Variant.PARTS.value,),
             )
         divided = found.get("divided")
-        if divided is not None and _is_parts(divided["divisor"], trainer.call):
-            causes.append(
-                Cause(
-                    name="loss_divided_twice",
-                    what=f"the loss is divided by {divided['divisor']} = {divided['by']}, the number of microbatches; the "
-                    f"trainer divides by the count already, so loss and gradient come out {divided['by']} times too small "
-                    "(without this division they are that much larger)",
-                    advice="return the sum and the count; nothing else is to be divided",
-                    places=lines([divided]),
-                    experiments=("undivided",),
-                )
+        # Another number may happen to equal the number of microbatches: the divisor's name tells what it stands for.
+        if divided is not None and any(word in divided["divisor"].lower() for word in ("microbatch", "accum")):
+            yield Cause(
+                name="loss_divided_twice",
+                what=f"the loss is divided by {divided['divisor']} = {divided['by']}, the number of microbatches; the "
+                f"trainer divides by the count already, so loss and gradient come out {divided['by']} times too small "
+                "(without this division they are that much larger)",
+                advice="return the sum and the count; nothing else is to be divided",
+                places=lines([divided["where"]]),
+                experiments=("undivided",),
             )
-    return causes
-
-
-def _is_parts(divisor: str, call: Mapping[str, Any]) -> bool:
-    """Whether a divisor that equals the number of microbatches stands for it: by its name, or because the trainer is given it."""
-    if not divisor or divisor.lstrip("-").isdecimal():
-        return False
-    words = ("microbatch", "accum")
-    return any(word in divisor.lower() for word in words) or divisor == _argument(call, "microbatches")
-
-
-def _argument(call: Mapping[str, Any], name: str) -> str:
-    """The expression that the script gives the trainer as argument ``name``."""
-    source = "".join(linecache.getlines(call["file"]))
-    try:
-        tree = ast.parse(source)
-    except SyntaxError:
-        return ""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and node.lineno <= call["line"] <= (node.end_lineno or node.lineno):
-            for keyword in node.keywords:
-                if keyword.arg == name:
-                    return ast.unparse(keyword.value)
-    return ""

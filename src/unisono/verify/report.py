@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +13,7 @@ from rich.text import Text
 from unisono.observe.strict_json import dumps
 from unisono.verify.causes import Cause
 from unisono.verify.compare import Difference
-from unisono.verify.inquiry import EXIT_STATUS, Comparison, Report
+from unisono.verify.inquiry import EXIT_STATUS, VerifyReport, WorkerComparison
 from unisono.verify.reference import ReferenceResult
 
 _VERDICTS = {
@@ -24,7 +23,7 @@ _VERDICTS = {
 }
 
 
-def show(report: Report, console: Console) -> None:
+def show(report: VerifyReport, console: Console) -> None:
     """*local*. Writes the report for a person."""
     if report.problem:
         _line(console, f"{_VERDICTS['unknown']}: {report.problem}")
@@ -47,7 +46,7 @@ def show(report: Report, console: Console) -> None:
         for line in _cause(cause):
             _line(console, line)
     for comparison in report.comparisons:
-        if comparison.difference is not None and not (comparison.search and comparison.search.changes):
+        if comparison.difference is not None and not comparison.changes:
             console.print()
             for line in _unexplained(comparison):
                 _line(console, line)
@@ -58,12 +57,8 @@ def show(report: Report, console: Console) -> None:
     _line(console, f"{_verdict(report)} ({report.steps} steps; the script was run {report.runs} times in {report.seconds:.0f} s)")
 
 
-def to_json(report: Report) -> str:
+def to_json(report: VerifyReport) -> str:
     """*local*. The report as strict JSON."""
-    return dumps(_plain(_facts(report)), indent=2)
-
-
-def _facts(report: Report) -> dict[str, Any]:
     facts = dataclasses.asdict(report)
     facts["exit_status"] = EXIT_STATUS[report.verdict]
     facts["causes"] = [dataclasses.asdict(cause) for cause in report.causes]
@@ -72,26 +67,15 @@ def _facts(report: Report) -> dict[str, Any]:
             comparison["search"]["changes"] = sorted(comparison["search"]["changes"])
         comparison["equal"] = not comparison["skipped"] and comparison["difference"] is None
     if report.reference is not None:
-        facts["reference"]["distance"] = _numbers(report.reference.distance.steps)
-        facts["reference"]["rounding"] = _numbers(report.reference.rounding.steps)
-    return facts
+        for name, distance in (("distance", report.reference.distance), ("rounding", report.reference.rounding)):
+            facts["reference"][name] = {
+                key: {"usual": distance.usual(key), "largest": distance.largest(key), "steps": values}
+                for key, values in distance.steps.items()
+            }
+    return dumps(json.loads(json.dumps(facts)), indent=2)  # without tuples
 
 
-def _numbers(steps: Any) -> dict[str, Any]:
-    return {
-        name: {"usual": _usual(values), "largest": max(values, default=0.0), "steps": values} for name, values in steps.items()
-    }
-
-
-def _usual(values: tuple[float, ...]) -> float:
-    return sorted(values)[(3 * (len(values) - 1)) // 4] if values else 0.0
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value), parse_constant=str)
-
-
-def _verdict(report: Report) -> str:
+def _verdict(report: VerifyReport) -> str:
     same = _same_bits(report)
     if report.verdict == "equal" and any(not cause.fault for cause in report.causes):
         return f"Equal: {same}. Mind what is said above"
@@ -104,7 +88,7 @@ def _verdict(report: Report) -> str:
     return _VERDICTS[report.verdict]
 
 
-def _same_bits(report: Report) -> str:
+def _same_bits(report: VerifyReport) -> str:
     """On which numbers of workers."""
     *numbers, last = sorted({comparison.workers for comparison in report.comparisons if not comparison.skipped} | {1})
     if not numbers:
@@ -112,7 +96,7 @@ def _same_bits(report: Report) -> str:
     return f"the same bits on {', '.join(map(str, numbers))} and {last} workers"
 
 
-def _row(comparison: Comparison) -> tuple[str, str]:
+def _row(comparison: WorkerComparison) -> tuple[str, str]:
     if comparison.skipped:
         return "not compared", comparison.skipped
     if comparison.difference is None:
@@ -170,7 +154,7 @@ def _cause(cause: Cause) -> Iterator[str]:
         yield f"  Found by experiment: {', '.join(cause.experiments)}"
 
 
-def _unexplained(comparison: Comparison) -> Iterator[str]:
+def _unexplained(comparison: WorkerComparison) -> Iterator[str]:
     search = comparison.search
     if search is not None and search.causes:
         yield f"{comparison.name}: with these causes taken away there still is a difference, whose cause was not found."

@@ -1,4 +1,4 @@
-"""Runs of the script, as the questions need them: each is made once, in a folder of its own, by processes from the nurseries."""
+"""Runs of the script, as the questions need them: each is made once, in a folder of its own, by children of the fork servers."""
 
 from __future__ import annotations
 
@@ -10,33 +10,37 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from unisono.system.fork_server import Child, ForkServer, overlaid, wait_for_end
+from unisono.system.reaper import end_groups, end_processes
 from unisono.verify.job import Change, Job
-from unisono.verify.nursery import Nurseries, Nursery
-from unisono.verify.record import TrainerRecord, WorkerRecord
+from unisono.verify.record import Note, ScriptFailure, TrainerRecord, WorkerRecord
+from unisono.verify.servers import ForkServers
 from unisono.world import usable_cores
 
 _FIRST_LIMIT_S = 600.0
 _BRIEF = 500
 _GRACE_S = 2.0
-"""How long the others may take once a worker has failed."""
+"""How long the other workers may take once one has failed."""
+_LOOK_S = 0.5
+"""How often a wait looks whether everything is to stop."""
 _WORTH_PRELOADING_S = 0.3
 _NEVER_PRELOADED = ("tensorflow", "jax", "jaxlib", "cupy", "ray", "__")
-"""They start threads, or a device, at import: nothing could be forked afterwards."""
+"""They start threads, or open a device, at import: nothing could be forked afterwards."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunOutcome:
     """What came out of a job."""
 
     job: Job
     folder: Path
     records: tuple[WorkerRecord | None, ...]
-    """By rank; None: the worker died without a word."""
+    """By rank; None: the worker died before it could write one."""
     statuses: tuple[int | None, ...]
     """Exit status by rank; None: it was ended because it took too long."""
     seconds: float
@@ -52,25 +56,16 @@ class Run:
         return self.first.trainers
 
     @property
-    def failure(self) -> dict[str, Any] | None:
+    def failure(self) -> ScriptFailure | None:
         """Why the run did not come to its end: of all failures the one that caused the others."""
-        told = [
-            {**record.failure, "rank": rank}
-            for rank, record in enumerate(self.records)
-            if record is not None and record.failure is not None
-        ]
+        told = [record.failure for record in self.records if record is not None and record.failure is not None]
         if told:
-            return min(told, key=lambda one: (one["secondary"], one["time_s"]))
+            return min(told, key=lambda one: (one.secondary, one.time_s))
         for rank, (record, status) in enumerate(zip(self.records, self.statuses, strict=True)):
             if record is None:
                 how = "did not end in time" if status is None else f"died with status {status}"
-                return {"kind": "death", "message": f"worker {rank} {how}{self._last_words(rank)}", "rank": rank, "traceback": ""}
+                return ScriptFailure(kind="death", message=f"worker {rank} {how}{self._last_words(rank)}", rank=rank)
         return None
-
-    def output(self, rank: int) -> str:
-        """What a worker has printed."""
-        file = self.folder / f"output-{rank}.txt"
-        return file.read_text(errors="replace") if file.exists() else ""
 
     def tensors(self, trainer: int, step: int, rank: int = 0) -> dict[str, dict[str, Any]] | None:
         """What was kept of a step: "model" and "optimizer", by name."""
@@ -80,24 +75,20 @@ class Run:
         loaded: dict[str, dict[str, Any]] | None = torch.load(file, weights_only=True) if file.exists() else None
         return loaded
 
-    def notes(self, kind: str) -> list[dict[str, Any]]:
+    def notes(self, kind: str) -> list[Note]:
         """What workers noted about the script, each once."""
-        found: list[dict[str, Any]] = []
-        for record in self.records:
-            for note in record.notes.get(kind, []) if record is not None else []:
-                if note not in found:
-                    found.append(note)
-        return found
+        return self._union(lambda record: record.notes.get(kind, []))
 
     def every(self, field: str) -> list[str]:
         """The union over workers of a list in their records."""
-        found: list[str] = []
-        for record in self.records:
-            found += [name for name in getattr(record, field) if name not in found] if record is not None else []
-        return found
+        return self._union(lambda record: getattr(record, field))
+
+    def _union(self, pick: Callable[[WorkerRecord], list[Any]]) -> list[Any]:
+        return list(dict.fromkeys(item for record in self.records if record is not None for item in pick(record)))
 
     def _last_words(self, rank: int) -> str:
-        lines = self.output(rank).strip().splitlines()[-3:]
+        file = self.folder / f"output-{rank}.txt"
+        lines = file.read_text(errors="replace").strip().splitlines()[-3:] if file.exists() else []
         return f"; its last words: {' | '.join(lines)}" if lines else ""
 
 
@@ -105,27 +96,27 @@ class Runs:
     """Makes runs. Used as a context. All methods are *local*.
 
     Args:
-        nurseries: Where its processes come from.
+        servers: Where its processes come from.
         script: Path of the user's script.
         args: Its arguments.
         steps: Optimizer steps to look at.
         threads: Threads per worker.
     """
 
-    def __init__(self, nurseries: Nurseries, script: str, args: Sequence[str], *, steps: int, threads: int) -> None:
+    def __init__(self, servers: ForkServers, script: str, args: Sequence[str], *, steps: int, threads: int) -> None:
         self.script, self.args, self.steps, self.threads = script, list(args), steps, threads
         self.made = 0
         """How often the script was run."""
         self.held: list[list[dict[str, Any]]] = []
         """For each trainer, the optimizer's settings on one worker."""
-        self._known: dict[Job, Future[Run]] = {}
-        self._nurseries = nurseries
-        self._cores = threading.BoundedSemaphore(max(1, usable_cores()))
+        self._known: dict[Job, Future[RunOutcome]] = {}
+        self._servers = servers
         self._all_cores = max(1, usable_cores())
-        self._children: list[tuple[Nursery, int, Future[int]]] = []
+        self._cores = threading.BoundedSemaphore(self._all_cores)
         self._lock = threading.Lock()
         self._turn = threading.Lock()
         self._limit_s = _FIRST_LIMIT_S
+        self._stops = threading.Event()
         self._closing = contextlib.ExitStack()
 
     def __enter__(self) -> Runs:
@@ -133,19 +124,19 @@ class Runs:
         self._closing.callback(shutil.rmtree, self.folder, ignore_errors=True)
         self._pool = ThreadPoolExecutor(max_workers=16)
         self._closing.callback(self._pool.shutdown, wait=True, cancel_futures=True)
-        self._closing.callback(self._kill_all)
+        self._closing.callback(self._stops.set)  # only after an error or Ctrl-C does anything still run
         for second in (False, True):
-            self.nursery(Job(second=second, threads=self.threads), 0)
+            self._server(Job(second=second, threads=self.threads), 0)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closing.close()
 
-    def __call__(self, job: Job) -> Run:
+    def __call__(self, job: Job) -> RunOutcome:
         """The run of a job, made now or before."""
         return self.start(job).result()
 
-    def start(self, job: Job) -> Future[Run]:
+    def start(self, job: Job) -> Future[RunOutcome]:
         """The run of a job, to come."""
         if job.teacher is not None:
             self.start(job.teacher)  # it stands before this one in the queue, so nobody waits for ever
@@ -154,56 +145,55 @@ class Runs:
                 self._known[job] = self._pool.submit(self._make, job, len(self._known))
             return self._known[job]
 
-    def all(self, jobs: Sequence[Job]) -> list[Run]:
+    def all(self, jobs: Sequence[Job]) -> list[RunOutcome]:
         """Several runs, side by side as far as there are cores."""
         return [future.result() for future in [self.start(job) for job in jobs]]
 
-    def learn(self, run: Run) -> None:
+    def learn(self, run: RunOutcome) -> None:
         """What the first run tells about how to make the others: its libraries, its duration, its settings."""
         record = run.first
         self.held = [trainer.settings for trainer in record.trainers]
         self._limit_s = 60.0 + 20.0 * run.seconds
         if record.startup_s > _WORTH_PRELOADING_S:
-            self._nurseries.preload([name for name in record.modules if not name.startswith(_NEVER_PRELOADED)])
+            self._servers.preload([name for name in record.modules if not name.startswith(_NEVER_PRELOADED)])
 
-    def nursery(self, job: Job, rank: int) -> Nursery:
-        """Where a worker of a job comes from: neighbours from two interpreters, which hash strings differently."""
-        second = (rank % 2 == 1) != job.second
-        if Change.SAME_MEMORY in job.changes:
-            number, seed = 0, "1"
-        elif Change.SAME_HASH in job.changes:
-            number, seed = (2 if second else 0), "1"
-        else:
-            number, seed = int(second), "2" if second else "1"
+    # ------------------------------------------------------------------
+
+    def _server(self, job: Job, rank: int) -> ForkServer:
+        return self._servers.get(self._interpreter(job, rank))
+
+    def _interpreter(self, job: Job, rank: int) -> Mapping[str, str]:
+        """Variables that are read when an interpreter starts: neighbouring workers hash strings differently."""
+        second = (rank % 2 == 1) != job.second and Change.SAME_HASH not in job.changes
         threads = str(job.threads)
-        environment = {
-            "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED") or seed,
+        return {
+            "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED") or ("2" if second else "1"),
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "UNISONO_THREADS": threads,
             **dict(job.environment),
         }
-        return self._nurseries.get(number, environment)
 
-    # ------------------------------------------------------------------
-
-    def _make(self, job: Job, number: int) -> Run:
+    def _make(self, job: Job, number: int) -> RunOutcome:
         folder = self.folder / f"run-{number}"
         folder.mkdir()
         teacher = None if job.teacher is None else self(job.teacher).folder
+        children: list[Child] = []
         with self._enough_cores(job):
             began_s = time.monotonic()
             port = _free_port()
-            children = [self._fork(job, rank, folder, teacher, port) for rank in range(job.workers)]
             self.made += 1
-            self._children += children
-            statuses = self._wait(children)
+            try:
+                for rank in range(job.workers):
+                    children.append(self._start(job, rank, folder, teacher, port))
+                statuses = self._wait(children)
+            finally:
+                self._end(children)
             seconds = time.monotonic() - began_s
-        records = tuple(WorkerRecord.read(folder / f"record-{rank}.json") for rank in range(job.workers))
-        return Run(job, folder, records, tuple(statuses), seconds)
+        records = tuple(WorkerRecord.read(folder / f"record-{rank}.pickle") for rank in range(job.workers))
+        return RunOutcome(job, folder, records, tuple(statuses), seconds)
 
-    def _fork(self, job: Job, rank: int, folder: Path, teacher: Path | None, port: int) -> tuple[Nursery, int, Future[int]]:
-        nursery = self.nursery(job, rank)
+    def _start(self, job: Job, rank: int, folder: Path, teacher: Path | None, port: int) -> Child:
         spec = {
             "script": self.script,
             "args": self.args,
@@ -223,24 +213,33 @@ class Runs:
             "teacher": None if teacher is None else str(teacher),
             "held": self.held,
             "inspect": job.inspect,
-            "environment": _environment(job, rank, port),
         }
-        return nursery, *nursery.fork(spec)
+        with (folder / f"output-{rank}.txt").open("wb") as output, Path(os.devnull).open("rb") as nothing:
+            return self._server(job, rank).start(
+                "unisono.verify.child:run",
+                spec,
+                environment=overlaid({**self._interpreter(job, rank), **_launched(job, rank, port)}),
+                streams={0: nothing.fileno(), 1: output.fileno(), 2: output.fileno()},
+                folder=Path(self.script).resolve().parent,
+            )
 
-    def _wait(self, children: Sequence[tuple[Nursery, int, Future[int]]]) -> list[int | None]:
-        waiting = {ended for _, _, ended in children}
+    def _wait(self, children: Sequence[Child]) -> list[int | None]:
         deadline_s = time.monotonic() + self._limit_s
-        while waiting:
-            done, waiting = wait(waiting, timeout=max(0.0, deadline_s - time.monotonic()), return_when=FIRST_COMPLETED)
-            if any(_status(ended) != 0 for ended in done):
-                deadline_s = min(deadline_s, time.monotonic() + _GRACE_S)
-            if not done:
+        while running := [child for child in children if child.poll() is None]:
+            now_s = time.monotonic()
+            if any(child.returncode for child in children):
+                deadline_s = min(deadline_s, now_s + _GRACE_S)
+            if now_s >= deadline_s or self._stops.is_set():
                 break
-        for nursery, number, ended in children:
-            if ended in waiting:
-                nursery.kill(number)
-        wait(waiting, timeout=_GRACE_S)
-        return [None if ended in waiting else _status(ended) for _, _, ended in children]
+            wait_for_end(running, min(_LOOK_S, deadline_s - now_s))
+        return [child.returncode for child in children]
+
+    def _end(self, children: Sequence[Child]) -> None:
+        end_processes(child.pid for child in children if child.poll() is None)
+        end_groups((child.pid for child in children), grace_s=_GRACE_S)  # loader processes that they left behind
+        for child in children:
+            child.poll()
+            self._servers.reaper.remove(child.pid)
 
     @contextlib.contextmanager
     def _enough_cores(self, job: Job) -> Iterator[None]:
@@ -252,21 +251,7 @@ class Runs:
         try:
             yield
         finally:
-            for _ in range(wanted):
-                self._cores.release()
-
-    def _kill_all(self) -> None:
-        """Only after an error or Ctrl-C is there anything left to end."""
-        for nursery, number, ended in list(self._children):
-            if not ended.done():
-                nursery.kill(number)
-
-
-def _status(ended: Future[int]) -> int:
-    try:
-        return ended.result(0)
-    except CancelledError:
-        return 1
+            self._cores.release(wanted)
 
 
 def _free_port() -> int:
@@ -277,7 +262,7 @@ def _free_port() -> int:
         return port
 
 
-def _environment(job: Job, rank: int, port: int) -> Mapping[str, str]:
+def _launched(job: Job, rank: int, port: int) -> Mapping[str, str]:
     """What a launcher would set."""
     return {
         "RANK": str(rank),
