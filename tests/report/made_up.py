@@ -1,4 +1,4 @@
-"""Run directories as a training leaves them, without the training."""
+"""Run directories as a training leaves them, without the training, and pictures that an application may attach."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from unisono.report import charts
+from unisono.report.attachments import DataTable, TextSample
 
 SHA256 = "009a47db8397f61e9b213edf4850048c8230b24d65293a722729f32d4876e002"
 PHASES = ("data", "compute", "communication", "waiting")
@@ -121,3 +127,19 @@ def write_run(
     if ended:
         (folder / "summary.json").write_text(json.dumps(summary(steps, workers=left)))
     return folder
+
+
+PICTURES: dict[str, Any] = {
+    "confusion": charts.confusion_matrix(["cat", "dog"], [[3, 1], [0, 5]]),
+    "curves": charts.curves("recall", "precision", {"this run": ([0.0, 1.0], [1.0, 0.5]), "other": ([], [])}),
+    "dates": charts.forecast(["2026-01-01", "2026-01-02"], [1.0, 2.0], [0.0, 1.0], [2.0, 3.5], [1.5, float("nan")]),
+    "one value": charts.forecast([1.0], [2.0], coverage=0.8),
+    "comparison": charts.comparison_bars("RMSE", {"this run": 0.91, "mean": 1.1}, "this run", higher_is_better=False),
+    "plotly": go.Figure(
+        data=[go.Scatter(x=np.arange(3.0), y=np.array([1.0, np.nan, 3.0]), name="a"), go.Bar(x=[0, 1], y=[2, 3], name="b")],
+        layout={"title": {"text": "of its own"}, "width": 2000, "height": 300, "template": "plotly_dark"},
+    ),
+    "json": {"data": [{"type": "pie", "labels": ["x", "y"], "values": [1, 2]}]},
+    "text": TextSample(text="<b>& more\n", prompt="The "),
+    "table": DataTable(columns=["film", "stars"], rows=[["Vertigo", 4.5], ["Chinatown", 4]]),
+}

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.report.made_up import lines, summary, write_run
-from tests.report.test_attachments import PICTURES
+from tests.report.made_up import PICTURES, lines, summary, write_run
 from unisono.report.attachments import attach
 from unisono.report.command import write_report
 from unisono.report.server import Dashboard
