@@ -33,7 +33,7 @@ MICROBATCHES = 4
 QUANTILES = (0.1, 0.5, 0.9)
 
 
-class Net(nn.Module):
+class ForecastNet(nn.Module):
     """Numbers ``[N, width]`` and codes ``[N, C]`` to three quantiles ``[N, 3]`` in ascending order, in units of ``scale``."""
 
     def __init__(self, width: int, sizes: list[int]) -> None:
@@ -136,7 +136,7 @@ def predict(run_dir: str, file: str) -> None:
     """Prints a CSV: a line with low end, median and high end for each row of the file."""
     settings = application.trained(run_dir, "forecast")
     features = Features.from_json(settings["features"])
-    model = Net(features.width, features.sizes)
+    model = ForecastNet(features.width, features.sizes)
     application.load_weights(model, run_dir)
     table = read_csv(Path(file))
     if settings["flights"]:
@@ -179,7 +179,7 @@ def main() -> None:
     train, test = (TensorDataset(*(column[rows] for column in columns)) for rows in (train_rows, test_rows))
 
     torch.manual_seed(arguments.seed)
-    model = Net(features.width, features.sizes)
+    model = ForecastNet(features.width, features.sizes)
     model.start_linear(train.tensors[0], train.tensors[2])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     steps = arguments.epochs * -(-len(train) // arguments.batch_size)

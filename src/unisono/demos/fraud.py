@@ -37,7 +37,7 @@ CUSTOMERS, TERMINALS, DAYS = 3600, 7200, 90
 PAYMENTS = ("time", "customer", "terminal", "amount")
 
 
-class Net(nn.Module):
+class PaymentNet(nn.Module):
     """Numbers ``[N, width]`` and codes ``[N, C]`` to the logit of fraud ``[N]``."""
 
     def __init__(self, width: int, sizes: list[int]) -> None:
@@ -166,7 +166,7 @@ def predict(run_dir: str, file: str) -> None:
     """Prints a score for each row of a CSV file."""
     settings = application.trained(run_dir, "fraud")
     features = Features.from_json(settings["features"])
-    model = Net(features.width, features.sizes)
+    model = PaymentNet(features.width, features.sizes)
     application.load_weights(model, run_dir)
     table, _, _ = prepare(read_csv(Path(file)), settings["label"])
     print("score")
@@ -203,7 +203,7 @@ def main() -> None:
     train, test = (TensorDataset(*(column[rows] for column in columns)) for rows in (train_rows, test_rows))
 
     torch.manual_seed(arguments.seed)
-    model = Net(features.width, features.sizes)
+    model = PaymentNet(features.width, features.sizes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     steps = arguments.epochs * -(-len(train) // arguments.batch_size)
     shown = application.Evaluation(test, {"test loss": loss}, batch_size=4096, every=1, epochs=arguments.epochs)

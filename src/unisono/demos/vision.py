@@ -55,7 +55,7 @@ PUBLISHED = {
 """From the table in the data set's own README; as it says there, submitted and not verified."""
 
 
-class Net(nn.Module):
+class ClothesNet(nn.Module):
     """Images ``uint8 [N, 28, 28]`` to logits ``[N, 10]``; augments while it trains."""
 
     def __init__(self) -> None:
@@ -175,7 +175,7 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
 def predict(run_dir: str, file: str) -> None:
     """Prints the three most likely classes of an image file."""
     application.trained(run_dir, "vision")
-    model = Net()
+    model = ClothesNet()
     application.load_weights(model, run_dir)
     probabilities = F.softmax(logits_of(model, read_image(file)[None])[0], dim=0)
     for probability, place in zip(*probabilities.topk(3), strict=True):
@@ -201,7 +201,7 @@ def main() -> None:
     folder = obtain(FASHION_MNIST, arguments.data, world)
     train, test = load(folder, "train"), load(folder, "t10k")
     torch.manual_seed(arguments.seed)
-    model = Net()
+    model = ClothesNet()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.02)
     steps = arguments.epochs * -(-len(train) // arguments.batch_size)
     shown = application.Evaluation(test, {"accuracy": accuracy}, batch_size=500, every=2, epochs=arguments.epochs)

@@ -10,13 +10,15 @@ import math
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 from unisono.observe.reading import Reading
 from unisono.system import output
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from unisono.observe.live import LiveView
 
 Loss = float | Callable[[], float]
 """A loss, or a function that fetches it: where the loss lives on a GPU, fetching it waits for the GPU."""
@@ -63,20 +65,25 @@ class SilentProgress(ProgressDisplay):
     """Shows nothing: for all workers but rank 0, and for those who want quiet. *Local*."""
 
 
-class View(Protocol):
-    """Draws readings somewhere. *Local*."""
+class PlainView:
+    """One self-contained line a reading, without colour or control characters, never wrapped."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
 
     def begin(self, reading: Reading) -> None:
-        """Begin; ``reading`` is where the run stands before its first step."""
+        """Nothing: the first step is the first line."""
 
     def show(self, reading: Reading) -> None:
-        """Draw."""
+        """Print the reading as a line."""
+        self.note("  ".join([reading.position(), *reading.facts(), *reading.left()]))
 
     def note(self, text: str) -> None:
         """Print a line."""
+        self._console.print(text, style=None, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
-        """End; what was drawn last stays."""
+        """Nothing to end."""
 
 
 class Progress(ProgressDisplay):
@@ -113,7 +120,7 @@ class Progress(ProgressDisplay):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         console = console or standard_output()
-        self._view: View
+        self._view: LiveView | PlainView
         if console.is_interactive:
             from unisono.observe.live import LiveView
 
@@ -213,24 +220,3 @@ class Progress(ProgressDisplay):
         self._finished = True
         self._last = None
         self._view.stop()
-
-
-class PlainView:
-    """One self-contained line a reading, without colour or control characters, never wrapped."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-
-    def begin(self, reading: Reading) -> None:
-        """Nothing: the first step is the first line."""
-
-    def show(self, reading: Reading) -> None:
-        """Print the reading as a line."""
-        self.note("  ".join([reading.position(), *reading.facts(), *reading.left()]))
-
-    def note(self, text: str) -> None:
-        """Print a line."""
-        self._console.print(text, style=None, markup=False, emoji=False, highlight=False, soft_wrap=True)
-
-    def stop(self) -> None:
-        """Nothing to end."""
