@@ -26,8 +26,9 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO, Protocol
 
 import psutil
 
@@ -116,24 +117,54 @@ class Report:
         return f"{self.stops.total()} stops ({stops}), {self.runs} runs, {end}"
 
 
-class Launched:
-    """A running ``unisono run``, and what it says."""
+class Started(Protocol):
+    """What `subprocess.Popen` gives, of which this much is needed."""
 
-    def __init__(self, run_dir: Path, workers: int, temporary: Path) -> None:
-        self.marker = uuid.uuid4().hex
-        self.trained: list[int] = []
-        self.output: list[str] = []
-        self.trains = threading.Event()
-        self._began_s = time.monotonic()
-        env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "unisono.launch", "run", "--workers", str(workers), str(SCRIPT), str(run_dir)],
-            env={**env, MARKER: self.marker, "TMPDIR": str(temporary), "PYTHONPATH": _python_path()},
+    pid: int
+    returncode: int | None
+    stdout: IO[str] | None
+    stderr: IO[str] | None
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, sig: int) -> None: ...
+
+
+class Python:
+    """Starts `unisono` commands as new interpreters."""
+
+    def start(self, arguments: Sequence[str], environment: Mapping[str, str]) -> Started:
+        return subprocess.Popen(
+            [sys.executable, "-m", "unisono.launch", *arguments],
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+        )
+
+    def workers(self, launcher: psutil.Process) -> list[psutil.Process]:
+        """The workers of a launcher: they are its fork server's children."""
+        return [child for child in launcher.children(recursive=True) if "unisono.launch.worker" in _command(child)]
+
+
+class Launched:
+    """A running ``unisono run``, and what it says."""
+
+    def __init__(self, python: Python, run_dir: Path, workers: int, temporary: Path) -> None:
+        # Those who are marked alike before it starts are not its own.
+        self.marker = os.environ.get(MARKER) or uuid.uuid4().hex
+        self._before = set(self._marked())
+        self._python = python
+        self.trained: list[int] = []
+        self.output: list[str] = []
+        self.trains = threading.Event()
+        self._began_s = time.monotonic()
+        env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
+        self.process = python.start(
+            ["run", "--workers", str(workers), str(SCRIPT), str(run_dir)],
+            {**env, MARKER: self.marker, "TMPDIR": str(temporary), "PYTHONPATH": _python_path()},
         )
         # Apart: what the launcher says must not get into a line of the workers.
         self._readers = [threading.Thread(target=read, daemon=True) for read in (self._read, self._read_errors)]
@@ -194,8 +225,7 @@ class Launched:
     def _workers(self) -> list[psutil.Process]:
         """The workers, once there are any."""
         while self.process.poll() is None:
-            children = psutil.Process(self.process.pid).children(recursive=True)  # they are the fork server's
-            workers = [child for child in children if "unisono.launch.worker" in _command(child)]
+            workers = self._python.workers(psutil.Process(self.process.pid))
             if workers:
                 return workers
             self.lasts(0.02)
@@ -210,9 +240,12 @@ class Launched:
 
     def processes(self) -> list[psutil.Process]:
         """All that this start brought into being and that still live."""
-        return [process for process in psutil.process_iter() if self._is_ours(process)]
+        return [process for process in self._marked() if process not in self._before]
 
-    def _is_ours(self, process: psutil.Process) -> bool:
+    def _marked(self) -> list[psutil.Process]:
+        return [process for process in psutil.process_iter() if self._is_marked(process)]
+
+    def _is_marked(self, process: psutil.Process) -> bool:
         try:
             return process.environ().get(MARKER) == self.marker and process.status() != psutil.STATUS_ZOMBIE
         except (psutil.Error, OSError):
@@ -286,10 +319,14 @@ class Campaign:
         stops: How many stops to make; the run under way is then finished.
         seed: Of kinds, moments and numbers of workers.
         say: Shows a line.
+        python: Starts the commands.
     """
 
-    def __init__(self, folder: Path, *, stops: int, seed: int, say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, folder: Path, *, stops: int, seed: int, say: Callable[[str], None] = print, python: Python | None = None
+    ) -> None:
         self._folder = folder
+        self._python = python or Python()
         self._stops = stops
         self._say = say
         self._rng = random.Random(seed)
@@ -359,7 +396,7 @@ class Campaign:
     def _launch(self, run_dir: Path, workers: int) -> Launched:
         temporary = self._folder / "temporary"
         temporary.mkdir(exist_ok=True)
-        self._launched = Launched(run_dir, workers, temporary)
+        self._launched = Launched(self._python, run_dir, workers, temporary)
         return self._launched
 
     def _end(self, launched: Launched, start: Start, run_dir: Path, before: int) -> None:
