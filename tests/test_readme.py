@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import start_script
+from tests.launch.warm import WarmCommand
+from unisono.system.fork_server import ForkServer
+
 ROOT = Path(__file__).parent.parent
 LAUNCHED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "UNISONO_THREADS"}
 
@@ -53,6 +57,17 @@ def expected(script: Path) -> str:
     return found
 
 
+def unisono(arguments: list[str], folder: Path, source: ForkServer | None) -> str:
+    """Runs a `unisono` command, forked if there is a source; what it said."""
+    if source is None:
+        return run([sys.executable, "-m", "unisono.launch", *arguments], folder)
+    folder.mkdir()
+    command = WarmCommand(source, arguments, folder, environment())
+    out, err = command.communicate(timeout=100)
+    assert command.returncode == 0, out + err
+    return out
+
+
 def run(command: list[str], folder: Path, **more: str) -> str:
     folder.mkdir()
     done = subprocess.run(command, cwd=folder, env=environment(**more), capture_output=True, text=True, timeout=100, check=False)
@@ -60,8 +75,10 @@ def run(command: list[str], folder: Path, **more: str) -> str:
     return done.stdout
 
 
-def test_the_readme_script_gives_one_digest_alone_and_under_every_launcher(script: Path, expected: str, tmp_path: Path) -> None:
-    run([sys.executable, "-m", "unisono.launch", "run", "--workers", "3", str(script)], tmp_path / "unisono")
+def test_the_readme_script_gives_one_digest_alone_and_under_every_launcher(
+    script: Path, expected: str, warm_commands: ForkServer | None, tmp_path: Path
+) -> None:
+    unisono(["run", "--workers", "3", str(script)], tmp_path / "unisono", warm_commands)
     assert digest(tmp_path / "unisono", workers=3) == expected
 
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
@@ -69,7 +86,9 @@ def test_the_readme_script_gives_one_digest_alone_and_under_every_launcher(scrip
     assert digest(tmp_path / "torchrun", workers=2) == expected
 
 
-def test_the_readme_script_finds_its_place_under_slurm(script: Path, expected: str, tmp_path: Path) -> None:
+def test_the_readme_script_finds_its_place_under_slurm(
+    script: Path, expected: str, warm_commands: ForkServer | None, tmp_path: Path
+) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -88,25 +107,16 @@ def test_the_readme_script_finds_its_place_under_slurm(script: Path, expected: s
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
-        tasks.append(
-            subprocess.Popen(
-                [sys.executable, str(script)],
-                cwd=folder,
-                env=environment(**place),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
+        tasks.append(start_script(warm_commands, script, folder, environment(**place)))
     outputs = [task.communicate(timeout=100)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], outputs
     assert digest(folder, workers=2) == expected
 
 
-def test_the_demo_gives_one_digest_on_one_and_three_workers(tmp_path: Path) -> None:
+def test_the_demo_gives_one_digest_on_one_and_three_workers(warm_commands: ForkServer | None, tmp_path: Path) -> None:
     digests = set()
     for workers in (1, 3):
         folder = tmp_path / str(workers)
-        run([sys.executable, "-m", "unisono.launch", "demo", "digits", "--workers", str(workers), "--epochs", "1"], folder)
+        unisono(["demo", "digits", "--workers", str(workers), "--epochs", "1"], folder, warm_commands)
         digests.add(digest(folder, workers=workers))
     assert len(digests) == 1

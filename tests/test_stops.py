@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,29 +10,9 @@ import psutil
 import pytest
 
 from tests.campaigns.stops import MARKER, Campaign, Kind, Python, Started
+from tests.forked import Forked
 from tests.launch.warm import warm_parent
-from unisono.system.fork_server import Child, ForkServer, is_possible, wait_for_end
-
-
-class Forked:
-    """A child of a fork server, as `subprocess.Popen` with pipes for its output would show it."""
-
-    def __init__(self, child: Child, stdout: int, stderr: int) -> None:
-        self._child = child
-        self.pid = child.pid
-        self.stdout, self.stderr = (os.fdopen(stream) for stream in (stdout, stderr))
-        self.poll, self.send_signal = child.poll, child.send_signal
-
-    @property
-    def returncode(self) -> int | None:
-        return self._child.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        if self.poll() is None:
-            wait_for_end([self._child], 3600.0 if timeout is None else timeout)
-        if (status := self.poll()) is None:
-            raise subprocess.TimeoutExpired("unisono", timeout or 0.0)
-        return status
+from unisono.system.fork_server import ForkServer, is_possible
 
 
 class WarmPython(Python):
@@ -44,15 +22,8 @@ class WarmPython(Python):
         self._source = source
 
     def start(self, arguments: Sequence[str], environment: Mapping[str, str]) -> Started:
-        pipes = [os.pipe(), os.pipe()]
-        streams = {0: os.open(os.devnull, os.O_RDONLY), 1: pipes[0][1], 2: pipes[1][1]}
-        spec = {"arguments": list(arguments), "folder": environment["TMPDIR"]}
-        try:
-            child = self._source.fork("tests.launch.warm:launch", spec, environment=environment, streams=streams)
-        finally:
-            for descriptor in streams.values():
-                os.close(descriptor)
-        return Forked(child, pipes[0][0], pipes[1][0])
+        spec = {"arguments": list(arguments), "folder": environment["TMPDIR"], "apart": False, "terminal": False}
+        return Forked(self._source, "tests.launch.warm:launch", spec, environment)
 
     def workers(self, launcher: psutil.Process) -> list[psutil.Process]:
         return [worker for server in launcher.children() for worker in server.children()]
@@ -66,7 +37,7 @@ def test_five_random_stops_of_every_kind_change_no_bit(tmp_path: Path, monkeypat
         # What is forked shows the environment of its source.
         monkeypatch.setenv(MARKER, uuid.uuid4().hex)
         with warm_parent() as source:
-            source.fork("gc:collect", 0, environment={}, streams={})  # when this has begun, the imports are done
+            source.start("gc:collect", 0, environment={}, streams={})  # when this has begun, the imports are done
             python = WarmPython(source)
             report = Campaign(tmp_path, stops=5, seed=0, python=python).run()
     assert report.problems == []

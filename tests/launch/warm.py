@@ -116,6 +116,7 @@ def launch(spec: Mapping[str, Any]) -> None:
     pid = os.fork()
     if not pid:
         ours.close()
+        os.chdir(spec["folder"])
         _wait_to_be_the_server(theirs)
         return
     theirs.close()
