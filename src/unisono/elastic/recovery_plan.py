@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from unisono.data.batch import Batch
 from unisono.elastic.membership import StateLost
 from unisono.training.header import Signals
-from unisono.training.step import Batch, StepResult
+from unisono.training.step import StepResult
 
 NEW = -1
 """Acts of a worker that has not been there before."""
@@ -48,8 +49,8 @@ class Report:
     """The last step of the run, as far as it knows."""
     tracked: str
     """Buffers that some forward has changed, as hexadecimal flags."""
-    dense: Sequence[int]
-    """Slots whose gradients were to have few rows, and had not."""
+    dense: Sequence[str]
+    """Parameters whose gradients were to have few rows, and had not."""
     unsaved: bool
     """Whether a checkpoint was under way."""
     changing: bool
@@ -132,9 +133,9 @@ class RecoveryPlan:
         return bytes(map(max, *flags)) if len(flags) > 1 else flags[0]
 
     @property
-    def dense(self) -> list[int]:
-        """Slots whose gradients were to have few rows, and had not."""
-        return sorted({slot for report in self.reports for slot in report.dense})
+    def dense(self) -> list[str]:
+        """Parameters whose gradients were to have few rows, and had not."""
+        return sorted({name for report in self.reports for name in report.dense})
 
     @property
     def unsaved(self) -> bool:

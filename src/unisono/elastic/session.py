@@ -20,12 +20,13 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 
 from unisono.collective import Collective, LostWorker
+from unisono.data.batch import Batch
 from unisono.elastic.link import Link
 from unisono.elastic.membership import Generation, Member, StateLost, TooFewWorkers
 from unisono.elastic.recovery_plan import NEW, Part, Parted, RecoveryPlan, Report, Taken
@@ -33,12 +34,12 @@ from unisono.elastic.replay_log import Past, ReplayLog
 from unisono.elastic.shared_state import Point, SharedState
 from unisono.elastic.transfer import StateTransfer
 from unisono.guard.silence import Board, Watch
-from unisono.replica.optimizer import copied_hyperparameters, put_back_hyperparameters
 from unisono.training.header import Signals
 from unisono.training.session import Session
 from unisono.training.settings import Settings
-from unisono.training.step import Batch, StepResult
-from unisono.training.worker_group import LocalState, WorkerGroup
+from unisono.training.state import LocalState
+from unisono.training.step import StepResult
+from unisono.training.worker_group import WorkerGroup
 
 T = TypeVar("T")
 LEAVES, ADMITS, GROWN = 1, 2, 4
@@ -123,11 +124,9 @@ class ElasticSession(Session):
                 collective.close()
                 collective = self._link.first(keep=self._own.weights.flats)
 
-    def _muster(self, collective: Collective, watch: Watch, *, dense: Sequence[int] = ()) -> None:
-        if hasattr(self, "crew"):
-            self.crew.close()
+    def _muster(self, collective: Collective, watch: Watch, *, learned: Mapping[str, Any] | None = None) -> None:
         per_host = self._link is not None
-        self.crew = WorkerGroup(self._own, self._settings, collective, watch, session=self, per_host=per_host, dense=dense)
+        self.crew = WorkerGroup(self._own, self._settings, collective, watch, session=self, per_host=per_host, learned=learned)
 
     def _watch(self, collective: Collective) -> Watch:
         return Watch.begin(collective, self._settings.timeout_s, self._board)
@@ -144,7 +143,7 @@ class ElasticSession(Session):
         self._has_all = reduction.replicates
         generation = self._link.generation if self._link is not None else None
         if self._link is not None and generation is not None and not reduction.replicates:
-            holdings = SharedState(self._own.layout, self._own.weights, self._own.optimizer)
+            holdings = SharedState(self._own.replica, self._own.weights)
             if holdings.bind(self.collective, reduction, generation.number, step):
                 self._holdings = holdings
             elif self.collective.rank == 0:
@@ -256,7 +255,7 @@ class ElasticSession(Session):
             nonlocal tries, computed
             tries += 1
             if tries > 1:
-                put_back_hyperparameters(self._own.optimizer, groups)  # some optimizers count their steps there
+                self._own.replica.set_hyperparameters(groups, exactly=True)  # some optimizers count their steps there
             mine = batch
             if batch.made_for not in (None, self.crew.token):
                 mine = self._part.batch(batch.epoch, batch.number)  # loaded for another team
@@ -276,12 +275,12 @@ class ElasticSession(Session):
 
         taken = self.act(body, edits=not self._repeats.allowed)
         if not computed:  # another worker has, with the same result
-            put_back_hyperparameters(self._own.optimizer, taken.groups)
+            self._own.replica.set_hyperparameters(taken.groups, exactly=True)
             self.crew.stepper.seed_what_follows(step)
         return taken
 
     def _groups(self) -> list[dict[str, Any]]:
-        return copied_hyperparameters(self._own.optimizer) if self._link is not None else []
+        return self._own.replica.hyperparameters() if self._link is not None else []
 
     def _run(self, batch: Batch, past: Past, signals: Signals) -> tuple[StepResult, list[Signals]]:
         holdings = self._holdings if self._holdings is not None and self._holdings.replay else None
@@ -289,7 +288,7 @@ class ElasticSession(Session):
             done = self._stepped(batch, past.step, signals)
         else:
             self._repeats.note(past)
-            begun = self._own.buffers.start()
+            begun = self._own.replica.buffers.values()
             try:
                 done = self._stepped(batch, past.step, signals)
             finally:  # the copy is there, whatever came afterwards
@@ -442,8 +441,6 @@ class ElasticSession(Session):
             return
         self._stepping = False
         self._own.buffers.restore()
-        for parameter in self._own.layout.parameters:
-            parameter.grad = None
 
     def _gather(self, collective: Collective, reason: str) -> None:
         """*collective*. Makes a team of these workers, whose state may differ by one act, or be none at all."""
@@ -458,7 +455,7 @@ class ElasticSession(Session):
             reached=self.reached,
             committed=self.committed,
             tracked=self._own.buffers.tracked.hex(),
-            dense=sorted(self.crew.reduction.densified),
+            dense=self.crew.reduction.state_dict().get("dense", ()),
             unsaved=self._part.unsaved(),
             changing=self._changing,
             has_all=self._has_all,
@@ -483,7 +480,7 @@ class ElasticSession(Session):
         else:
             reached, needy = self._go_back(collective, found)
         collective.barrier()
-        self._muster(collective, watch, dense=found.dense)
+        self._muster(collective, watch, learned={"dense": found.dense})
         self._own.buffers.track(found.tracked)
         self._hand_over(found, needy, reached)
         self._hold_on(reached)
@@ -528,7 +525,7 @@ class ElasticSession(Session):
             if step != self.reached:
                 if not self._repeats.begins_after(step):
                     raise StateLost(f"the buffers after step {step} are not known any more")
-                self._own.buffers.go_to(self._repeats.buffers)
+                self._own.replica.buffers.go_to(self._repeats.buffers)
         elif point is not None and self._holdings is not None:
             self._holdings.read_numbers()
         self.reached = min(self.reached, step)  # whoever is behind has yet to be given what it lacks
@@ -574,7 +571,7 @@ class ElasticSession(Session):
         assert self._link.generation is not None
         if self.crew.reduction.replicates:
             return
-        holdings = self._holdings or SharedState(self._own.layout, self._own.weights, self._own.optimizer)
+        holdings = self._holdings or SharedState(self._own.replica, self._own.weights)
         if not holdings.bind(self.collective, self.crew.reduction, self._link.generation.number, step):
             raise StateLost("the state cannot be held in common")
         holdings.replay = self._repeats.allowed
@@ -585,15 +582,15 @@ class ElasticSession(Session):
         if self.reached == self.committed:
             return
         todo = self._repeats.between(self.reached, self.committed)
-        now = copied_hyperparameters(self._own.optimizer)
+        now = self._own.replica.hyperparameters()
         try:
             for one in todo:
-                put_back_hyperparameters(self._own.optimizer, one.groups)
+                self._own.replica.set_hyperparameters(one.groups, exactly=True)
                 batch = self._part.batch(one.epoch, one.number)
                 self.crew.reassign(batch)
                 self._run(batch, one, Signals(session=self.flags()))
         finally:  # another worker may be lost meanwhile
-            put_back_hyperparameters(self._own.optimizer, now)
+            self._own.replica.set_hyperparameters(now, exactly=True)
 
 
 def _changes(link: Link, leavers: Sequence[str], joiners: Sequence[str]) -> str:

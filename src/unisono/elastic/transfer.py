@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from unisono.elastic.replay_log import ReplayLog
-from unisono.replica.optimizer import full_state, hyperparameters, set_full_state, set_hyperparameters
-from unisono.training.worker_group import LocalState
+from unisono.training.state import LocalState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,13 +40,14 @@ class StateTransfer:
             weights: Whether the weights are wanted.
             state: Whether the optimizer's state is.
         """
+        replica = own.replica
         return cls(
             last=last,
-            buffers=[tensor.detach() for tensor in own.model.buffers()],
+            buffers=replica.buffers.values(),
             weights=list(own.weights.flats) if weights else None,
-            state=full_state(own.optimizer, own.layout) if state else None,
-            groups=hyperparameters(own.optimizer),
-            scheduler=None if own.scheduler is None else own.scheduler.state_dict(),
+            state={s.index: dict(replica.slot_state(s.index)) for s in own.layout.slots} if state else None,
+            groups=replica.hyperparameters(),
+            scheduler=replica.schedule_state(),
             repeats=repeats.describe(),
             part=part,
         )
@@ -69,17 +69,19 @@ class StateTransfer:
         Args:
             new: Whether this worker has not been there before.
         """
-        with torch.no_grad():
-            for tensor, value in zip(own.model.buffers(), self.buffers, strict=True):
-                tensor.copy_(value)
-            if self.weights is not None:
+        replica = own.replica
+        replica.buffers.go_to(self.buffers)
+        if self.weights is not None:
+            with torch.no_grad():
                 for flat, value in zip(own.weights.flats, self.weights, strict=True):
                     flat.copy_(value)
         if self.state is not None:
-            set_full_state(own.optimizer, own.layout, self.state)
+            replica.clear_state()
+            for slot, state in self.state.items():
+                if state:
+                    replica.set_slot_state(slot, state)
         if new:
-            set_hyperparameters(own.optimizer, self.groups)
-            if own.scheduler is not None:
-                own.scheduler.load_state_dict(self.scheduler)
+            replica.set_hyperparameters(self.groups)
+            replica.set_schedule_state(self.scheduler)
         own.buffers.begin()
-        vars(own.optimizer)["_opt_called"] = True  # by another worker; PyTorch's schedulers warn if nobody has
+        replica.skip_update()

@@ -28,18 +28,16 @@ def reproduce_sections(run: RunData) -> Iterator[Section]:
         yield Section(
             key="settings",
             kicker="settings",
-            title="What the weights depend on",
+            title="What makes this run this run",
             body=definitions(_settings(run.settings)),
             half=True,
         )
     if run.fingerprint:
-        yield Section(
-            key="ground", kicker="fingerprint", title="Builds, hardware and threads", body=definitions(run.fingerprint), half=True
-        )
+        yield Section(key="ground", kicker="fingerprint", title="What it stood on", body=definitions(run.fingerprint), half=True)
 
 
 def run_command(run: RunData) -> list[str]:
-    """What the user typed after ``unisono run``, or the demo's command; empty if the manifest does not say."""
+    """What the user typed after ``unisono run``, or the demo's command; empty if the manifest does not tell."""
     words = run.manifest.get("command")
     if not isinstance(words, list) or not words:
         return []

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from unisono.data.batch import Batch
 from unisono.data.batches import BatchStream, Feed, following
 from unisono.data.loader import Loader, dataset_length, read_sample
 from unisono.elastic.call_log import CallLog
@@ -23,9 +24,8 @@ from unisono.system.signals import StopRequest
 from unisono.training.header import Signals
 from unisono.training.observer import Observer
 from unisono.training.run import Run
-from unisono.training.setup import check_alike, check_unchanged
-from unisono.training.step import Batch
-from unisono.training.worker_group import LocalState
+from unisono.training.setup import check_alike
+from unisono.training.state import LocalState
 from unisono.tree import Span
 
 
@@ -140,7 +140,7 @@ class Loop:
         if self.is_done(epochs):
             self.run.complete(epochs)
             return
-        check_unchanged(self._own.model, self._own.layout)
+        self._own.replica.check_unchanged()
         self._own.clock.at(self.run.position.step + 1)
         self.run.begin_log(epochs=epochs, steps=self.planned(samples, epochs))
         feed = self._feed = Feed(lambda: self._stream(dataset, samples, loader), epochs)

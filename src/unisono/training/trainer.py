@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from unisono.checkpoint.fingerprint import fingerprint
 from unisono.collective import Collective, InProcess, Meeting
+from unisono.data.batch import Batch
 from unisono.data.loader import Loader, check_loader, dataset_length
 from unisono.elastic.call_log import CallLog
 from unisono.elastic.link import Link
@@ -25,32 +25,30 @@ from unisono.errors import ConfigurationError
 from unisono.guard.replicas import OnDesync
 from unisono.guard.silence import Board
 from unisono.guard.stragglers import Machine
-from unisono.layout import Layout
 from unisono.observe.summary import Summary, show_summary
 from unisono.observe.timing import StepClock
 from unisono.order import Order, OrderLike
-from unisono.replica.buffers import Buffers
-from unisono.replica.optimizer import check_optimizer, settle_state
-from unisono.replica.torch_replica import LossFunction, Precision, TorchReplica
-from unisono.replica.weights import Weights
+from unisono.replica.base import LossFunction, MetricFunction, Replica
+from unisono.replica.buffers import BufferFold
+from unisono.replica.choose import replica_for
+from unisono.replica.torch_replica import Precision
 from unisono.sync import Exact, Sync
 from unisono.system.output import say
 from unisono.training import trace
 from unisono.training.callbacks import Callback
-from unisono.training.evaluation import MetricFunction, evaluate, seed_after_evaluation
+from unisono.training.evaluation import evaluate, seed_after_evaluation
 from unisono.training.loop import Loop
 from unisono.training.observer import Observer
 from unisono.training.record import Position
 from unisono.training.run import Run
 from unisono.training.run_directory import RunDirectory
 from unisono.training.screen import Screen
-from unisono.training.settings import Settings
+from unisono.training.settings import OnNonfinite, Settings
 from unisono.training.setup import (
     check_alike,
     check_arguments,
     check_helpers,
     check_identity,
-    check_model,
     check_policies,
     choose_device,
     describe_settings,
@@ -60,8 +58,9 @@ from unisono.training.setup import (
     tell_arguments,
     unify_replicas,
 )
-from unisono.training.step import Batch, OnNonfinite, StepResult
-from unisono.training.worker_group import LocalState
+from unisono.training.state import LocalState, settle_state
+from unisono.training.step import StepResult
+from unisono.training.weights import Weights
 from unisono.world import World
 
 
@@ -73,7 +72,8 @@ class Trainer:
     checkpoint of this run, the trainer continues from it.
 
     Args:
-        model: The bare model. If its replicas differ at the start, worker 0's values win, with a warning.
+        model: The bare model (or a ``Replica`` of one of another framework: then optimizer and loss are None). If its replicas
+            differ at the start, worker 0's values win, with a warning.
         optimizer: Any ``torch.optim`` optimizer that updates each parameter on its own, over the model's parameters.
         loss: ``loss(model, batch)`` returns the microbatch's loss *sum* and the *count* to divide by, once, over the global
             batch; or one scalar, which is a mean over samples.
@@ -118,9 +118,9 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        loss: LossFunction,
+        model: nn.Module | Replica,
+        optimizer: Optimizer | None,
+        loss: LossFunction | None,
         *,
         batch_size: int,
         microbatches: int = 8,
@@ -147,32 +147,25 @@ class Trainer:
         check_policies(on_nonfinite, on_desync, compare_every, timeout_s)
         check_helpers(callbacks, loader, scheduler, optimizer)
         self.batch_size, self.microbatches, self.seed = batch_size, microbatches, seed
-        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.optimizer, self.scheduler = optimizer, scheduler
         self.callbacks = (*callbacks, *trace.from_environment())
         self._loader = loader or Loader()
         self._timeout_s = timeout_s
         self._screen = Screen(batch_size)
 
-        check_model(model)
-        trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        check_optimizer(optimizer, trainable, model)
         self.world = enter(world or World.from_environment(), microbatches)
-        self.device = choose_device(device, self.world, model)
-        prepare_process(self.world, self.device)
+        chosen = model.device if isinstance(model, Replica) else choose_device(device, self.world)
+        prepare_process(self.world, chosen)
         machine = Machine(self.world)
-        model.to(self.device)
+        replica = replica_for(model, optimizer, loss, scheduler=scheduler, device=chosen, precision=precision)
+        self.device, self.model = replica.device, replica.model
         self._link, met = meet(self.world, self.device, collective, timeout_s=timeout_s, microbatches=microbatches)
         self._history = CallLog(self._link, joins=self._link is not None and self._link.generation is None)
         board = None if met.size == 1 and self._link is None else Board.make()
-        layout = Layout(trainable)
         self._own = LocalState(
-            model=model,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            layout=layout,
-            weights=Weights(layout, met),
-            buffers=Buffers(model, microbatches),
-            replica=TorchReplica(model, loss, device=self.device, precision=precision),
+            replica=replica,
+            weights=Weights(replica, met),
+            buffers=BufferFold(replica.buffers, microbatches),
             sync=sync or Exact(),
             clock=StepClock(shown=None if board is None else board.cells),
         )
@@ -201,7 +194,6 @@ class Trainer:
                 on_desync=on_desync,
                 compare_every=compare_every,
                 timeout_s=timeout_s,
-                overlap=self._own.sync.overlaps(self.device),
             ),
             part=Part(
                 batch=self._loop.batch_at,
@@ -213,7 +205,7 @@ class Trainer:
             board=board,
             link=self._link,
         )
-        settings = describe_settings(self, trainable, max_grad_norm, precision, self._own.sync, on_nonfinite)
+        settings = describe_settings(self, replica, max_grad_norm, precision, self._own.sync, on_nonfinite)
         ground = fingerprint(threads=self.world.threads, device=self.device)
         if self._link is not None:
             check_identity(self._link, settings, ground, joins=self._history.outside)
@@ -224,7 +216,7 @@ class Trainer:
                 run_dir, met, settings=settings, fingerprint=ground, keep=keep, strict=strict, is_over=is_over
             )
         self._run = self._loop.run = Run(
-            model=model, team=self._team, directory=directory, clock=self.clock, checkpoint_every=checkpoint_every
+            replica=replica, team=self._team, directory=directory, clock=self.clock, checkpoint_every=checkpoint_every
         )
         alike = {**settings, "checkpoint_every": checkpoint_every, "run_dir": None if run_dir is None else "given"}
         self._team.found(met, lambda: self._begin(alike))
@@ -243,9 +235,9 @@ class Trainer:
         check_alike(others, alike)
         if self._link is not None and not self._history.outside:
             tell_arguments(self._link, others)
-        unify_replicas(self.model, others)
+        unify_replicas(self._own.replica, others)
         updates = [self._team.crew.reduction.updated_by(rank) for rank in range(others.size)]
-        settle_state(self.optimizer, self._own.layout, updates, others)
+        settle_state(self._own.replica, updates, others)
         if not self._history.outside:
             self._run.resume()
         return self.position.step
@@ -362,7 +354,8 @@ class Trainer:
         taken = self._team.step(batch, self.position.step + 1, self._loop.signals)
         result, told = taken.result, taken.told
         self._run.advance(batch, result)
-        self._step_scheduler(result)
+        if not result.skipped:
+            self._own.replica.advance_schedule(result.loss)
         alike = self.collective is others
         sent = self.collective.bytes_sent - (sent if alike else 0)
         block = self._team.crew.stragglers.add(told, batch.filled) if alike else None
@@ -409,26 +402,22 @@ class Trainer:
             nonlocal tries
             tries += 1
             check_alike(self.collective, {"samples": dataset_length(dataset), "batch_size": size})
-            self._own.buffers.begin()
-            try:
-                results = evaluate(
-                    self._own.replica,
-                    self.collective,
-                    dataset,
-                    {"loss": self._own.replica.loss} if metrics is None else metrics,
-                    microbatch_size=size,
-                    loader=loader or self._loader,
-                    timeout_s=self._timeout_s,
-                    seed=self.seed,
-                )
-            finally:
-                self._own.buffers.put_back()
+            results = evaluate(
+                self._own.replica,
+                self.collective,
+                dataset,
+                {"loss": self._own.replica.loss} if metrics is None else metrics,
+                microbatch_size=size,
+                loader=loader or self._loader,
+                timeout_s=self._timeout_s,
+                seed=self.seed,
+            )
             self._run.write_metrics(results, again=tries > 1)
             return results
 
         with self._history.call(), self.clock.pause():
             results = self._team.act(act)
-            seed_after_evaluation(self.seed, self.device)
+            seed_after_evaluation(self.seed, self._own.replica)
             self._run.count_evaluation()
             for callback in self.callbacks:
                 callback.on_evaluate(self, results)
@@ -462,14 +451,6 @@ class Trainer:
         with self._history.call():
             yield from self._loop.batches(dataset, samples, epochs, loader, own_loop=True)
         self._history.done(None, main=self.collective.rank == 0)
-
-    def _step_scheduler(self, result: StepResult) -> None:
-        if result.skipped:
-            return
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(result.loss)
-        elif self.scheduler is not None:
-            self.scheduler.step()
 
     # ------------------------------------------------------------------ end of a run
 
@@ -567,7 +548,7 @@ class Trainer:
         call = self._loop.call(dataset, order, drop_last=drop_last, epochs=epochs)
         earlier = self._history.enter(self._team.join, call)
         if earlier and (weights := self._run.read_model()) is not None:
-            self.model.load_state_dict(weights)
+            self._own.replica.load_model_state(weights)
         return earlier
 
     def _describe(self) -> dict[str, Any]:
