@@ -38,10 +38,28 @@ def gloo():
 """
 
 
-class Launch:
-    """A running command, its words, and its end."""
+ON_A_TERMINAL = """
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, sys.argv[1:])
+"""
 
-    def __init__(self, command: list[str], folder: Path, source: ForkServer | None) -> None:
+
+class Launch:
+    """A running command, its words, and its end.
+
+    Args:
+        command: Its command line.
+        folder: Empty; here it begins.
+        source: From what it is forked; None: it is a new interpreter.
+        apart: Whether it has a namespace of users for itself, as on a machine of its own.
+        terminal: A terminal to which it belongs; None: its output is read through pipes.
+    """
+
+    def __init__(
+        self, command: list[str], folder: Path, source: ForkServer | None, *, apart: bool = False, terminal: int | None = None
+    ) -> None:
         pipe = folder / "tell"
         os.mkfifo(pipe)
         self._heard = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
@@ -54,15 +72,20 @@ class Launch:
             env.pop(name, None)
         self.process: subprocess.Popen[str] | WarmCommand
         if source is not None:
-            self.process = WarmCommand(source, command[1 + len(COMMAND) :], folder, env)
+            arguments = command[1 + len(COMMAND) :]
+            self.process = WarmCommand(source, arguments, folder, env, apart=apart, terminal=terminal)
             return
+        if apart:
+            command = ["unshare", "--user", "--map-current-user", *command]
+        if terminal is not None:
+            command = [sys.executable, "-c", ON_A_TERMINAL, *command]
         self.process = subprocess.Popen(
             command,
             cwd=folder,
             env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL if terminal is None else terminal,
+            stdout=subprocess.PIPE if terminal is None else terminal,
+            stderr=subprocess.PIPE if terminal is None else terminal,
             text=True,
             start_new_session=True,
         )
@@ -100,6 +123,14 @@ class Launch:
         """As a terminal does."""
         os.killpg(self.process.pid, signum)
 
+    def hang_up(self) -> str:
+        """The first line on its standard output, which nobody reads any further: like `| head -n 1`."""
+        if isinstance(self.process, WarmCommand):
+            return self.process.hang_up()
+        assert self.process.stdout is not None
+        with self.process.stdout as out:
+            return out.readline()
+
     def finish(self, limit_s: float = LIMIT_S) -> tuple[int, str, str]:
         """Exit status, stdout and stderr."""
         out, err = self.process.communicate(timeout=limit_s)
@@ -135,13 +166,15 @@ class Launcher:
         path.write_text(PRELUDE + textwrap.dedent(script))
         return path
 
-    def command(self, *command: str, through: Callable[[list[str]], list[str]] = list) -> Launch:
-        """Starts Python on a command line; `through` puts another command before it."""
+    def command(
+        self, *command: str, through: Callable[[list[str]], list[str]] = list, apart: bool = False, terminal: int | None = None
+    ) -> Launch:
+        """Starts Python on a command line; `through` puts another command before it. See `Launch`."""
         folder = self.folder / str(len(self._launches))
         folder.mkdir()
         line = [sys.executable, *command]
         warm = command[: len(COMMAND)] == COMMAND and "--threads" not in command and through(line) == line
-        launch = Launch(through(line), folder, self._source if warm else None)
+        launch = Launch(through(line), folder, self._source if warm else None, apart=apart, terminal=terminal)
         self._launches.append(launch)
         return launch
 

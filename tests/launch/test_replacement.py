@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import pty
 import signal
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -221,12 +219,12 @@ def test_every_worker_can_speak_to_the_person(launcher: Launcher, fresh: bool) -
     if fresh:  # the fork server refuses a folder with such a file
         (launcher.folder / "rich.py").touch()
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "unisono.launch", "run", "--workers", "2", str(script)]
-    done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, timeout=60)
+    launch = launcher.command("-m", "unisono.launch", "run", "--workers", "2", str(script), terminal=theirs)
     os.close(theirs)
+    status = launch.finish()[0]
     shown = os.read(ours, 4096).decode()
     os.close(ours)
-    assert (done.returncode, shown) == (0, "worker 1 speaks True\r\n"), done.stderr
+    assert (status, shown) == (0, "worker 1 speaks True\r\n")
 
 
 def test_a_worker_left_behind_under_sigstop_does_not_keep_the_run_from_ending(launcher: Launcher) -> None:

@@ -6,13 +6,9 @@ import json
 import os
 import pty
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
-import psutil
-
-from tests.launch.conftest import LIMIT_S, Launcher, assert_gone
+from tests.launch.conftest import Launcher, assert_gone
 
 SCRIPT = """
 import torch
@@ -42,14 +38,6 @@ trainer = unisono.Trainer(
 trainer.fit(Data(), 4)
 """
 
-ON_A_TERMINAL = """
-import fcntl, os, signal, sys, termios
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
-os.setsid()
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-"""
-
 
 def summary(run_dir: Path) -> dict[str, object]:
     return dict(json.loads((run_dir / "summary.json").read_text()))
@@ -59,40 +47,26 @@ def test_a_run_goes_on_when_nobody_reads_what_it_shows(launcher: Launcher) -> No
     undisturbed, cut = launcher.folder / "undisturbed", launcher.folder / "cut"
     status, _, err = launcher.run(SCRIPT, str(undisturbed), "0").finish()
     assert (status, err) == (0, "")
-    # The end of the first epoch is shown when `head` has long gone.
-    command = ["-m", "unisono.launch", "run", "--workers", "2", str(launcher.write(SCRIPT)), str(cut), "0.05"]
-    shell = ["bash", "-c", 'set -o pipefail; "$@" | head -n 1', "bash"]
-    status, out, err = launcher.command(*command, through=lambda line: [*shell, *line]).finish()
-    assert (status, len(out.splitlines()), len(err.splitlines())) == (0, 1, 1)
+    # The end of the first epoch is shown when nobody has been reading for long.
+    launch = launcher.run(SCRIPT, str(cut), "0.05")
+    assert launch.hang_up().count("\n") == 1
+    status, _, err = launch.finish()
+    assert (status, len(err.splitlines())) == (0, 1)
     assert err.startswith("unisono: standard output takes no more text (Broken pipe): ")
     assert summary(cut)["weights_sha256"] == summary(undisturbed)["weights_sha256"]
 
 
 def test_a_run_whose_terminal_is_closed_saves_its_work(launcher: Launcher) -> None:
     script, run_dir = launcher.write(SCRIPT), launcher.folder / "run"
-    command = ["-m", "unisono.launch", "run", "--workers", "2", str(script), str(run_dir), "0.1"]
-    temporary, pipe = launcher.folder / "temporary", launcher.folder / "tell"
-    temporary.mkdir()
-    os.mkfifo(pipe)
-    heard = os.open(pipe, os.O_RDWR)
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", ON_A_TERMINAL, *command],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env={**os.environ, "TELL": str(pipe), "TMPDIR": str(temporary)},
-    )
+    command = ["-m", "unisono.launch", "run", "--workers", "2", str(script), str(run_dir), "0.1"]
+    launch = launcher.command(*command, terminal=theirs)
     os.close(theirs)
-    told = b""
-    while told.count(b"\n") < 2:
-        told += os.read(heard, 4096)
-    left = [psutil.Process(int(pid)) for pid in told.split()]
+    workers = launch.hear_processes(2)
     os.close(ours)
-    assert process.wait(LIMIT_S) == 128 + signal.SIGTERM
-    os.close(heard)
-    assert_gone(left)
+    assert launch.finish()[0] == 128 + signal.SIGTERM
+    assert_gone(workers)
     said = summary(run_dir)
     assert not said["finished"]
     assert (run_dir / "checkpoints" / f"step-{said['steps']}" / "checkpoint.json").exists()
-    assert not [path for path in temporary.iterdir() if not path.name.startswith("torchinductor")]
+    assert not [path for path in launch.temporary.iterdir() if not path.name.startswith("torchinductor")]

@@ -8,6 +8,8 @@ fork server is its child, knows what it has been told, and is asked for workers 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
 import os
 import select
 import selectors
@@ -16,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -46,18 +49,34 @@ def warm_parent() -> Iterator[ForkServer]:
 
 
 class WarmCommand:
-    """A forked command, as `subprocess.Popen` with pipes for its output would show it."""
+    """A forked command, as `subprocess.Popen` with pipes for its output would show it.
 
-    def __init__(self, source: ForkServer, arguments: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
+    Args:
+        apart: Whether it has a namespace of users for itself, as on a machine of its own.
+        terminal: A terminal to which it belongs, instead of the pipes.
+    """
+
+    def __init__(
+        self,
+        source: ForkServer,
+        arguments: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+        *,
+        apart: bool = False,
+        terminal: int | None = None,
+    ) -> None:
         self._said = {1: b"", 2: b""}
-        pipes = {stream: os.pipe() for stream in self._said}
+        pipes = {stream: os.pipe() for stream in self._said} if terminal is None else {}
         self._unread = {reader: stream for stream, (reader, _) in pipes.items()}
-        nothing = os.open(os.devnull, os.O_RDONLY)
+        nothing = os.open(os.devnull, os.O_RDONLY) if terminal is None else os.dup(terminal)
         streams = {0: nothing, **{stream: writer for stream, (_, writer) in pipes.items()}}
+        if terminal is not None:
+            streams |= {1: os.dup(terminal), 2: os.dup(terminal)}
         try:
             self._child = source.start(
                 "tests.launch.warm:launch",
-                {"arguments": list(arguments), "folder": str(folder)},
+                {"arguments": list(arguments), "folder": str(folder), "apart": apart, "terminal": terminal is not None},
                 environment=environment,
                 streams=streams,
                 fresh=None,
@@ -82,6 +101,15 @@ class WarmCommand:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+    def hang_up(self) -> str:
+        """The first line that it prints; then nobody reads any more."""
+        reader = next(reader for reader, stream in self._unread.items() if stream == 1)
+        while b"\n" not in self._said[1] and (text := os.read(reader, 1)):
+            self._said[1] += text
+        os.close(reader)
+        del self._unread[reader]
+        return self._said[1].decode()
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """All that was said, when nobody is left who could say more."""
@@ -112,6 +140,8 @@ class WarmCommand:
 def launch(spec: Mapping[str, Any]) -> None:
     """Is the command, or (in another process) the fork server that the command will ask for."""
     tempfile.tempdir = None  # found again where it is asked for: TMPDIR is another now
+    if spec["apart"]:
+        _unshare_users()
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if not pid:
@@ -121,12 +151,25 @@ def launch(spec: Mapping[str, Any]) -> None:
         return
     theirs.close()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, fork_server.BLOCKED_SIGNALS)
+    if spec["terminal"]:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     os.chdir(spec["folder"])
     sys.argv[:] = ["unisono", *spec["arguments"]]
     fork_server.subprocess = _Starting(_Waiting(pid, ours))  # type: ignore[assignment]
     from unisono.launch.cli import main
 
     main()
+
+
+def _unshare_users() -> None:
+    """As `unshare --user --map-current-user`; os.unshare is younger than Python 3.11."""
+    ids = {"uid_map": os.getuid(), "gid_map": os.getgid()}
+    if ctypes.CDLL(None, use_errno=True).unshare(0x10000000):  # CLONE_NEWUSER
+        raise OSError(ctypes.get_errno(), "no namespace of users")
+    Path("/proc/self/setgroups").write_text("deny")
+    for name, number in ids.items():
+        (Path("/proc/self") / name).write_text(f"{number} {number} 1")
 
 
 def _wait_to_be_the_server(channel: socket.socket) -> None:
