@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.launch.conftest import PRELUDE, Launch, Launcher, assert_gone
-from tests.launch.test_replacement import ELASTIC
+from tests.launch.test_supervisor import ELASTIC
 from unisono.testing.hosts import Hosts, NoNamespaces, address, virtual_hosts
 
 

@@ -21,6 +21,7 @@ from unisono.launch.processes import WorkerProcesses
 from unisono.launch.report import has_output, report
 from unisono.launch.restart_policy import RestartPolicy
 from unisono.system.fork_server import ForkServer
+from unisono.system.output import is_terminal, say
 from unisono.system.reaper import Reaper
 from unisono.system.signals import StopRequest
 
@@ -162,13 +163,11 @@ def _network(config: LaunchConfig, rendezvous: Rendezvous) -> dict[str, str]:
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        # A worker's progress display may have left the cursor behind its last line.
-        print(("\n" if sys.stderr.isatty() else "") + text, file=sys.stderr, flush=True)
+    # A worker's progress display may have left the cursor behind its last line.
+    say(("\n" if is_terminal(sys.stderr) else "") + text, error=True)
 
 
 def _restore_terminal() -> None:
     """A progress display that was killed has left the cursor hidden and in the middle of a line."""
-    with contextlib.suppress(OSError, ValueError):
-        if sys.stdout.isatty():
-            print("\x1b[?25h", flush=True)
+    if is_terminal(sys.stdout):
+        say("\x1b[?25h")

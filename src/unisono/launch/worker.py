@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 from unisono.launch.report import ERROR_FILE, describe, write_record
 from unisono.system.fork_server import BLOCKED_SIGNALS
+from unisono.system.output import say
 
 LAUNCHER_PID = "UNISONO_LAUNCHER_PID"
 """Environment variable: the process that must be this one's parent."""
@@ -103,12 +104,7 @@ def _say_if_all_did_the_same(script: str) -> None:
     """A person who made no Trainer would not notice: each of several workers has done all of the work, and only one is heard."""
     size = os.environ.get("WORLD_SIZE", "1")
     if os.environ.get("RANK") == "0" and size != "1" and not _knows_of_others(script):
-        with contextlib.suppress(OSError, ValueError):  # the script may have closed it
-            print(
-                f"unisono: the script made no unisono.Trainer: each of the {size} workers ran all of it",
-                file=sys.stderr,
-                flush=True,
-            )
+        say(f"unisono: the script made no unisono.Trainer: each of the {size} workers ran all of it", error=True)
 
 
 def _knows_of_others(script: str) -> bool:
