@@ -26,7 +26,7 @@ from processes import Group
 from report import HERE, about
 from workloads import WORKLOADS
 
-from unisono.testing.hosts import WIRE, Hosts, NoNamespaces, virtual_hosts
+from unisono.testing.hosts import WIRE, NoNamespaces, VirtualHosts, virtual_hosts
 
 DEFAULT = ("DDP", "unisono, M = W", "unisono, M = 8", "unisono over Gloo, M = 8")
 CASES = ("wide", "gpt")
@@ -54,7 +54,7 @@ class Measured:
     """Bytes that left a host in a step, the greater of both."""
 
 
-def measure(case: str, workers: int, hosts: Hosts, peers: Sequence[str], rounds: int) -> dict[str, Measured]:
+def measure(case: str, workers: int, hosts: VirtualHosts, peers: Sequence[str], rounds: int) -> dict[str, Measured]:
     """Trains in all peers, in turns, with ``workers`` workers on each host.
 
     Raises:

@@ -44,7 +44,7 @@ from tests.campaigns.chaos_faults import (
     shared_memory,
 )
 from tests.campaigns.chaos_training import MICROBATCHES
-from unisono.testing.hosts import Hosts, address, virtual_hosts
+from unisono.testing.hosts import VirtualHosts, address, virtual_hosts
 
 TO_HOSTS = {Fault.LINK_SHORT: 8, Fault.LINK_LONG: 4, Fault.HOST_LOST: 4, Fault.STORE_LOST: 2, Fault.HOST_LEAVES: 2}
 """How often each comes. A host that is not there comes again whatever else comes."""
@@ -123,7 +123,7 @@ class Run:
     """
 
     def __init__(
-        self, hosts: Hosts, folder: Path, kind: str, workers: Sequence[int], steps: int = STEPS, *, together: bool
+        self, hosts: VirtualHosts, folder: Path, kind: str, workers: Sequence[int], steps: int = STEPS, *, together: bool
     ) -> None:
         self.hosts = hosts
         self.folder = folder

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from unisono.testing.hosts import WIRE, Hosts, NoNamespaces, address, virtual_hosts
+from unisono.testing.hosts import WIRE, NoNamespaces, VirtualHosts, address, virtual_hosts
 
 STEPS = 4
 LAYERS, WIDTH = 16, 256
@@ -61,7 +61,7 @@ Path(sys.argv[1], str(trainer.collective.rank)).write_text(json.dumps(found))
 
 
 @pytest.fixture
-def hosts() -> Iterator[Hosts]:
+def hosts() -> Iterator[VirtualHosts]:
     try:
         with virtual_hosts() as made:
             yield made
@@ -74,7 +74,7 @@ def command(host: int, workers: int, script: Path, *arguments: str) -> list[str]
     return [*launcher, f"--master-addr={address(0)}", "--master-port=29400", str(script), *arguments]
 
 
-def launch(hosts: Hosts, workers: tuple[int, int], script: Path, *arguments: str) -> list[tuple[int, str]]:
+def launch(hosts: VirtualHosts, workers: tuple[int, int], script: Path, *arguments: str) -> list[tuple[int, str]]:
     """Runs the script under torchrun on both hosts: each one's exit status, and what it printed."""
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": WIRE, "OMP_NUM_THREADS": "1"}
     processes = [
@@ -101,7 +101,9 @@ def found_in(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
 
 
-def test_weights_and_gradients_cross_the_wire_once_and_the_bits_are_those_of_one_process(hosts: Hosts, tmp_path: Path) -> None:
+def test_weights_and_gradients_cross_the_wire_once_and_the_bits_are_those_of_one_process(
+    hosts: VirtualHosts, tmp_path: Path
+) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     folders = [tmp_path / "several", tmp_path / "alone"]
@@ -120,7 +122,7 @@ def test_weights_and_gradients_cross_the_wire_once_and_the_bits_are_those_of_one
         assert WEIGHTS_BYTES < entry["sent"] < 1.03 * WEIGHTS_BYTES
 
 
-def test_an_error_on_one_host_ends_the_workers_of_both(hosts: Hosts, tmp_path: Path) -> None:
+def test_an_error_on_one_host_ends_the_workers_of_both(hosts: VirtualHosts, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
 
@@ -152,7 +154,7 @@ except LostWorker as failure:
 """
 
 
-def test_a_host_that_is_out_of_reach_is_noticed_long_before_the_time_limit_of_a_wait(hosts: Hosts, tmp_path: Path) -> None:
+def test_a_host_that_is_out_of_reach_is_noticed_long_before_the_time_limit_of_a_wait(hosts: VirtualHosts, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(WAITS)
     with contextlib.ExitStack() as stack:

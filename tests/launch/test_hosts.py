@@ -16,7 +16,7 @@ import pytest
 
 from tests.launch.conftest import PRELUDE, Launch, Launcher, assert_gone
 from tests.launch.test_supervisor import ELASTIC
-from unisono.testing.hosts import Hosts, NoNamespaces, address, virtual_hosts
+from unisono.testing.hosts import NoNamespaces, VirtualHosts, address, virtual_hosts
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def place() -> str:
 
 
 @pytest.fixture
-def hosts() -> Iterator[Hosts]:
+def hosts() -> Iterator[VirtualHosts]:
     try:
         with virtual_hosts() as hosts:
             yield hosts
@@ -406,7 +406,7 @@ def test_an_address_that_cannot_be_used_is_named(launcher: Launcher) -> None:
     assert "'no-such-host.invalid' is no host that this one knows" in err
 
 
-def test_a_host_out_of_reach_ends_with_a_clear_error_and_the_other_goes_on(launcher: Launcher, hosts: Hosts) -> None:
+def test_a_host_out_of_reach_ends_with_a_clear_error_and_the_other_goes_on(launcher: Launcher, hosts: VirtualHosts) -> None:
     place = f"{address(0)}:29400"
     site = Site(
         launcher,

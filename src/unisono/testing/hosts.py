@@ -27,7 +27,7 @@ def address(host: int) -> str:
     return f"10.97.0.{host + 1}"
 
 
-class Hosts:
+class VirtualHosts:
     """Network namespaces that can reach each other and nobody else.
 
     Args:
@@ -35,7 +35,7 @@ class Hosts:
         machines: Those that hold the namespaces of each host's processes; none if the hosts have them in common.
     """
 
-    def __init__(self, holders: Sequence[int], machines: Sequence[Machine] = ()) -> None:
+    def __init__(self, holders: Sequence[int], machines: Sequence[ProcessNamespace] = ()) -> None:
         self._holders = tuple(holders)
         self._machines = tuple(machines)
 
@@ -78,7 +78,7 @@ class Hosts:
         _run(["nsenter", f"--net={self.namespace(host)}", *command])
 
 
-class Machine:
+class ProcessNamespace:
     """A namespace of processes: those in it see each other only, and all end with it. Used as a context; all *local*.
 
     Args:
@@ -92,7 +92,7 @@ class Machine:
         self._network = network
         self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> Machine:
+    def __enter__(self) -> ProcessNamespace:
         kept = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", "echo ready; cat; :"]
         self._holder = self._stack.enter_context(_held(["nsenter", f"--net={self._network}", *kept]))
         self._namespace = Path(f"/proc/{self._holder.pid}/ns/pid_for_children").readlink()
@@ -128,8 +128,8 @@ class Machine:
 
 
 @contextlib.contextmanager
-def virtual_hosts(count: int = 2, *, megabit: float | None = None, machines: bool = False) -> Iterator[Hosts]:
-    """Hosts that are joined by a switch, for as long as the body runs.
+def virtual_hosts(count: int = 2, *, megabit: float | None = None, machines: bool = False) -> Iterator[VirtualHosts]:
+    """VirtualHosts that are joined by a switch, for as long as the body runs.
 
     Args:
         count: How many.
@@ -147,7 +147,7 @@ def virtual_hosts(count: int = 2, *, megabit: float | None = None, machines: boo
         switch = stack.enter_context(_held(kept)).pid
         holders = [stack.enter_context(_held(kept)).pid for _ in range(count)]
         networks = [Path(f"/proc/{holder}/ns/net") for holder in holders] if machines else []
-        hosts = Hosts(holders, [stack.enter_context(Machine(network)) for network in networks])
+        hosts = VirtualHosts(holders, [stack.enter_context(ProcessNamespace(network)) for network in networks])
         at_switch = ["nsenter", f"--net=/proc/{switch}/ns/net", "ip", "link"]
         _run([*at_switch, "add", _SWITCH, "type", "bridge"])
         _run([*at_switch, "set", _SWITCH, "up"])
