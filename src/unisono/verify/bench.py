@@ -7,9 +7,7 @@ import copy
 import dataclasses
 import random
 import sys
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Subset
 
-from unisono.collective import Collective
+from unisono.training.trainer import Trainer
 from unisono.verify.draws import constant_draws
-from unisono.verify.job import Change
+from unisono.verify.job import Change, RunSpec
 from unisono.verify.places import Snapshot, roots_of
 from unisono.verify.record import StepRecord, TrainerRecord, WorkerRecord, add
 from unisono.verify.watch import ScriptWatch, is_users
@@ -32,37 +30,22 @@ _MOST_KEPT_BYTES = 2 << 30
 class Bench:
     """One for each process."""
 
+    spec: RunSpec
     watch: ScriptWatch
     record: WorkerRecord
-    folder: Path
-    meeting: str
-    steps: int
-    events: int | None
-    dump: tuple[int, int] | None
-    keep: bool
-    """Whether tensors after each step are kept, as far as there is room."""
-    teacher: Path | None
-    """Folder of the run from whose kept tensors the reference starts each step."""
-    held: list[list[dict[str, Any]]]
-    """For each trainer, the settings that the optimizer had on one worker."""
     finish: Callable[[], None]
     """Ends the process."""
-    inspect: bool = False
     kept_bytes: int = 0
-    on_gpu: bool = False
-    collective: Collective | None = None
-    """Of the newest trainer."""
-    began_s: float = dataclasses.field(default_factory=time.perf_counter)
+    trainer: Trainer | None = None
+    """The newest one."""
 
     @property
     def changes(self) -> frozenset[Change]:
         """The experiment."""
-        return frozenset(self.watch.changes)
+        return self.spec.job.changes
 
     def begins(self, record: TrainerRecord, model: nn.Module) -> int:
         """A trainer is being made; its number, from 0."""
-        if not self.record.trainers:
-            self.record.startup_s = time.perf_counter() - self.began_s
         if isinstance(model, nn.Module):  # else the trainer will say what is wrong
             record.norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
         self.record.trainers.append(record)
@@ -87,20 +70,20 @@ class Bench:
         step.event = self.record.events + 1
         record.steps.append(step)
         number = self.record.trainers.index(record)
-        if self.dump == (number, step.step) or (self.keep and self.kept_bytes < _MOST_KEPT_BYTES):
+        if self.spec.job.dump == (number, step.step) or (self.spec.job.keep and self.kept_bytes < _MOST_KEPT_BYTES):
             named = [*model.named_parameters(), *model.named_buffers()]
             tensors = {
                 "model": {name: tensor.detach().cpu().clone() for name, tensor in named if not tensor.is_meta},
                 "optimizer": optimizer_state(model, optimizer),
             }
-            torch.save(tensors, self.folder / f"tensors-{number}-{step.step}-{self.record.rank}.pt")
+            torch.save(tensors, self.spec.folder / f"tensors-{number}-{step.step}-{self.record.rank}.pt")
             self.kept_bytes += sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
         self.happened()
 
     def happened(self) -> None:
         """After each step and evaluation."""
         self.record.events += 1
-        if self.events is not None and self.record.events >= self.events:
+        if self.record.events == self.spec.job.events:
             self.finish()
 
     @contextlib.contextmanager

@@ -195,7 +195,7 @@ def _named(runs: Runs, change: Change, cured: Sequence[Change], pair: DifferentP
     if change is Change.FRESH_DATA:  # what reading changes is seen where each sample is read on its own
         under = runs(pair.one.job.but(change, events=pair.difference.event or pair.one.job.events, keep=False))
         pair = dataclasses.replace(pair, one=under)
-    cause = _NAMES[change](pair)
+    cause = _WITH_DETAILS[change](pair) if change in _WITH_DETAILS else _plainly(change, pair)
     if Change.HIDE_RANK in cured and change is not Change.HIDE_RANK:
         cause = dataclasses.replace(
             cause,
@@ -251,97 +251,6 @@ def _callbacks(pair: DifferentPair) -> Cause:
     )
 
 
-def _loader(pair: DifferentPair) -> Cause:
-    count = max(trainer.loader_workers for trainer in pair.one.trainers + pair.other.trainers)
-    return Cause(
-        name="loader_worker",
-        what=f"a sample depends on which of the {count} loader processes reads it (with num_workers=0 the difference is gone)",
-        advice="draw from torch, numpy.random or random as they are: they are seeded for each sample. Do not seed by "
-        "get_worker_info(), and keep no generator in the dataset",
-        places=lines(note for note in pair.notes("seed") if note.phase == "data"),
-    )
-
-
-def _state(pair: DifferentPair) -> Cause:
-    return Cause(
-        name="state_between_batches",
-        what="the model or the loss keeps state from one microbatch to the next, so the result depends on their order and on "
-        f"which worker computes which: {', '.join(pair.every('state')[:5])}",
-        advice="begin each batch from the same state (reset it at the beginning of forward), or make it a buffer, which is "
-        "averaged over microbatches",
-    )
-
-
-def _data(pair: DifferentPair) -> Cause:
-    names = [name.removeprefix("dataset.") for name in pair.every("data_state")]
-    return Cause(
-        name="dataset_keeps_state",
-        what="a sample depends on what was read before it: reading changes the dataset"
-        + (f" ({', '.join(names[:5])})" if names else ""),
-        advice="make __getitem__ a function of the index alone; for augmentation draw from torch, numpy.random or random "
-        "themselves, which are seeded for each sample, not from a generator that the dataset keeps",
-    )
-
-
-def _seeds(pair: DifferentPair) -> Cause:
-    return Cause(
-        name="own_seeding",
-        what="the script seeds random generators itself during training, over the seeds by which each microbatch gets its own",
-        advice="leave seeding to the trainer (seed=...): it seeds each sample and each microbatch, the same for any number of "
-        "workers",
-        places=lines(note for note in pair.notes("seed") if note.phase != "script"),
-    )
-
-
-def _threads(pair: DifferentPair) -> Cause:
-    counts = sorted({record.threads for run in (pair.one, pair.other) for record in filter(None, run.records)})
-    return Cause(
-        name="thread_count",
-        what=f"the script changes the number of threads ({' and '.join(map(str, counts))} at the end), and kernels sum in "
-        "another order with another number",
-        advice="leave threads to the launcher (unisono run --threads T): the same number for every worker and every run",
-        places=lines(pair.notes("threads")),
-    )
-
-
-def _kernels(pair: DifferentPair) -> Cause:
-    return Cause(
-        name="nondeterministic_kernel",
-        what="a kernel gives other bits each time it runs; with deterministic kernels the difference is gone",
-        advice="do not switch deterministic algorithms off (the trainer switches them on where they matter), or run with one "
-        "thread a worker",
-        places=lines(pair.notes("deterministic")),
-    )
-
-
-def _clock(pair: DifferentPair) -> Cause:
-    return Cause(
-        name="clock",
-        what="the result depends on the time at which the script runs; with a clock that stands still the difference is gone",
-        advice="use a fixed seed, and decide nothing by the clock",
-        places=lines(pair.notes("clock")),
-    )
-
-
-def _entropy(pair: DifferentPair) -> Cause:
-    return Cause(
-        name="unseeded",
-        what="the result depends on random numbers that nobody seeded (the operating system's, or a process number)",
-        advice="seed every generator before you use it: torch.manual_seed(...), numpy.random.seed(...), random.seed(...), "
-        "default_rng(seed)",
-        places=lines(pair.notes("entropy")),
-    )
-
-
-def _order(pair: DifferentPair) -> Cause:
-    return Cause(
-        name="set_order",
-        what="the result depends on the order of a set, on hash() or on id(): Python hashes strings differently in each process, "
-        "and objects lie elsewhere; with one hash seed and the same addresses for all the difference is gone",
-        advice="sort what comes out of a set before you use its order: sorted(set(...))",
-    )
-
-
 def _rank(pair: DifferentPair) -> Cause:
     inside = {"loss": "the model or the loss does", "data": "reading data does", "callback": "a callback does"}
     writers: dict[str, list[int]] = {}
@@ -359,17 +268,87 @@ def _rank(pair: DifferentPair) -> Cause:
     )
 
 
-_NAMES: dict[Change, Callable[[DifferentPair], Cause]] = {
+_WITH_DETAILS: dict[Change, Callable[[DifferentPair], Cause]] = {
     Change.HOLD_SETTINGS: _settings,
     Change.NO_CALLBACKS: _callbacks,
-    Change.NO_LOADER_WORKERS: _loader,
-    Change.RESTORE_STATE: _state,
-    Change.FRESH_DATA: _data,
-    Change.IGNORE_SEEDS: _seeds,
-    Change.HOLD_THREADS: _threads,
-    Change.DETERMINISTIC: _kernels,
-    Change.STOP_TIME: _clock,
-    Change.FIX_ENTROPY: _entropy,
-    Change.SAME_HASH: _order,
     Change.HIDE_RANK: _rank,
 }
+_TEXTS: dict[Change, tuple[str, str, str, str]] = {
+    Change.NO_LOADER_WORKERS: (
+        "loader_worker",
+        "seed",
+        "a sample depends on which of the {loaders} loader processes reads it (with num_workers=0 the difference is gone)",
+        "draw from torch, numpy.random or random as they are: they are seeded for each sample. Do not seed by get_worker_info(), "
+        "and keep no generator in the dataset",
+    ),
+    Change.RESTORE_STATE: (
+        "state_between_batches",
+        "",
+        "the model or the loss keeps state from one microbatch to the next, so the result depends on their order and on which "
+        "worker computes which: {state}",
+        "begin each batch from the same state (reset it at the beginning of forward), or make it a buffer, which is averaged "
+        "over microbatches",
+    ),
+    Change.FRESH_DATA: (
+        "dataset_keeps_state",
+        "",
+        "a sample depends on what was read before it: reading changes the dataset{data}",
+        "make __getitem__ a function of the index alone; for augmentation draw from torch, numpy.random or random themselves, "
+        "which are seeded for each sample, not from a generator that the dataset keeps",
+    ),
+    Change.IGNORE_SEEDS: (
+        "own_seeding",
+        "seed",
+        "the script seeds random generators itself during training, over the seeds by which each microbatch gets its own",
+        "leave seeding to the trainer (seed=...): it seeds each sample and each microbatch, the same for any number of workers",
+    ),
+    Change.HOLD_THREADS: (
+        "thread_count",
+        "threads",
+        "the script changes the number of threads ({threads} at the end), and kernels sum in another order with another number",
+        "leave threads to the launcher (unisono run --threads T): the same number for every worker and every run",
+    ),
+    Change.DETERMINISTIC: (
+        "nondeterministic_kernel",
+        "deterministic",
+        "a kernel gives other bits each time it runs; with deterministic kernels the difference is gone",
+        "do not switch deterministic algorithms off (the trainer switches them on where they matter), or run with one thread a "
+        "worker",
+    ),
+    Change.STOP_TIME: (
+        "clock",
+        "clock",
+        "the result depends on the time at which the script runs; with a clock that stands still the difference is gone",
+        "use a fixed seed, and decide nothing by the clock",
+    ),
+    Change.FIX_ENTROPY: (
+        "unseeded",
+        "entropy",
+        "the result depends on random numbers that nobody seeded (the operating system's, or a process number)",
+        "seed every generator before you use it: torch.manual_seed(...), numpy.random.seed(...), random.seed(...), "
+        "default_rng(seed)",
+    ),
+    Change.SAME_HASH: (
+        "set_order",
+        "",
+        "the result depends on the order of a set, on hash() or on id(): Python hashes strings differently in each process, and "
+        "objects lie elsewhere; with one hash seed and the same addresses for all the difference is gone",
+        "sort what comes out of a set before you use its order: sorted(set(...))",
+    ),
+}
+"""Name, kind of the notes that show where, what it is, and advice."""
+
+
+def _plainly(change: Change, pair: DifferentPair) -> Cause:
+    name, kind, what, advice = _TEXTS[change]
+    runs = pair.one, pair.other
+    data = ", ".join(name.removeprefix("dataset.") for name in pair.every("data_state")[:5])
+    facts = {
+        "loaders": max((trainer.loader_workers for run in runs for trainer in run.trainers), default=0),
+        "state": ", ".join(pair.every("state")[:5]),
+        "data": f" ({data})" if data else "",
+        "threads": " and ".join(sorted({str(record.threads) for run in runs for record in filter(None, run.records)})),
+    }
+    during = ("data",) if change is Change.NO_LOADER_WORKERS else ("",)
+    notes = [note for note in pair.notes(kind) if note.phase.startswith(during) and (kind != "seed" or note.phase != "script")]
+    return Cause(name=name, what=what.format(**facts), advice=advice, places=lines(notes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import pickle
 import runpy
 import signal
 import sys
@@ -20,22 +21,27 @@ from unisono.errors import UnisonoError
 from unisono.launch.report import describe
 from unisono.system.fork_server import BLOCKED_SIGNALS
 from unisono.verify.bench import Bench
-from unisono.verify.job import Change, Variant
+from unisono.verify.job import RunSpec
 from unisono.verify.plain import PlainTrainer
 from unisono.verify.probe import ProbeTrainer
 from unisono.verify.record import Note, ScriptFailure, WorkerRecord
 from unisono.verify.watch import ScriptWatch, is_users
 
 
-def run(spec: dict[str, Any]) -> NoReturn:
-    """Runs the script as ``spec`` says (see ``runs.Runs``), leaves a record, and ends the process."""
+def run(order: dict[str, Any]) -> NoReturn:
+    """Runs the script, leaves a record, and ends the process.
+
+    Args:
+        order: "spec", the file of a `RunSpec`, and this worker's "rank".
+    """
     status = 1
     try:
         faulthandler.enable()
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED_SIGNALS)
-        status = _Worker(spec).run()
+        spec: RunSpec = pickle.loads(Path(order["spec"]).read_bytes())
+        status = _Worker(spec, order["rank"]).run()
     except BaseException:
         traceback.print_exc()
     finally:
@@ -51,37 +57,20 @@ def _leave(status: int) -> NoReturn:
 
 
 class _Worker:
-    def __init__(self, spec: dict[str, Any]) -> None:
-        self._spec, self._folder = spec, Path(spec["folder"])
-        self._record = WorkerRecord(rank=spec["rank"])
+    def __init__(self, spec: RunSpec, rank: int) -> None:
+        self._spec, self._record = spec, WorkerRecord(rank=rank)
         self._known = set(sys.modules)
-        torch.set_num_threads(spec["threads"])
-        self._watch = ScriptWatch(
-            frozenset(Change(name) for name in spec["changes"]), shift=spec["shift"], scratch=Path(spec["scratch"])
-        )
-        self._bench = Bench(
-            watch=self._watch,
-            record=self._record,
-            folder=self._folder,
-            meeting=spec["meeting"],
-            steps=spec["steps"],
-            events=spec["events"],
-            dump=None if spec["dump"] is None else (spec["dump"][0], spec["dump"][1]),
-            keep=spec["keep"],
-            teacher=None if spec["teacher"] is None else Path(spec["teacher"]),
-            held=spec["held"],
-            finish=self._finish,
-            inspect=spec["inspect"],
-        )
+        job = spec.job
+        torch.set_num_threads(job.threads)
+        self._watch = ScriptWatch(job.changes, shift=int(job.second) + rank, scratch=spec.scratch)
+        self._bench = Bench(spec=spec, watch=self._watch, record=self._record, finish=self._finish)
         ProbeTrainer.bench = PlainTrainer.bench = self._bench
-        if spec["reference"] is not None:
-            PlainTrainer.variant = Variant(spec["reference"])
-        trainer: Any = ProbeTrainer if spec["reference"] is None else PlainTrainer
+        trainer: Any = ProbeTrainer if job.reference is None else PlainTrainer
         unisono.Trainer = trainer  # type: ignore[misc]
 
     def run(self) -> int:
-        script = self._spec["script"]
-        sys.argv = [script, *self._spec["args"]]
+        script = self._spec.script
+        sys.argv = [script, *self._spec.args]
         if not os.environ.get("PYTHONSAFEPATH"):
             sys.path.insert(0, str(Path(script).resolve().parent))
         with warnings.catch_warnings(record=True) as self._caught:
@@ -119,9 +108,9 @@ class _Worker:
     def _finish(self) -> NoReturn:
         """All that was wanted is there."""
         self._write()
-        if self._bench.collective is not None:
+        if self._bench.trainer is not None:
             with contextlib.suppress(Exception):
-                self._bench.collective.barrier()  # nobody leaves while others still read its memory
+                self._bench.trainer.collective.barrier()  # nobody leaves while others still read its memory
         _leave(0)
 
     def _write(self) -> None:
@@ -129,10 +118,11 @@ class _Worker:
         record.notes = self._watch.notes
         record.warnings = [f"{entry.category.__name__}: {entry.message}" for entry in self._caught]
         record.threads = torch.get_num_threads()
-        record.gpus = torch.cuda.device_count() if self._bench.on_gpu else None
+        on_gpu = self._bench.trainer is not None and self._bench.trainer.device.type == "cuda"
+        record.gpus = torch.cuda.device_count() if on_gpu else None
         record.modules = [
             name
             for name in sys.modules
             if name not in self._known and not is_users(getattr(sys.modules[name], "__file__", None) or "<none>")
         ]
-        record.write(self._folder / f"record-{record.rank}.pickle")
+        record.write(self._spec.folder / f"record-{record.rank}.pickle")

@@ -204,6 +204,8 @@ class _Inquiry:
         if difference.stage != "failure" and difference.tensor is not None:
             dump = (difference.trainer, difference.step)
             kept = [dataclasses.replace(job, dump=dump, events=difference.event) for job in (base, other)]
+            if one.tensors(*dump) is not None:
+                kept[0] = base
             difference = measure(difference, *self._runs.all(kept))
         found = self._again(known, base, other)
         if found is None:

@@ -125,7 +125,7 @@ class Inspection:
         """Two samples influence each other: because one is padded to the other's length, or by what is computed."""
         shapes = [[tensor.shape[1:] for tensor in _tensors(self._batch(numbers))] for numbers in ([0], [other], [0, other])]
         padded = shapes[0] != shapes[2] or shapes[1] != shapes[2]
-        return {"padded" if padded else "coupled": [self._indices[0], self._indices[other]]}
+        return {"padded" if padded else "coupled": {"samples": [self._indices[0], self._indices[other]]}}
 
     def _division(self) -> dict[str, Any]:
         """Whether the loss is divided by the number of microbatches; then it would be smaller with more of them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from pathlib import Path
 from typing import Any
 
 
@@ -92,3 +93,22 @@ class Job:
     def but(self, *changes: Change, **fields: Any) -> Job:
         """This job with more changes."""
         return dataclasses.replace(self, changes=self.changes | set(changes), **fields)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """What all workers of a run are told."""
+
+    job: Job
+    script: str
+    args: list[str]
+    steps: int
+    """Optimizer steps to look at."""
+    scratch: Path
+    """Files below are ours."""
+    folder: Path
+    """Where this run's own files go."""
+    teacher: Path | None
+    """The folder of the job's teacher."""
+    held: list[list[dict[str, Any]]]
+    """For each trainer, the settings that the optimizer had on one worker."""

@@ -63,7 +63,6 @@ class PlainTrainer:
     """Takes what ``unisono.Trainer`` takes, and trains with a plain loop."""
 
     bench: ClassVar[Bench]
-    variant: ClassVar[Variant]
 
     def __init__(
         self,
@@ -77,6 +76,7 @@ class PlainTrainer:
         **settings: Any,
     ) -> None:
         bench = self.bench
+        self.variant = bench.spec.job.reference
         self._record = TrainerRecord(batch_size=batch_size, microbatches=microbatches, settings=groups(optimizer))
         bench.begins(self._record, model)
         self.model, self.optimizer, self.scheduler = model, optimizer, settings.get("scheduler")
@@ -115,7 +115,7 @@ class PlainTrainer:
         while self.position.epoch < epochs:
             epoch = samples.epoch(self.position.epoch)
             for number in range(self.position.batch, epoch.batches):
-                if self.position.step >= self.bench.steps:
+                if self.position.step >= self.bench.spec.steps:
                     return
                 indices = epoch.batch(number).tolist()
                 bounds = [(lo, hi) for lo, hi in microbatch_bounds(len(indices), self.batch_size, self.microbatches) if hi > lo]
@@ -127,7 +127,7 @@ class PlainTrainer:
         self._learn(record.step)
         before = [parameter.detach().clone() for parameter in self.model.parameters()]
         self.optimizer.zero_grad()
-        if self.bench.inspect and record.step == 1:
+        if self.bench.spec.job.inspect and record.step == 1:
             self._record.findings = self._inspect(batch)
         total, count = self._in_parts(batch, record) if self.variant is Variant.PARTS else self._at_once(batch, record)
         for parameter in self.model.parameters():
@@ -189,11 +189,9 @@ class PlainTrainer:
 
     def _learn(self, step: int) -> None:
         """Starts from where the trainer was: each step is compared by itself, and errors do not add up over steps."""
-        bench = self.bench
-        if bench.teacher is None:
-            return
-        file = bench.teacher / f"tensors-{bench.record.trainers.index(self._record)}-{step - 1}-0.pt"
-        if not file.exists():
+        teacher, number = self.bench.spec.teacher, self.bench.record.trainers.index(self._record)
+        file = None if teacher is None else teacher / f"tensors-{number}-{step - 1}-0.pt"
+        if file is None or not file.exists():
             return  # the first step, or there was no room
         known = torch.load(file, weights_only=True)
         with torch.no_grad():

@@ -50,7 +50,7 @@ class _FirstSteps(Observer):
 
     def around_batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         bench = self._trainer.bench
-        while self._trainer.position.step < bench.steps:
+        while self._trainer.position.step < bench.spec.steps:
             with bench.phase("data"):
                 batch = next(batches, None)
             if batch is None:
@@ -67,8 +67,8 @@ class ProbeTrainer(Trainer):
         bench, changes = self.bench, self.bench.changes
         self._probe = TrainerRecord(callbacks=[type(callback).__name__ for callback in settings.get("callbacks") or ()])
         number = bench.begins(self._probe, model)
-        if Change.HOLD_SETTINGS in changes and number < len(bench.held):
-            for group, held in zip(optimizer.param_groups, bench.held[number], strict=False):
+        if Change.HOLD_SETTINGS in changes and number < len(bench.spec.held):
+            for group, held in zip(optimizer.param_groups, bench.spec.held[number], strict=False):
                 group.update({key: value for key, value in held.items() if isinstance(value, (int, float)) and key in group})
         self._probe.settings = groups(optimizer) if hasattr(optimizer, "param_groups") else []
         self._probe_loader = settings.get("loader") or Loader()
@@ -81,14 +81,16 @@ class ProbeTrainer(Trainer):
             self._watch_callback(callback)
         if settings.get("run_dir") is not None:
             self._probe.run_dir = os.fspath(settings["run_dir"])
-            settings["run_dir"] = str(bench.folder / f"run-{number + 1}")
+            settings["run_dir"] = str(bench.spec.folder / f"run-{number + 1}")
         settings["checkpoint_every"] = None if settings.get("run_dir") is None else 10**9
         settings["strict"] = False
         if settings.get("world") is None and settings.get("collective") is None:
             with bench.phase("trainer"):
                 here = World.from_environment()
             fields = {field.name: getattr(here, field.name) for field in dataclasses.fields(World)}
-            settings["world"] = _Here(**fields, meeting="" if here.size == 1 else f"{bench.meeting}-{number}")
+            settings["world"] = _Here(
+                **fields, meeting="" if here.size == 1 else (bench.spec.folder / f"meeting-{number}").as_uri()
+            )
         self.observer = _FirstSteps(self)
         self._probe_loss = LossProbe(loss, model, bench)
         with bench.phase("trainer"):
@@ -96,8 +98,7 @@ class ProbeTrainer(Trainer):
             if Change.DETERMINISTIC in changes:
                 torch.use_deterministic_algorithms(True, warn_only=True)
         bench.made()
-        bench.collective = super().collective
-        bench.on_gpu = self.device.type == "cuda"
+        bench.trainer = self
         self._probe.batch_size, self._probe.microbatches = self.batch_size, self.microbatches
         if self.scheduler is not None:
             watch_scheduler(self.scheduler, bench.watch)

@@ -121,8 +121,6 @@ class WorkerRecord:
     threads: int = 0
     gpus: int | None = None
     """How many there are; None: training is on the CPU."""
-    startup_s: float = 0.0
-    """From the script's beginning to its first trainer."""
     modules: list[str] = field(default_factory=list)
     """Library modules that the script imported."""
 

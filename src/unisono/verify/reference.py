@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from unisono.verify.causes import Cause, lines
@@ -122,16 +122,16 @@ def _explain(runs: Runs, base: Job, run: RunOutcome, plain: RunOutcome) -> tuple
     wanted = [change for change, reason in candidates.items() if reason]
     for change in wanted:
         if _compare(runs, base.but(change)).agrees:
-            return [*causes, _NAMES[change](run)], True
+            return [*causes, _named(change, run)], True
     together = base.but(*wanted)
     if len(wanted) > 1 and _compare(runs, together).agrees:
         rest = {change: [other for other in wanted if other is not change] for change in wanted}
         needed = [change for change in wanted if not _compare(runs, base.but(*rest[change])).agrees]
-        return [*causes, *(_NAMES[change](run) for change in needed or wanted)], True
+        return [*causes, *(_named(change, run) for change in needed or wanted)], True
     if not _compare(runs, together, Variant.PARTS).agrees:
         return causes, False
     if Change.FREEZE_NORM in wanted:
-        causes.append(_norm(run))
+        causes.append(_named(Change.FREEZE_NORM, run))
     return [*causes, _composition(plain)], True
 
 
@@ -148,57 +148,88 @@ def _schedule(notes: list[Note]) -> Cause:
     )
 
 
-def _norm(run: RunOutcome) -> Cause:
-    names = [name for trainer in run.trainers for name in trainer.norms]
-    size = max(-(-trainer.batch_size // trainer.microbatches) for trainer in run.trainers)
-    return Cause(
-        name="batch_norm",
-        what=f"batch normalisation ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) sees a microbatch of {size} "
-        "samples, not the whole batch; with frozen statistics only rounding is left. The same for every number of workers",
-        advice="a choice, not a fault. To come closer to the whole batch: fewer, larger microbatches (microbatches=1 is the "
-        "whole batch, on one worker), GroupNorm or LayerNorm instead, or frozen statistics (module.eval())",
-        experiments=(Change.FREEZE_NORM.value,),
-        fault=False,
-    )
+def _named(change: Change, run: RunOutcome) -> Cause:
+    name, fault, what, advice = _TEXTS[change]
+    norms = [name for trainer in run.trainers for name in trainer.norms]
+    facts = {
+        "norms": ", ".join([*norms[:3], *["..."] * (len(norms) > 3)]),
+        "size": max(-(-trainer.batch_size // trainer.microbatches) for trainer in run.trainers),
+        "draws": " and ".join(name for name in run.first.draws if name != "torch"),
+        "state": ", ".join(run.first.state[:5]),
+        "buffers": ", ".join(run.first.buffers[:5]),
+    }
+    return Cause(name=name, what=what.format(**facts), advice=advice, experiments=(change.value,), fault=fault)
 
 
-def _python_draws(run: RunOutcome) -> Cause:
-    return Cause(
-        name="python_random_in_forward",
-        what=f"the model or the loss draws from {' and '.join(name for name in run.first.draws if name != 'torch')}: once a "
-        "microbatch, where a loop over whole batches draws once a batch",
-        advice="decide per sample, with PyTorch's generator (torch.rand(len(x), ...)), or once a step, outside forward",
-        experiments=(Change.CONSTANT_PYTHON_DRAWS.value,),
-    )
-
-
-def _state(run: RunOutcome) -> Cause:
-    return Cause(
-        name="state_between_batches",
-        what=f"the model or the loss keeps state from one microbatch to the next: {', '.join(run.first.state[:5])}",
-        advice="begin each batch from the same state, or make it a buffer",
-        experiments=(Change.RESTORE_STATE.value,),
-    )
-
-
-def _buffers(run: RunOutcome) -> Cause:
-    return Cause(
-        name="buffers",
-        what=f"forward changes buffers that it uses ({', '.join(run.first.buffers[:5])}): each microbatch begins from the step's "
-        "start and sees itself, where a whole batch sees all samples",
-        advice="a choice, not a fault: the same for every number of workers. Fewer, larger microbatches come closer to the whole "
-        "batch",
-        experiments=(Change.FREEZE_BUFFERS.value,),
-        fault=False,
-    )
-
-
-_NAMES: dict[Change, Callable[[RunOutcome], Cause]] = {
-    Change.FREEZE_NORM: _norm,
-    Change.CONSTANT_PYTHON_DRAWS: _python_draws,
-    Change.RESTORE_STATE: _state,
-    Change.FREEZE_BUFFERS: _buffers,
+_TEXTS: dict[Change, tuple[str, bool, str, str]] = {
+    Change.FREEZE_NORM: (
+        "batch_norm",
+        False,
+        "batch normalisation ({norms}) sees a microbatch of {size} samples, not the whole batch; with frozen statistics only "
+        "rounding is left. The same for every number of workers",
+        "a choice, not a fault. To come closer to the whole batch: fewer, larger microbatches (microbatches=1 is the whole "
+        "batch, on one worker), GroupNorm or LayerNorm instead, or frozen statistics (module.eval())",
+    ),
+    Change.CONSTANT_PYTHON_DRAWS: (
+        "python_random_in_forward",
+        True,
+        "the model or the loss draws from {draws}: once a microbatch, where a loop over whole batches draws once a batch",
+        "decide per sample, with PyTorch's generator (torch.rand(len(x), ...)), or once a step, outside forward",
+    ),
+    Change.RESTORE_STATE: (
+        "state_between_batches",
+        True,
+        "the model or the loss keeps state from one microbatch to the next: {state}",
+        "begin each batch from the same state, or make it a buffer",
+    ),
+    Change.FREEZE_BUFFERS: (
+        "buffers",
+        False,
+        "forward changes buffers that it uses ({buffers}): each microbatch begins from the step's start and sees itself, where a "
+        "whole batch sees all samples",
+        "a choice, not a fault: the same for every number of workers. Fewer, larger microbatches come closer to the whole batch",
+    ),
 }
+"""Name, whether it is a fault, what it is, and advice."""
+_CUT: dict[str, tuple[str, bool, str, str]] = {
+    "count": (
+        "count_not_additive",
+        True,
+        "the loss's count does not add up: {counts[0]:g} for sample {samples[0]}, {counts[1]:g} for sample {samples[1]}, "
+        "{counts[2]:g} for both together",
+        "return the sum over the microbatch and the number of terms in it, for example (sum, number of tokens)",
+    ),
+    "weights": (
+        "mean_over_ragged_counts",
+        True,
+        "the loss is a mean over something that samples have different numbers of (tokens?): sample {samples[0]} weighs "
+        "{ratio:.3g} times as much as sample {samples[1]}, but the trainer was told to count them by another measure, so what a "
+        "sample weighs depends on its microbatch",
+        'return (sum, count), for example (F.cross_entropy(..., reduction="sum"), number of tokens): the division is done once, '
+        "over the whole batch",
+    ),
+    "coupled": (
+        "samples_coupled",
+        False,
+        "the loss lets the samples of a batch influence each other, so a microbatch is another computation than the whole batch. "
+        "The same for every number of workers",
+        "a choice, not a fault, if it is meant so: fewer, larger microbatches come closer to the whole batch",
+    ),
+    "padded": (
+        "padding",
+        True,
+        "samples are padded to the longest of their microbatch, and the model's result depends on the padding",
+        "mask what is padded, or pad all samples to one length",
+    ),
+    "": (
+        "cut_into_microbatches",
+        True,
+        "computing the batch in microbatches makes the difference (a plain loop that accumulates over the same microbatches "
+        "agrees), but no samples were found that influence each other",
+        "look at what the loss does with the batch as a whole",
+    ),
+}
+"""The same, by what an inspection of the loss has found."""
 
 
 def _composition(inspected: RunOutcome) -> Cause:
@@ -206,45 +237,11 @@ def _composition(inspected: RunOutcome) -> Cause:
     found = {key: value for trainer in reversed(inspected.trainers) for key, value in trainer.findings.items()}
     if "mean" in found:
         return _mean_with_count(found["mean"])
-    if "count" in found:
-        samples, counts = found["count"]["samples"], found["count"]["counts"]
-        name, fault = "count_not_additive", True
-        what = (
-            f"the loss's count does not add up: {counts[0]:g} for sample {samples[0]}, {counts[1]:g} for sample {samples[1]}, "
-            f"{counts[2]:g} for both together"
-        )
-        advice = "return the sum over the microbatch and the number of terms in it, for example (sum, number of tokens)"
-    elif "weights" in found:
-        samples, ratio = found["weights"]["samples"], found["weights"]["ratio"]
-        name, fault = "mean_over_ragged_counts", True
-        what = (
-            f"the loss is a mean over something that samples have different numbers of (tokens?): sample {samples[0]} weighs "
-            f"{ratio:.3g} times as much as sample {samples[1]}, but the trainer was told to count them by another measure, so "
-            "what a sample weighs depends on its microbatch"
-        )
-        advice = (
-            'return (sum, count), for example (F.cross_entropy(..., reduction="sum"), number of tokens): the division is done '
-            "once, over the whole batch"
-        )
-    elif "coupled" in found:
-        name, fault = "samples_coupled", False
-        what = (
-            "the loss lets the samples of a batch influence each other, so a microbatch is another computation than the whole "
-            "batch. The same for every number of workers"
-        )
-        advice = "a choice, not a fault, if it is meant so: fewer, larger microbatches come closer to the whole batch"
-    elif "padded" in found:
-        name, fault = "padding", True
-        what = "samples are padded to the longest of their microbatch, and the model's result depends on the padding"
-        advice = "mask what is padded, or pad all samples to one length"
-    else:
-        name, fault = "cut_into_microbatches", True
-        what = (
-            "computing the batch in microbatches makes the difference (a plain loop that accumulates over the same microbatches "
-            "agrees), but no samples were found that influence each other"
-        )
-        advice = "look at what the loss does with the batch as a whole"
-    return Cause(name=name, what=what, advice=advice, experiments=(Variant.PARTS.value,), fault=fault)
+    key = next((key for key in _CUT if key in found), "")
+    name, fault, what, advice = _CUT[key]
+    return Cause(
+        name=name, what=what.format(**found.get(key, {})), advice=advice, experiments=(Variant.PARTS.value,), fault=fault
+    )
 
 
 def _mean_with_count(found: Mapping[str, Any]) -> Cause:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import pickle
 import shutil
 import socket
 import tempfile
@@ -15,9 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from unisono.system.fork_server import Child, ForkServer, overlaid, wait_for_end
+from unisono.system.fork_server import Child, overlaid, wait_for_end
 from unisono.system.reaper import end_groups, end_processes
-from unisono.verify.job import Change, Job
+from unisono.verify.job import Change, Job, RunSpec
 from unisono.verify.record import Note, ScriptFailure, TrainerRecord, WorkerRecord
 from unisono.verify.servers import ForkServers
 from unisono.world import usable_cores
@@ -28,7 +29,6 @@ _GRACE_S = 2.0
 """How long the other workers may take once one has failed."""
 _LOOK_S = 0.5
 """How often a wait looks whether everything is to stop."""
-_WORTH_PRELOADING_S = 0.3
 _NEVER_PRELOADED = ("tensorflow", "jax", "jaxlib", "cupy", "ray", "__")
 """They start threads, or open a device, at import: nothing could be forked afterwards."""
 
@@ -126,7 +126,7 @@ class Runs:
         self._closing.callback(self._pool.shutdown, wait=True, cancel_futures=True)
         self._closing.callback(self._stops.set)  # only after an error or Ctrl-C does anything still run
         for second in (False, True):
-            self._server(Job(second=second, threads=self.threads), 0)
+            self._servers.get(self._interpreter(Job(second=second, threads=self.threads), 0))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -154,13 +154,9 @@ class Runs:
         record = run.first
         self.held = [trainer.settings for trainer in record.trainers]
         self._limit_s = 60.0 + 20.0 * run.seconds
-        if record.startup_s > _WORTH_PRELOADING_S:
-            self._servers.preload([name for name in record.modules if not name.startswith(_NEVER_PRELOADED)])
+        self._servers.preload([name for name in record.modules if not name.startswith(_NEVER_PRELOADED)])
 
     # ------------------------------------------------------------------
-
-    def _server(self, job: Job, rank: int) -> ForkServer:
-        return self._servers.get(self._interpreter(job, rank))
 
     def _interpreter(self, job: Job, rank: int) -> Mapping[str, str]:
         """Variables that are read when an interpreter starts: neighbouring workers hash strings differently."""
@@ -178,6 +174,17 @@ class Runs:
         folder = self.folder / f"run-{number}"
         folder.mkdir()
         teacher = None if job.teacher is None else self(job.teacher).folder
+        spec = RunSpec(
+            job=job,
+            script=self.script,
+            args=self.args,
+            steps=self.steps,
+            scratch=self.folder,
+            folder=folder,
+            teacher=teacher,
+            held=self.held,
+        )
+        (folder / "spec.pickle").write_bytes(pickle.dumps(spec))
         children: list[Child] = []
         with self._enough_cores(job):
             began_s = time.monotonic()
@@ -185,7 +192,7 @@ class Runs:
             self.made += 1
             try:
                 for rank in range(job.workers):
-                    children.append(self._start(job, rank, folder, teacher, port))
+                    children.append(self._start(job, rank, folder, port))
                 statuses = self._wait(children)
             finally:
                 self._end(children)
@@ -193,32 +200,13 @@ class Runs:
         records = tuple(WorkerRecord.read(folder / f"record-{rank}.pickle") for rank in range(job.workers))
         return RunOutcome(job, folder, records, tuple(statuses), seconds)
 
-    def _start(self, job: Job, rank: int, folder: Path, teacher: Path | None, port: int) -> Child:
-        spec = {
-            "script": self.script,
-            "args": self.args,
-            "folder": str(folder),
-            "scratch": str(self.folder),
-            "rank": rank,
-            "size": job.workers,
-            "meeting": (folder / "meeting").as_uri(),
-            "steps": self.steps,
-            "events": job.events,
-            "threads": job.threads,
-            "reference": job.reference,
-            "changes": sorted(job.changes),
-            "shift": int(job.second) + rank,
-            "dump": job.dump,
-            "keep": job.keep,
-            "teacher": None if teacher is None else str(teacher),
-            "held": self.held,
-            "inspect": job.inspect,
-        }
+    def _start(self, job: Job, rank: int, folder: Path, port: int) -> Child:
+        interpreter = self._interpreter(job, rank)
         with (folder / f"output-{rank}.txt").open("wb") as output, Path(os.devnull).open("rb") as nothing:
-            return self._server(job, rank).start(
+            return self._servers.get(interpreter).start(
                 "unisono.verify.child:run",
-                spec,
-                environment=overlaid({**self._interpreter(job, rank), **_launched(job, rank, port)}),
+                {"spec": str(folder / "spec.pickle"), "rank": rank},
+                environment=overlaid({**interpreter, **_launched(job, rank, port)}),
                 streams={0: nothing.fileno(), 1: output.fileno(), 2: output.fileno()},
                 folder=Path(self.script).resolve().parent,
             )
