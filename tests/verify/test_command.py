@@ -1,4 +1,4 @@
-"""The command: what a person types, sees, and gets as exit status; and a run that is reproduced."""
+"""The command: what a person types, sees, and gets as exit status."""
 
 from __future__ import annotations
 
@@ -11,27 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from click.testing import CliRunner
 
-from tests.verify.test_bad_input import PRELUDE
 from unisono.launch import cli
-from unisono.verify.against import reproduce
-from unisono.verify.servers import ForkServers
-
-SCRIPT = (
-    PRELUDE.replace("nn.Linear(3, 1)", "nn.Sequential(nn.Linear(3, 37), nn.Tanh(), nn.Linear(37, 1))")
-    + """
-class Evaluates(unisono.Callback):  # its results have lines in the log, which are no steps
-    edits_weights = False
-
-    def on_epoch(self, trainer, epoch):
-        trainer.evaluate(data)
-
-
-trainer(run_dir="run", checkpoint_every=2, max_grad_norm=float(sys.argv[1]), callbacks=[Evaluates()]).fit(data, 3)
-"""
-)
 
 
 @pytest.mark.parametrize(
@@ -63,42 +45,6 @@ def test_the_command_ends_with_one_if_runs_differ_and_its_json_says_why(tmp_path
     assert (first["step"], first["stage"], first["tensor"], first["rank"]) == (1, "loss", "0.weight", 1)
     assert first["ulp"] > 0
     assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, made with the plainest kernels."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "script.py", "0.5"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, env={**os.environ, **PLAINEST}, timeout=100)
-    return folder
-
-
-PLAINEST = {"ATEN_CPU_CAPABILITY": "default"}
-
-
-def test_a_run_is_reproduced_on_the_same_ground(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(trained)
-    for name, value in PLAINEST.items():
-        monkeypatch.setenv(name, value)
-    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
-    with ForkServers() as servers:  # of this environment
-        result = reproduce("run", None, (), steps=5, servers=servers)
-        other = reproduce("run", "script.py", ["0.25"], steps=2, servers=servers)
-    assert (result.problem, result.verdict, result.difference) == ("", "equal", "")
-    assert (result.steps, result.checkpoints) == (5, (2, 4))
-    assert (other.verdict, other.settings) == ("different", ("max_grad_norm: 0.5 there, 0.25 here",))
-    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
-
-
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="this processor has only the plainest kernels")
-def test_the_field_of_the_fingerprint_that_explains_a_difference_is_named(trained: Path, servers: ForkServers) -> None:
-    result = reproduce(str(trained / "run"), str(trained / "script.py"), ["0.5"], steps=5, servers=servers)
-    assert any("cpu_capability: DEFAULT there" in text for text in result.fingerprint)
-    if result.verdict == "equal":
-        pytest.skip("both kinds of kernels round alike here")
-    assert "ATEN_CPU_CAPABILITY" in result.explained_by
 
 
 def test_a_stop_ends_everything_that_was_started_and_leaves_nothing(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.verify.test_bad_input import PRELUDE
+from tests.verify.test_inquiry import PRELUDE
 from unisono.verify.inquiry import inquire
 from unisono.verify.servers import ForkServers
 

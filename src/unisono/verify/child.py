@@ -71,8 +71,9 @@ class _Worker:
     def run(self) -> int:
         script = self._spec.script
         sys.argv = [script, *self._spec.args]
-        if not os.environ.get("PYTHONSAFEPATH"):
-            sys.path.insert(0, str(Path(script).resolve().parent))
+        beside = str(Path(script).resolve().parent)
+        if not os.environ.get("PYTHONSAFEPATH") and sys.path[0] != beside:  # a new interpreter has it there from the start
+            sys.path.insert(0, beside)
         with warnings.catch_warnings(record=True) as self._caught:
             warnings.simplefilter("default")
             self._watch.install()

@@ -27,6 +27,8 @@ _FIRST_LIMIT_S = 600.0
 _BRIEF = 500
 _GRACE_S = 2.0
 """How long the other workers may take once one has failed."""
+_LEFT_S = 0.2
+"""How long what a worker has left behind may take to end."""
 _LOOK_S = 0.5
 """How often a wait looks whether everything is to stop."""
 _NEVER_PRELOADED = ("tensorflow", "jax", "jaxlib", "cupy", "ray", "__")
@@ -202,13 +204,17 @@ class Runs:
 
     def _start(self, job: Job, rank: int, folder: Path, port: int) -> Child:
         interpreter = self._interpreter(job, rank)
+        order = {"spec": str(folder / "spec.pickle"), "rank": rank}
+        beside = Path(self.script).resolve().parent
+        path = "" if os.environ.get("PYTHONSAFEPATH") else f"import sys; sys.path.insert(0, {str(beside)!r}); "
         with (folder / f"output-{rank}.txt").open("wb") as output, Path(os.devnull).open("rb") as nothing:
             return self._servers.get(interpreter).start(
                 "unisono.verify.child:run",
-                {"spec": str(folder / "spec.pickle"), "rank": rank},
+                order,
                 environment=overlaid({**interpreter, **_launched(job, rank, port)}),
                 streams={0: nothing.fileno(), 1: output.fileno(), 2: output.fileno()},
-                folder=Path(self.script).resolve().parent,
+                folder=beside,
+                fresh=["-c", f"{path}from unisono.verify.child import run; run({order!r})"],
             )
 
     def _wait(self, children: Sequence[Child]) -> list[int | None]:
@@ -224,7 +230,7 @@ class Runs:
 
     def _end(self, children: Sequence[Child]) -> None:
         end_processes(child.pid for child in children if child.poll() is None)
-        end_groups((child.pid for child in children), grace_s=_GRACE_S)  # loader processes that they left behind
+        end_groups((child.pid for child in children), grace_s=_LEFT_S)  # loader processes that they left behind
         for child in children:
             child.poll()
             self._servers.reaper.remove(child.pid)
