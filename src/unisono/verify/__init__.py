@@ -1,5 +1,6 @@
 """Whether a parallel run equals the single-device run; and if not, the step, the tensor and the cause.
 
-`inquiry` asks the questions, `nursery` runs the script as often as they need, `child` and `probe` are what runs inside,
-`plain` is the reference that shares no code with the trainer, `causes` finds by experiment what makes a difference.
+`inquiry` asks the questions and `runs` answers them by running the script, in processes from `servers`. `child`, `probe` and
+`watch` run inside those processes. `plain` is the reference, which shares no code with the trainer. `causes` and `reference` find
+by experiment what makes a difference.
 """

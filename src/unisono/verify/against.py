@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from unisono.observe.strict_json import dumps
 from unisono.verify.compare import distance_of, first_difference
 from unisono.verify.inquiry import Verdict
 from unisono.verify.job import Job
-from unisono.verify.record import StepRecord
 from unisono.verify.runs import RunOutcome, Runs, brief
 from unisono.verify.servers import ForkServers
 
@@ -103,31 +102,28 @@ class _Reproducer:
         job = Job(threads=self._threads, keep=True)
         run = self._runs(job)
         result = Reproduction(run_dir=self._store.url, script=self._runs.script, verdict="unknown")
-        number = self._number(run)
+        number, why = self._number(run), run.failure
         if number is None:
-            why = run.failure
-            told = (
-                f"the script failed: {why.kind}: {brief(why.message)}" if why else "the script trains nothing into this directory"
-            )
-            return dataclasses.replace(result, problem=told)
+            failed = f"the script failed: {why.kind}: {brief(why.message)}" if why else ""
+            return dataclasses.replace(result, problem=failed or "the script trains nothing into this directory")
         new: Any = from_json((run.folder / f"run-{number + 1}" / _MANIFEST).read_bytes())
         compared = [step.step for step in run.trainers[number].steps if step.step in self._old]
         if not compared:
             return dataclasses.replace(result, problem="the run directory has no line for any of these steps (metrics.jsonl)")
+        difference = next(self._differences(run, number), "")
         result = dataclasses.replace(
             result,
+            verdict="different" if difference else "equal",
             steps=len(compared),
-            checkpoints=tuple(step for step in self._saved() if step <= self._runs.steps),
-            difference=self._difference(run, number),
+            checkpoints=tuple(self._saved()),
+            difference=difference,
             settings=tuple(_settings(self._manifest["settings"], new["settings"])),
             fingerprint=tuple(
                 text.replace(" at the checkpoint", " there").removesuffix(" now") + " here"
                 for text in compare(self._manifest["fingerprint"], new["fingerprint"])
             ),
         )
-        if not result.difference:
-            return dataclasses.replace(result, verdict="equal")
-        return self._explain(dataclasses.replace(result, verdict="different"), run, number, new)
+        return self._explain(result, run, number, new) if difference else result
 
     def _number(self, run: RunOutcome) -> int | None:
         """Which of the script's trainers it is."""
@@ -136,36 +132,23 @@ class _Reproducer:
         return next(iter(here or steps), None)
 
     def _saved(self) -> list[int]:
-        found = []
-        for step in range(1, self._runs.steps + 1):
-            if self._store.exists(f"checkpoints/step-{step}/checkpoint.json"):
-                found.append(step)
-        return found
+        """The steps whose weights are there to compare."""
+        steps = range(1, self._runs.steps + 1)
+        return [step for step in steps if self._store.exists(f"checkpoints/step-{step}/checkpoint.json")]
 
-    def _difference(self, run: RunOutcome, number: int) -> str:
-        """The first one between what is written and what came out; empty if there is none."""
-        trainer = run.trainers[number]
-        for step in trainer.steps:
-            text = _line_difference(self._old.get(step.step), step)
-            if text:
-                return text
+    def _differences(self, run: RunOutcome, number: int) -> Iterator[str]:
+        """Between what is written and what came out."""
+        for step in run.trainers[number].steps:
+            old = self._old.get(step.step, {})
+            for field, name, now in (("loss", "loss", step.loss), ("gradient_norm", "gradient norm", step.norm)):
+                if old and repr(float(old[field])) != repr(float(now)):
+                    yield f"step {step.step}, {name}: {float(old[field]):.9g} there, {float(now):.9g} here"
         for saved in self._saved():
-            text = self._weights(run, number, saved)
-            if text:
-                return text
-        return ""
-
-    def _weights(self, run: RunOutcome, number: int, step: int) -> str:
-        kept = run.tensors(number, step)
-        if kept is None:
-            return ""
-        for name, old in Checkpoints(self._store, keep=1).open(step).tensors("model").items():
-            new = kept["model"].get(name)
-            if new is not None:
-                ulp, largest = distance_of(old, new)
+            kept = run.tensors(number, saved) or {"model": {}}
+            for name, there in Checkpoints(self._store, keep=1).open(saved).tensors("model").items():
+                ulp, largest = distance_of(there, kept["model"].get(name, there))
                 if ulp:
-                    return f"step {step}, weights: {name} by up to {ulp:,} ulp ({largest:.3g})"
-        return ""
+                    yield f"step {saved}, weights: {name} by up to {ulp:,} ulp ({largest:.3g})"
 
     def _explain(self, result: Reproduction, run: RunOutcome, number: int, new: Any) -> Reproduction:
         """Which field of the fingerprint it is: by the old value of each that can be had here."""
@@ -185,16 +168,13 @@ class _Reproducer:
                 continue
             self._say(f"{field} as it was")
             other = self._runs(Job(threads=self._threads, keep=True, environment=environment))
-            if self._number(other) is not None and not self._difference(other, number):
+            if self._number(other) is not None and not any(self._differences(other, number)):
                 explained.append(field)
-        problem = ""
-        if not explained:
-            problem = (
-                f"fields that differ and cannot be tried here: {', '.join(untried)}"
-                if untried
-                else "nothing that the fingerprint holds explains it: the code or the data is not what it was"
-            )
-        return dataclasses.replace(result, explained_by=tuple(explained), problem=problem)
+        if explained:
+            return dataclasses.replace(result, explained_by=tuple(explained))
+        nothing = "nothing that the fingerprint holds explains it: the code or the data is not what it was"
+        problem = f"fields that differ and cannot be tried here: {', '.join(untried)}" if untried else nothing
+        return dataclasses.replace(result, problem=problem)
 
 
 def _as_environment(field: str, value: Any) -> tuple[tuple[str, str], ...] | None:
@@ -204,15 +184,6 @@ def _as_environment(field: str, value: Any) -> tuple[tuple[str, str], ...] | Non
     if field == _CAPABILITY and value is not None:
         return (("ATEN_CPU_CAPABILITY", str(value).lower()),)
     return None
-
-
-def _line_difference(old: Any, step: StepRecord) -> str:
-    if old is None:
-        return ""
-    for name, was, now in (("loss", old["loss"], step.loss), ("gradient norm", old["gradient_norm"], step.norm)):
-        if repr(float(was)) != repr(float(now)):
-            return f"step {step.step}, {name}: {float(was):.9g} there, {float(now):.9g} here"
-    return ""
 
 
 def _settings(old: Any, new: Any, name: str = "") -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -50,26 +50,19 @@ def verify_against(run_dir: str, script: str | None, args: Sequence[str], *, ste
 
 
 @contextlib.contextmanager
-def _progress(*, quiet: bool) -> Iterator[_Say]:
-    """Says what is going on; a stop ends what was started, and then this process, with the status of the signal."""
+def _progress(*, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Says on standard error what is going on; a stop ends what was started, and then this process, with the signal's status."""
+    console = Console(stderr=True, quiet=quiet)
+
+    def say(text: str) -> None:
+        console.print(f"unisono verify: {text} ...", markup=False, highlight=False, soft_wrap=True)
 
     def stop(signum: int, _: Any) -> None:
         raise SystemExit(128 + signum)  # unwinds: runs are ended and their folder is removed
 
     before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield _Say(Console(stderr=True), quiet=quiet)
+        yield say
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-
-
-class _Say:
-    """One line for each question, on standard error."""
-
-    def __init__(self, console: Console, *, quiet: bool) -> None:
-        self._console, self._quiet = console, quiet
-
-    def __call__(self, text: str) -> None:
-        if not self._quiet:
-            self._console.print(f"unisono verify: {text} ...", markup=False, highlight=False, soft_wrap=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,7 @@ from torch import Tensor
 from unisono.verify.record import StepRecord
 from unisono.verify.runs import RunOutcome, brief
 
-Stage = Literal["start", "settings", "data", "loss", "gradient", "callback", "update", "metric", "steps", "failure"]
-
-_WORDS: dict[str, str] = {
+_WORDS = {
     "start": "before the step",
     "settings": "in the optimizer's settings",
     "data": "in the data",
@@ -33,8 +31,8 @@ _WORDS: dict[str, str] = {
 class Difference:
     """The first place where a run is not like another one."""
 
-    stage: Stage
-    """What came out differently first."""
+    stage: str
+    """What came out differently first: a key of ``_WORDS``."""
     what: str
     """The same in words, with values."""
     trainer: int = 0
