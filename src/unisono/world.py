@@ -53,6 +53,8 @@ class World:
     store: str | None = None
     """HOST:PORT of the store (a `torch.distributed.TCPStore`) by which `unisono run` and its workers tell each other who is
     there, who has died and who shall leave; None where nobody serves one: then a worker that dies ends the run."""
+    session: str | None = None
+    """The kind of session that the launcher serves, as "module:class"; None: one whose workers stay the same."""
     attempt: int = 0
     """How often all workers have been started anew so far: an attempt has the part "unisono/ATTEMPT" of the store."""
     uid: str = ""
@@ -170,6 +172,7 @@ def _with_store(world: World, env: Mapping[str, str]) -> World:
     return dataclasses.replace(
         world,
         store=_text(env, "UNISONO_STORE"),
+        session="unisono.elastic.session:ElasticSession",
         attempt=_number(env, "UNISONO_ATTEMPT"),
         uid=uid,
         founders=founders,

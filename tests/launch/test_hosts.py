@@ -198,7 +198,7 @@ def test_members_that_stand_still_on_another_host_than_those_who_wait_for_them_a
     site = Site(
         launcher,
         """
-        from unisono.elastic.membership import Member, Membership
+        from unisono.elastic.membership import Member, Membership, restarting
         from unisono.system.process import Process
 
         if world.uid == "1.0":
@@ -207,7 +207,8 @@ def test_members_that_stand_still_on_another_host_than_those_who_wait_for_them_a
         if world.attempt == 0:
             mine = Membership(store, Member(uid=world.uid, host="", process=Process.this()), [], timeout_s=0.5)
             while True:
-                mine.check_members()
+                with restarting():
+                    mine.check_members()
                 signal.sigtimedwait([signal.SIGUSR1], 0.01)
         store.set("over", "1")
         """,
@@ -332,7 +333,7 @@ def test_who_joins_where_all_founders_have_died_before_they_could_say_so_finds_i
     site = Site(
         launcher,
         """
-        from unisono.elastic.membership import Member, Membership
+        from unisono.elastic.membership import Member, Membership, restarting
         from unisono.system.process import Process
 
         if world.attempt == 0:
@@ -341,7 +342,8 @@ def test_who_joins_where_all_founders_have_died_before_they_could_say_so_finds_i
             os.kill(os.getpid(), signal.SIGKILL)
         mine = Membership(store, Member(uid=world.uid, host="", process=Process.this()), [], timeout_s=0.5)
         while world.joins:
-            mine.check_members()
+            with restarting():
+                mine.check_members()
             signal.sigtimedwait([signal.SIGUSR1], 0.01)
         store.set("over", "1")
         """,

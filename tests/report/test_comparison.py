@@ -25,7 +25,7 @@ def compared(*folders: Path) -> Parsed:
 def test_runs_with_one_digest_ended_with_the_same_weights(tmp_path: Path) -> None:
     text = compared(write_run(tmp_path / "on-2"), write_run(tmp_path / "on-3", workers=3)).text
     assert "All ended with the same weights, bit for bit" in text
-    assert "Same settings, same ground" in text
+    assert "Same settings, same fingerprint" in text
 
 
 def test_the_step_is_named_at_which_losses_part(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_the_step_is_named_at_which_losses_part(tmp_path: Path) -> None:
     (other / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     (other / "summary.json").write_text(json.dumps(summary(60, weights_sha256="1" * 64, samples_per_second=500.0)))
     text = compared(one, other).text
-    assert "The losses part at step 21" in text
+    assert "The losses diverge at step 21" in text
     assert "2 different results" in text
     assert "one is the fastest: 2.10 times other" in text
 

@@ -14,8 +14,8 @@ from torch.utils.data import TensorDataset
 from unisono import Batch, ConfigurationError, Exact, Trainer
 from unisono.collective import Collective
 from unisono.layout import Layout
-from unisono.replica.parameters import layout_of
-from unisono.sync import Reduction, finish
+from unisono.sync import finish
+from unisono.sync.exact import ExactReduction
 from unisono.testing import run_threads
 from unisono.tree import assignment, pieces
 
@@ -35,37 +35,10 @@ class Parameters(nn.Module):
         for name, shape in SHAPES.items():
             self.register_parameter(name, nn.Parameter(torch.ones(shape, dtype=dtype_of(name))))
 
-    def backward(self, layout: Layout, gradients: dict[str, Tensor]) -> list[Tensor | None]:
-        """What a replica would give to the reduction, by slot."""
+    def backward(self, gradients: dict[str, Tensor]) -> None:
         named = dict(self.named_parameters())
         if gradients:
             torch.stack([(named[name] * gradient).sum().double() for name, gradient in gradients.items()]).sum().backward()
-        found = [named[name].grad for name in layout.names]
-        for parameter in named.values():
-            parameter.grad = None
-        return found
-
-
-NOTHING = torch.empty(0, dtype=torch.float64)
-
-
-def exchanged(reduction: Reduction, workers: int) -> None:
-    """Sends the pieces, and checks the notes that went along."""
-    reduction.launch(b"header", NOTHING, [0] * workers)
-    for header, message in reduction.notes():
-        assert header[:6] == b"header"
-        assert message.numel() == 0
-    assert not reduction.must_repeat
-
-
-def give(reduction: Reduction, microbatch: int, gradients: list[Tensor | None]) -> None:
-    """Some of the gradients early, from the last layer to the first, if they are wanted so."""
-    if reduction.takes_early(microbatch):
-        for slot in reversed(range(len(gradients))):
-            gradient, gradients[slot] = gradients[slot], None
-            if gradient is not None:
-                reduction.early(slot, gradient)
-    reduction.add(microbatch, gradients)
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -122,25 +95,32 @@ def reduced(
     Args:
         per_host: The number of hosts, each of which updates everything; 0: all workers do so among them.
     """
-    settings = Exact(bucket_mib=bucket_mib, replicate_kib=256 if replicated else 0, overlap=overlap)
+    settings = Exact(bucket_mib=bucket_mib, replicate_kib=256 if replicated else 0)
 
     def work(collective: Collective) -> list[tuple[dict[str, Tensor], set[str]]]:
         model = Parameters()
-        layout = layout_of(list(model.named_parameters()))
+        layout = Layout(model.named_parameters())
+        layout.adopt(collective.allocate)
         reduction = settings.bind(layout, collective, len(steps[0][0]), per_host=per_host > 0)
-        assert reduction.replicates == (replicated or workers == per_host)
+        assert reduction.replicated == (1 < workers in (per_host, workers * replicated))
+        assert reduction.relays == (per_host > 2 and not replicated)
         lo, hi = reduction.ranges[collective.rank]
         results = []
         for gradients, filled in steps:
-            reduction.begin(filled)
-            present: set[str] = set()
-            for microbatch in range(lo, min(hi, filled)):
-                present |= set(gradients[microbatch])
-                give(reduction, microbatch, model.backward(layout, gradients[microbatch]))
-            exchanged(reduction, workers)
-            found = reduction.finish(1.0)
+            reduction.begin(filled, overlap=overlap)
+            for leaf in range(lo, min(hi, filled)):
+                reduction.before_backward(leaf)
+                model.backward(gradients[leaf])
+                reduction.add(leaf)
+                assert all(parameter.grad is None for parameter in model.parameters())
+            reduction.launch()
+            assert reduction.notes() == [[]] * workers
+            everything = bytes([1] * len(layout.names))
+            found = reduction.deliver(reduction.finish(1.0, everything), everything)
             sums = {slot.name: value.clone() for slot, value in zip(found.slots, found.gradients, strict=True)}
+            assert not reduction.torn
             collective.barrier()
+            present = {name for name, there in zip(layout.names, reduction.present, strict=True) if there}
             results.append((sums, present))
         return results
 
@@ -149,7 +129,7 @@ def reduced(
     for number in range(len(steps)):
         present = set().union(*(results[number][1] for results in everybodys))
         owned = [name for results in everybodys for name in results[number][0]]
-        assert set(owned) >= present - {"empty"}, "every parameter that has a gradient, and holds anything, has an owner"
+        assert set(owned) >= set(SHAPES) - {"empty"}, "every parameter that holds anything has an owner"
         holders = workers if replicated else per_host or 1
         assert len(owned) == len(set(owned)) * holders, "one alone, or one on each host, or every worker"
         for name in set(owned) & present:
@@ -370,11 +350,11 @@ def test_a_gradient_that_arrives_in_several_goes_is_noticed_and_the_step_done_ag
     assert computed == [16]
 
     for workers in (1, 2, 3):
-        repeated, computed = trained(
+        torn, computed = trained(
             workers, deep, inputs, forward=in_several_goes, epochs=1, settings=Exact(overlap=True, bucket_mib=bucket_mib)
         )
-        assert repeated == plain
-        # The first step twice, the second once: from the first late gradient on nothing leaves early.
+        assert torn == plain
+        # The first step twice, the second once: from the first tear on nothing leaves early.
         assert sum(computed) == 24
 
 
@@ -452,16 +432,20 @@ def test_the_sums_are_the_owners_to_change(replicate_kib: float) -> None:
 
     def work(collective: Collective) -> list[dict[str, bytes]]:
         model = Parameters()
-        layout = layout_of(list(model.named_parameters()))
-        reduction = Exact(replicate_kib=replicate_kib).bind(layout, collective, 6)
+        layout = Layout(model.named_parameters())
+        layout.adopt(collective.allocate)
+        reduction = ExactReduction(Exact(replicate_kib=replicate_kib), layout, collective, 6)
         lo, hi = reduction.ranges[collective.rank]
         seen = []
         for _ in range(3):
-            reduction.begin(6)
-            for microbatch in range(lo, hi):
-                reduction.add(microbatch, model.backward(layout, gradients[microbatch]))
-            exchanged(reduction, collective.size)
-            found = reduction.finish(3.0)
+            reduction.begin(6, overlap=False)
+            for leaf in range(lo, hi):
+                reduction.before_backward(leaf)
+                model.backward(gradients[leaf])
+                reduction.add(leaf)
+            reduction.launch()
+            reduction.notes()
+            found = reduction.finish(3.0, reduction.present)
             seen.append({slot.name: bits(value) for slot, value in zip(found.slots, found.gradients, strict=True)})
             for value in found.gradients:
                 value.mul_(7)

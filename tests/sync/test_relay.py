@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import pytest
 import torch
 from torch import nn
 
-from tests.sync.test_exact import assert_same_bits, drawn, exchanged, rated, reduced, tables, trained, wanted
+from tests.sync.test_exact import assert_same_bits, drawn, rated, reduced, tables, trained, wanted
 from tests.sync.test_two_levels import Counting, ranks, together
 from tests.training.hard_problem import shared, train
 from tests.training.test_promise import alone, differing
 from unisono import Exact
 from unisono.collective import Collective
-from unisono.replica.parameters import layout_of
+from unisono.layout import Layout
 from unisono.sync import finish
 from unisono.sync.exact import ExactReduction
 from unisono.testing import run_threads
+from unisono.tree import Span
 
 WORLDS = [(1, 1, 1), (1, 1, 1, 1), (1,) * 5, (1,) * 7, (2, 1, 1), (2, 1, 2), (1, 3, 1, 2)]
 """Workers of each host."""
@@ -46,8 +47,17 @@ def test_every_host_gets_the_naive_tree_sum(hosts: tuple[int, ...], overlap: boo
 class PerHost(Exact):
     """As a run is reduced that can lose hosts."""
 
-    def bind(self, *args: Any, **settings: Any) -> ExactReduction:
-        return super().bind(*args, **{**settings, "per_host": True})
+    def bind(
+        self,
+        layout: Layout,
+        collective: Collective,
+        leaves: int,
+        *,
+        sparse: Collection[int] = (),
+        per_host: bool = False,
+        ranges: Sequence[Span] | None = None,
+    ) -> ExactReduction:
+        return super().bind(layout, collective, leaves, sparse=sparse, per_host=True, ranges=ranges)
 
 
 @pytest.mark.parametrize("hosts", [(1, 1, 1), (2, 1, 2), (1, 3, 1, 2)], ids=str)
@@ -88,13 +98,16 @@ def test_each_host_sends_what_a_ring_would_send(hosts: tuple[int, ...]) -> None:
     def work(collective: Collective) -> int:
         counting = Counting(collective, hosts)
         model = nn.ParameterList([nn.Parameter(torch.zeros(width)) for _ in range(count)])
-        layout = layout_of(list(model.named_parameters()))
+        layout = Layout(model.named_parameters())
         reduction = Exact(replicate_kib=0).bind(layout, counting, leaves, per_host=True)
-        reduction.begin(leaves)
-        for microbatch in range(*reduction.ranges[counting.rank]):
-            reduction.add(microbatch, [torch.ones_like(parameter) for parameter in model])
-        exchanged(reduction, size)
-        reduction.finish(1.0)
+        reduction.begin(leaves, overlap=False)
+        for leaf in range(*reduction.ranges[counting.rank]):
+            sum(parameter.sum() for parameter in model).backward()
+            reduction.add(leaf)
+        reduction.launch()
+        reduction.notes()
+        present = bytes([1] * count)
+        reduction.deliver(reduction.finish(1.0, present), present)
         return counting.crossed
 
     sent = run_threads(size, work)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.sync.test_exact import assert_same_bits, drawn, exchanged, rated, reduced, tables, trained, wanted
+from tests.sync.test_exact import assert_same_bits, drawn, rated, reduced, tables, trained, wanted
 from tests.training.hard_problem import merged, train
 from tests.training.test_promise import alone, differing
 from unisono import Exact
 from unisono.collective import Collective, Expected, InProcess, Pending
-from unisono.replica.parameters import layout_of
+from unisono.layout import Layout
 from unisono.testing import run_threads
 
 WORLDS = [(1, 1, 2), (2, 1), (2, 2), (2, 3), (2, 1, 2), (3, 1), (4, 4), (1, 3, 1, 2)]
@@ -89,7 +89,7 @@ def test_training_ends_with_the_bits_of_one_worker(
 
 
 class Counting(InProcess):
-    """Threads on hosts; counts the bytes of gradients (float32, unlike notes and norms) that leave this worker's host."""
+    """Threads on hosts; counts what leaves this worker's host in exchanges."""
 
     def __init__(self, collective: Collective, hosts: Sequence[int]) -> None:
         assert isinstance(collective, InProcess)
@@ -105,9 +105,7 @@ class Counting(InProcess):
         self, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Expected]], *, name: str = "exchange"
     ) -> Pending:
         near = next(host for host in self._groups if self.rank in host)
-        self.crossed += sum(
-            t.nbytes for peer, sent in enumerate(outgoing) if peer not in near for t in sent if t.dtype == torch.float32
-        )
+        self.crossed += sum(t.nbytes for peer, sent in enumerate(outgoing) if peer not in near for t in sent)
         return super().start_exchange(outgoing, incoming, name=name)
 
 
@@ -130,13 +128,15 @@ def test_each_host_sends_each_of_its_sums_once(hosts: tuple[int, ...], leaves: i
     def work(collective: Collective) -> tuple[int, int]:
         counting = Counting(collective, hosts)
         model = nn.ParameterList([nn.Parameter(torch.zeros(16)) for _ in range(64)])
-        layout = layout_of(list(model.named_parameters()))
+        layout = Layout(model.named_parameters())
         reduction = Exact(replicate_kib=0).bind(layout, counting, leaves)
-        reduction.begin(leaves)
-        for microbatch in range(*reduction.ranges[counting.rank]):
-            reduction.add(microbatch, [torch.ones_like(parameter) for parameter in model])
-        exchanged(reduction, size)
-        reduction.finish(1.0)
+        reduction.begin(leaves, overlap=False)
+        for leaf in range(*reduction.ranges[counting.rank]):
+            sum(parameter.sum() for parameter in model).backward()
+            reduction.add(leaf)
+        reduction.launch()
+        reduction.notes()
+        reduction.finish(1.0, bytes([1] * 64))
         (segments,) = reduction.segments
         return counting.crossed, segments[counting.rank].hi - segments[counting.rank].lo
 

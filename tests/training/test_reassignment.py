@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tests.sync.test_exact import exchanged, rated, tables, trained
+from tests.sync.test_exact import rated, tables, trained
 from tests.sync.test_two_levels import together
 from tests.training.hard_problem import Digests, merged, train
 from tests.training.restless import Ranges, drawn, make_restless
 from tests.training.test_promise import differing
 from unisono import ConfigurationError, Exact, Loader
 from unisono.collective import Collective, InProcess
-from unisono.data.batch import Batch
 from unisono.data.batches import BatchStream
+from unisono.layout import Layout
 from unisono.observe.timing import StepClock
 from unisono.order import Indices, Listed
-from unisono.replica.parameters import layout_of
 from unisono.testing import run_threads, run_workers
+from unisono.training.step import Batch
 
 EPOCHS = 3
 
@@ -134,15 +134,17 @@ def test_a_hundred_changes_take_no_more_memory_than_the_largest_of_the_ranges_ne
         assert isinstance(collective, InProcess)
         collective = Allocating(collective)
         model = nn.ParameterList([nn.Parameter(torch.zeros(40))])
-        layout = layout_of(list(model.named_parameters()))
+        layout = Layout(model.named_parameters())
         reduction = Exact(replicate_kib=replicate_kib).bind(layout, collective, leaves)
         for number in range(100):
             reduction.reassign(drawn(leaves, workers, number))
-            reduction.begin(leaves)
-            for microbatch in range(*reduction.ranges[collective.rank]):
-                reduction.add(microbatch, [torch.full((40,), microbatch + 1.0)])
-            exchanged(reduction, workers)
-            found = reduction.finish(1.0)
+            reduction.begin(leaves, overlap=False)
+            for leaf in range(*reduction.ranges[collective.rank]):
+                (model[0] * (leaf + 1)).sum().backward()
+                reduction.add(leaf)
+            reduction.launch()
+            reduction.notes()
+            found = reduction.finish(1.0, b"\1")
             assert all(torch.equal(gradient, torch.full((40,), 136.0)) for gradient in found.gradients)
             collective.barrier()
         return collective.allocated
@@ -156,7 +158,7 @@ def test_a_hundred_changes_take_no_more_memory_than_the_largest_of_the_ranges_ne
 )
 def test_ranges_that_do_not_share_everything_out_are_refused(ranges: Ranges) -> None:
     def work(collective: Collective) -> None:
-        layout = layout_of(list(nn.Linear(2, 2).named_parameters()))
+        layout = Layout(nn.Linear(2, 2).named_parameters())
         with pytest.raises(ConfigurationError, match="do not share 8 microbatches out to 2 workers"):
             Exact().bind(layout, collective, 8, ranges=ranges)
         reduction = Exact().bind(layout, collective, 8, ranges=((0, 1), (1, 8)))

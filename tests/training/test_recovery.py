@@ -22,7 +22,7 @@ from tests.moments import moments
 from tests.training.hard_problem import digest
 from tests.training.small_run import BATCH_SIZE, MICROBATCHES, SAMPLES, Augmented, Net, elastic_trainer, loss
 from unisono.elastic.link import Link
-from unisono.elastic.membership import StateLost
+from unisono.elastic.membership import RestartFromCheckpoint
 from unisono.errors import FingerprintMismatch
 from unisono.testing.fault_injection import Death, Died, Lives, run_lives
 
@@ -233,7 +233,7 @@ def arguments_of(monkeypatch: pytest.MonkeyPatch, workers: Sequence[Sequence[str
         argv: Sequence[str]
 
     fake = Sys()
-    monkeypatch.setattr("unisono.training.setup.sys", fake)
+    monkeypatch.setattr("unisono.elastic.identity.sys", fake)
 
     def work(link: Link) -> str:
         fake.argv = ["train.py", *workers[link.membership.me.process.pid]]
@@ -278,7 +278,7 @@ def test_weights_that_a_callback_edits_are_edited_once_whoever_hears_of_a_death(
     for call in tried:
         try:
             lives = live({2: Death(call, told=True, told_to=0)}, replicate_kib=replicate_kib, callbacks=[Scales()])
-        except StateLost:  # then all start again from the checkpoint
+        except RestartFromCheckpoint:  # then all start again from the checkpoint
             continue
         ended += 1
         for found in lives.results.values():
@@ -381,7 +381,7 @@ def test_state_that_cannot_be_held_in_common_is_never_wrong(replicate_kib: float
         deaths = {2: Death(call, told=True, told_to=0)}
         try:
             lives = live(deaths, replicate_kib=replicate_kib, make_optimizer=lists)
-        except StateLost:  # then all start again from the checkpoint
+        except RestartFromCheckpoint:  # then all start again from the checkpoint
             continue
         ended += 1
         for found in lives.results.values():
@@ -427,7 +427,7 @@ def test_state_may_come_late_and_take_another_shape(machines: dict[int, str] | N
         victim = call % 3
         try:
             lives = live({victim: Death(call, told=call % 2 == 0, told_to=(victim + 1) % 3)}, machines=machines, **settings)
-        except StateLost:  # a host of one worker may be lost with it
+        except RestartFromCheckpoint:  # a host of one worker may be lost with it
             continue
         ended += 1
         for found in lives.results.values():
@@ -480,7 +480,7 @@ def test_one_may_die_while_steps_are_done_again(monkeypatch: pytest.MonkeyPatch)
             deaths = {2: Death(first), 1: Death(call, told=call % 2 == 0, told_to=0)}
             try:
                 lives = live(deaths, workers=4, replicate_kib=0.0, calls=[1], epochs=3)
-            except StateLost:
+            except RestartFromCheckpoint:
                 continue
             repeated += 1
             for found in lives.results.values():

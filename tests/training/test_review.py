@@ -18,7 +18,7 @@ import unisono
 from unisono.collective import Collective
 from unisono.collective.torch_distributed import TorchDistributed
 from unisono.errors import CheckpointError, ConfigurationError
-from unisono.replica.parameters import layout_of
+from unisono.layout import Layout
 from unisono.sync import Exact
 from unisono.testing import run_threads
 from unisono.training.callbacks import Callback
@@ -232,25 +232,27 @@ def test_parameters_tied_by_their_memory_are_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight.data = model[0].weight.data
     with pytest.raises(ConfigurationError, match=r"'0.weight' and '1.weight' share memory"):
-        layout_of(list(model.named_parameters()))
+        Layout(model.named_parameters())
 
 
 def test_empty_parameters_share_nothing() -> None:
-    assert layout_of([(name, nn.Parameter(torch.empty(0))) for name in "ab"]).nbytes == 0
+    assert Layout([(name, nn.Parameter(torch.empty(0))) for name in "ab"]).nbytes == 0
 
 
 def test_an_absent_complex_gradient_leaves_every_bit_alone() -> None:
     def work(collective: Collective) -> list[Tensor]:
-        layout = layout_of([("weight", nn.Parameter(torch.zeros(2, dtype=torch.complex64)))])
+        parameter = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+        layout = Layout([("weight", parameter)])
+        layout.adopt(collective.allocate)
         reduction = Exact(replicate_kib=0).bind(layout, collective, 2)
-        reduction.begin(2)
-        for microbatch in range(*reduction.ranges[collective.rank]):
-            # The first microbatch has none, so the sum is that of the second.
-            negative = torch.full((2,), complex(-0.0, -0.0), dtype=torch.complex64)
-            reduction.add(microbatch, [negative if microbatch else None])
-        reduction.launch(b"", torch.empty(0, dtype=torch.float64), [0] * collective.size)
+        reduction.begin(2, overlap=False)
+        for leaf in range(*reduction.ranges[collective.rank]):
+            # The first leaf has none, so the sum is that of the second.
+            parameter.grad = torch.full((2,), complex(-0.0, -0.0), dtype=torch.complex64) if leaf else None
+            reduction.add(leaf)
+        reduction.launch()
         reduction.notes()
-        return [torch.view_as_real(gradient).clone() for gradient in reduction.finish(1.0).gradients]
+        return [torch.view_as_real(gradient).clone() for gradient in reduction.finish(1.0, b"\1").gradients]
 
     for workers in (1, 2):
         found = [gradient for worker in run_threads(workers, work) for gradient in worker]
@@ -259,7 +261,8 @@ def test_an_absent_complex_gradient_leaves_every_bit_alone() -> None:
 
 
 def test_gradients_of_one_dtype_are_computed_on_together_whoever_owns_others() -> None:
-    groups = _by_dtype([torch.ones(2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16) * 2])
+    layout = Layout([(dtype, nn.Parameter(torch.zeros(2, dtype=getattr(torch, dtype)))) for dtype in ("float32", "bfloat16")])
+    groups = _by_dtype([torch.ones_like(parameter) for parameter in (*layout.parameters, *layout.parameters)])
     assert [len(group) for group in groups] == [2, 2]
     assert all(len({gradient.dtype for gradient in group}) == 1 for group in groups)
 

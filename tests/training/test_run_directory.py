@@ -252,7 +252,7 @@ def test_a_checkpoint_that_was_given_up_is_not_taken_for_the_next_one(obedient_u
     Obedient.before_write = staticmethod(block)
     directory = RunDirectory(obedient_url, InProcess(), settings={}, fingerprint={}, keep=1, strict=False)
     directory.save(1, part={}, model={}, trainer={}, info={})
-    directory.regroup(InProcess())
+    directory.rebuild(InProcess())
     directory.save(2, part={}, model={}, trainer={}, info={})
     written = directory.signals(0).written
     let_go.set()

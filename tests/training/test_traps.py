@@ -21,7 +21,7 @@ from unisono.checkpoint.fingerprint import fingerprint
 from unisono.collective import Collective, InProcess
 from unisono.layout import ALIGNMENT_BYTES
 from unisono.order import microbatch_bounds
-from unisono.replica.loss import to_device
+from unisono.replica.torch_replica import to_device
 from unisono.testing import run_threads
 from unisono.tree import assignment, fold_all
 

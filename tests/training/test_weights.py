@@ -15,7 +15,7 @@ from tests.training.hard_problem import digest, merged, train
 from tests.training.test_promise import alone, differing
 from unisono import Callback, ConfigurationError, Exact, StepResult, Trainer
 from unisono.collective import Collective, InProcess
-from unisono.training.weights import Weights
+from unisono.replica.weights import Weights
 
 
 class Looks(Callback):
@@ -55,7 +55,7 @@ class Halves(Callback):
 
 
 def weights_of(trainer: Trainer) -> Weights:
-    return trainer._own.weights
+    return trainer._local.weights
 
 
 def fit(collective: Collective, callback: Callback, **settings: Any) -> Trainer:

@@ -58,10 +58,13 @@ class Link:
         wait_s: How long fewer than that wait for more, in seconds.
         device: Where this worker computes.
         trainers: How many trainers of this process have used it.
-        part: *collective*. Returns once all workers have done everything with the trainer that uses it now.
-        leaves: Whether this worker leaves before the script's end.
+        finish_trainer: *collective*. Returns once all workers have done everything with the trainer that uses it now.
+        is_leaving: Whether this worker leaves before the script's end.
         trains: Whether a loop over batches has begun that has not come to its last one.
     """
+
+    session = "unisono.elastic.session:ElasticSession"
+    """For a trainer that is given a link in place of a collective."""
 
     def __init__(
         self, membership: Membership, store: Store, connect: Connect, *, minimum: int = 1, wait_s: float = 300.0
@@ -74,8 +77,8 @@ class Link:
         self._connect = connect
         self.device = torch.device("cpu")
         self.trainers = 0
-        self.part: Callable[[], None] | None = None
-        self.leaves = self.trains = False
+        self.finish_trainer: Callable[[], None] | None = None
+        self.is_leaving = self.trains = False
         self._memory = Memory()
         self._terminal: tuple[int, int] | None = None
 
@@ -128,9 +131,9 @@ class Link:
             SystemExit: With status 0, on a worker that came for the trainer before this one.
         """
         if not keep:
-            if self.part is not None and self.generation is not None:
-                self.part()
-            self.part = None
+            if self.finish_trainer is not None and self.generation is not None:
+                self.finish_trainer()
+            self.finish_trainer = None
             self.trainers += 1
             self._memory = Memory()  # that of an earlier trainer stays with its model
         if not self.membership.is_founder and self.generation is None:
@@ -239,7 +242,7 @@ def say_over(*, early: bool = False) -> None:
     """
     for link in _links.values():
         with contextlib.suppress(WorkerFailure):  # the launcher knows by other means that it is over
-            if not link.leaves and not (early and link.trains and link.others_train()):
+            if not link.is_leaving and not (early and link.trains and link.others_train()):
                 link.tell("over", "1")
 
 

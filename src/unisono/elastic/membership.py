@@ -12,10 +12,11 @@ goes on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from torch.distributed import DistError
@@ -69,16 +70,27 @@ class Outside(WorkerFailure):
     """The others have gone on without this worker."""
 
 
-class StateLost(SystemExit):
-    """What a lost worker held is nowhere any more: all workers end, and the launcher starts them anew, from the last checkpoint.
+class StateLost(WorkerFailure):
+    """What a lost worker held is nowhere any more: all workers end, and the launcher starts them anew, from the last
+    checkpoint."""
 
-    Args:
-        why: For the worker's log.
+
+class RestartFromCheckpoint(SystemExit):
+    """Asks the launcher to start all workers anew."""
+
+
+@contextlib.contextmanager
+def restarting() -> Iterator[None]:
+    """*local*. Around everything in which state may turn out to be lost: then this worker asks the launcher to start all anew.
+
+    Raises:
+        RestartFromCheckpoint: Some is. A script's own ``except Exception`` must not take that for an error.
     """
-
-    def __init__(self, why: str) -> None:
-        super().__init__(RESTART)
-        say(f"unisono: {why}: the run starts again from the last checkpoint", error=True)
+    try:
+        yield
+    except StateLost as lost:
+        say(f"unisono: {lost}: the run starts again from the last checkpoint", error=True)
+        raise RestartFromCheckpoint(RESTART) from lost
 
 
 class TooFewWorkers(WorkerFailure):

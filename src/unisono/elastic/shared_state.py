@@ -6,27 +6,27 @@ for weights while they are shared (``weights.py``).
 
 One moment is left in which a death does harm: while parameters are updated, in place. So each owner keeps a copy of what it
 is about to change, as often as a hundredth of the time allows: in every step where that is cheap beside computing gradients.
-A *board* in common memory says how far each owner came. After a death the host's state is either whole, or it goes back to the
-copy, and the steps since then are done again; the same bits come out.
+A *progress table* in common memory says how far each owner came. After a death the host's state is either whole, or it goes back
+to the copy, and the steps since then are taken again; the same bits come out.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from unisono.collective import Collective
-from unisono.layout import ALIGNMENT_BYTES
-from unisono.replica.base import Replica
+from unisono.elastic.arena import Arena, Entry, new_arena
+from unisono.elastic.progress_table import BEGUN, COPIED, DONE, ProgressTable
+from unisono.layout import Layout
+from unisono.replica.weights import Weights
 from unisono.sync import Reduction
-from unisono.training.weights import Weights
 
 _SHARE = 0.01
 """How much of the time may go into copies, where steps may be done again."""
@@ -34,124 +34,18 @@ _SHARE_WITHOUT_REPLAY = 0.1
 """How much of it where only the step under way may be done again, so that each step needs its copy."""
 _BYTES_PER_S = 5e9
 """What copying costs, roughly: decisions that all workers take alike cannot rest on what one of them has measured."""
-_MOST_WORKERS = 1024
-_MOST_CHESTS = 64
+_MOST_ARENAS = 64
 """An optimizer whose state takes another shape again and again would fill the memory."""
-_HEAD = 8
-"""Numbers at the beginning of the board."""
-_NUMBERS: dict[type, torch.dtype] = {int: torch.int64, float: torch.float64, bool: torch.bool}
-_INT64 = range(-(1 << 63), 1 << 63)
-_COPIED, _BEGUN, _DONE = range(3)
-"""Columns of the board: the step that an owner's copy shows, the step whose update it has begun, and has finished."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Entry:
-    """One value of the optimizer's state: a tensor, a number, or None."""
-
-    slot: int
-    key: str
-    dtype: str | None
-    """None: the value is None."""
-    shape: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-    offset: int = 0
-    """In bytes, from the beginning of its chest."""
-    nbytes: int = 0
-    number: str = ""
-    """Name of the Python type of a plain number, which lies there as a tensor of no dimensions."""
-
-    @classmethod
-    def of(cls, slot: int, key: str, value: Any) -> _Entry | None:
-        """None: it cannot be held."""
-        if value is None:
-            return cls(slot=slot, key=key, dtype=None)
-        if _is_number(value):
-            return _of_tensor(slot, key, torch.empty((), dtype=_NUMBERS[type(value)]), number=type(value).__name__)
-        return _of_tensor(slot, key, value) if isinstance(value, Tensor) and value.device.type == "cpu" else None
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> _Entry:
-        return cls(**{**fields, "shape": tuple(fields["shape"]), "stride": tuple(fields["stride"])})
-
-    def fits(self, value: Any) -> bool:
-        """Whether the value can be where this one was."""
-        if self.number:
-            return type(value).__name__ == self.number and _is_number(value)
-        if self.dtype is None or not isinstance(value, Tensor):
-            return self.dtype is None and value is None
-        kind = str(value.dtype).removeprefix("torch.")
-        return value.device.type == "cpu" and (kind, tuple(value.shape)) == (self.dtype, self.shape)
-
-    def view(self, chest: Tensor) -> Tensor | None:
-        """Where it lies; None if it is None."""
-        if self.dtype is None:
-            return None
-        room = chest[self.offset : self.offset + self.nbytes].view(getattr(torch, self.dtype))
-        return room.as_strided(self.shape, self.stride)
-
-    def shown(self, view: Tensor | None) -> Any:
-        """What the optimizer finds in its state for what lies at ``view``."""
-        return view.item() if self.number and view is not None else view
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in _NUMBERS and (type(value) is not int or value in _INT64)
-
-
-def _of_tensor(slot: int, key: str, value: Tensor, number: str = "") -> _Entry:
-    room = 1 + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True)) if value.numel() else 0
-    return _Entry(
-        slot=slot,
-        key=key,
-        dtype=str(value.dtype).removeprefix("torch."),
-        shape=tuple(value.shape),
-        stride=value.stride(),
-        nbytes=room * value.element_size(),
-        number=number,
-    )
-
-
-@dataclasses.dataclass(kw_only=True)
-class _Chest:
-    """State that came to be at the same time, of all parameters: entries in slot order, at multiples of 64 bytes.
-
-    What did not fit any more where it was lies in a later chest; what it was before stays in the earlier one, for going back.
-    """
-
-    born: int
-    """The step after which it was there."""
-    entries: list[_Entry]
-    nbytes: int
-    memory: Tensor | None = None
-    """uint8 ``[nbytes]``."""
-    copy: Tensor | None = None
-    _runs: dict[frozenset[int], list[tuple[int, int]]] = dataclasses.field(default_factory=dict)
-
-    def runs(self, slots: frozenset[int]) -> list[tuple[int, int]]:
-        """The stretches of memory, in bytes, that hold what belongs to these slots."""
-        if slots not in self._runs:
-            found: list[tuple[int, int]] = []
-            ends = [*(entry.offset for entry in self.entries[1:]), self.nbytes]
-            for entry, end in zip(self.entries, ends, strict=True):
-                if entry.slot not in slots:
-                    continue
-                if found and found[-1][1] == entry.offset:
-                    found[-1] = (found[-1][0], end)
-                else:
-                    found.append((entry.offset, end))
-            self._runs[slots] = found
-        return self._runs[slots]
 
 
 class _Place(NamedTuple):
     """Where a value of the optimizer's state lies."""
 
-    entry: _Entry
+    entry: Entry
     view: Tensor | None
 
 
-_NOWHERE = _Place(_Entry(slot=-1, key="", dtype=None), None)
+_NOWHERE = _Place(Entry(slot=-1, key="", dtype=None), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,8 +71,9 @@ class SharedState:
     """The optimizer's state in common memory, and the copy of state and weights.
 
     Args:
-        replica: Whose state it is.
-        weights: The memory of its parameters.
+        layout: Where parameters lie.
+        weights: Their memory.
+        optimizer: Whose state it is.
 
     Attributes:
         replay: Whether steps that are done may be done again: nobody but the trainer changes weights between them.
@@ -187,17 +82,17 @@ class SharedState:
         will_grow: Whether the next step is the first one, which makes the state.
     """
 
-    def __init__(self, replica: Replica, weights: Weights) -> None:
-        self._replica = replica
+    def __init__(self, layout: Layout, weights: Weights, optimizer: Optimizer) -> None:
+        self._layout = layout
         self._weights = weights
-        self._chests: list[_Chest] = []
+        self._optimizer = optimizer
+        self._arenas: list[Arena] = []
         self._places: dict[int, dict[str, _Place]] = {}  # by slot and key: where each value lies now
-        self._board: Tensor | None = None
+        self._known_table: ProgressTable | None = None  # of an earlier generation, too
         self._copies: list[Tensor] = []
         self._parts: dict[int, list[_Part]] = {}  # of all workers of this host, by generation
         self._generation = 0
         self._updated: frozenset[int] = frozenset()  # the slots that this worker updates, or did in the last generation
-        self._side = 0
         self._place = 0
         self._due = _Budget()
         self.replay = False
@@ -216,50 +111,51 @@ class SharedState:
         self._collective = collective
         self._near = next(tuple(host) for host in collective.hosts if collective.rank in host)
         self._place = self._near.index(collective.rank)
-        self._board = collective.common(_HEAD + 2 * _MOST_WORKERS * 3, torch.int64, self._board)
-        if self._board is None:
+        table = ProgressTable.make(collective, self._known_table)
+        if table is None:
             return False
+        self._known_table = table
         self._parts[generation] = [
             _Part(frozenset(reduction.updated_by(rank)), tuple((s[rank].lo, s[rank].hi) for s in reduction.segments))
             for rank in self._near
         ]
-        counts, side = divmod(int(self._numbers[0]), 2)
-        self._parts = {number: parts for number, parts in self._parts.items() if number >= counts}
-        self._generation, self._side = generation, 1 - side
+        self._parts = {number: parts for number, parts in self._parts.items() if number >= table.generation}
+        self._generation = generation
+        table.open()
         self._learn()
         if not self.settle(step):
             return False
-        self.will_grow = not self._chests
+        self.will_grow = not self._arenas
         self._copies = [
             common
             for block, flat in enumerate(self._weights.flats)
             if (common := collective.common(flat.numel(), flat.dtype, self._copies[block] if self._copies else None)) is not None
         ]
-        self._marks(self._side)[self._place] = (-1, step, step)
+        self._table.mine(self._place)[:] = (-1, step, step)
         self.copied = -1
         self._due = _Budget()
         collective.barrier()
         # Until here the marks of the generation before were the ones that count.
-        self._numbers[0] = 2 * generation + self._side
+        table.count(generation)
         return True
 
     def _learn(self) -> None:
         """*collective*. Everyone has everything that someone has; whoever joins sees it in the optimizer."""
-        known = [bool(has) for has in self._collective.all_gather(torch.tensor([bool(self._chests)]))]
+        known = [bool(has) for has in self._collective.all_gather(torch.tensor([bool(self._arenas)]))]
         here = any(known[rank] for rank in self._near)  # else it comes from another host, and lies in each optimizer alone
-        mine = json.dumps([{"born": c.born, "nbytes": c.nbytes, "entries": [vars(e) for e in c.entries]} for c in self._chests])
+        mine = json.dumps([{"born": c.born, "nbytes": c.nbytes, "entries": [vars(e) for e in c.entries]} for c in self._arenas])
         told = max(self._collective.all_gather_bytes(mine.encode()), key=len)
-        if not self._chests:
-            self._chests = [
-                _Chest(born=one["born"], nbytes=one["nbytes"], entries=[_Entry.from_json(entry) for entry in one["entries"]])
+        if not self._arenas:
+            self._arenas = [
+                Arena(born=one["born"], nbytes=one["nbytes"], entries=[Entry.from_json(entry) for entry in one["entries"]])
                 for one in json.loads(told)
             ]
-        for chest in self._chests:
-            chest.memory = self._collective.common(chest.nbytes, torch.uint8, chest.memory)
-            chest.copy = self._collective.common(chest.nbytes, torch.uint8, chest.copy)
+        for arena in self._arenas:
+            arena.memory = self._collective.common(arena.nbytes, torch.uint8, arena.memory)
+            arena.copy = self._collective.common(arena.nbytes, torch.uint8, arena.copy)
         self._places = {}
         alone = len(self._near) == 1  # and what it owned may lie elsewhere, if it was alone before
-        self._show(take=(self._updated if alone else frozenset()) if here else frozenset(range(len(self._replica.layout.slots))))
+        self._show(take=(self._updated if alone else frozenset()) if here else frozenset(range(len(self._layout.parameters))))
         self._updated = self._mine.slots
 
     def settle(self, step: int) -> bool:
@@ -277,46 +173,46 @@ class SharedState:
         if None in told:
             self._unfit = True
             return False
-        entries = [_Entry.from_json(one) for rank in self._near for one in told[rank]]
+        entries = [Entry.from_json(one) for rank in self._near for one in told[rank]]
         if entries:
-            chest = _chest(entries, step)
-            chest.memory = self._collective.common(chest.nbytes, torch.uint8)
-            chest.copy = self._collective.common(chest.nbytes, torch.uint8)
-            self._chests.append(chest)
+            arena = new_arena(entries, step)
+            arena.memory = self._collective.common(arena.nbytes, torch.uint8)
+            arena.copy = self._collective.common(arena.nbytes, torch.uint8)
+            self._arenas.append(arena)
             self._show(take=self._mine.slots)
         if any(told):
             self._collective.barrier()  # all of a host have it, before a mark says that it is there
         self._keep()
         self.grown = False
         if self._generation:
-            self._marks(self._side)[self._place, _DONE] = step
+            self._table.mine(self._place)[DONE] = step
         self._collective.barrier()
         return True
 
-    def _news(self) -> list[_Entry] | None:
+    def _news(self) -> list[Entry] | None:
         """What this worker owns of the state and is not in common memory; None if some of it cannot be there."""
-        found: list[_Entry] = []
+        found: list[Entry] = []
         for slot in sorted(self._mine.slots):
-            known, state = self._places.get(slot, {}), self._replica.slot_state(slot)
+            known, state = self._places.get(slot, {}), self._optimizer.state.get(self._layout.parameters[slot], {})
             if known.keys() - state.keys():
                 return None  # what is gone would come back with whoever joins
             for key, value in state.items():
                 if key in known and known[key].entry.fits(value):
                     continue
-                if (entry := _Entry.of(slot, key, value)) is None:
+                if (entry := Entry.of(slot, key, value)) is None:
                     return None
                 found.append(entry)
-        return None if found and len(self._chests) == _MOST_CHESTS else found
+        return None if found and len(self._arenas) == _MOST_ARENAS else found
 
     def _show(self, *, take: frozenset[int]) -> None:
-        """Makes the optimizer's state lie in the chests; what this worker has of slots to ``take`` is copied there first."""
+        """Makes the optimizer's state lie in the arenas; what this worker has of slots to ``take`` is copied there first."""
         before, self._places = self._places, {}
-        for chest in self._chests:
-            assert chest.memory is not None
-            for entry in chest.entries:
-                self._places.setdefault(entry.slot, {})[entry.key] = _Place(entry, entry.view(chest.memory))
+        for arena in self._arenas:
+            assert arena.memory is not None
+            for entry in arena.entries:
+                self._places.setdefault(entry.slot, {})[entry.key] = _Place(entry, entry.view(arena.memory))
         for slot, places in self._places.items():
-            state = self._replica.slot_state(slot)
+            state = self._optimizer.state[self._layout.parameters[slot]]
             for key, (entry, view) in places.items():
                 known = before.get(slot, {}).get(key)
                 if known is not None and known.entry is entry:
@@ -327,20 +223,20 @@ class SharedState:
                         continue  # it is not so any more, which is yet to be said
                     if view is not None:
                         _put(view, state[key])  # where several workers have it, it is the same
-                self._replica.place_state(slot, key, entry.shown(view))
+                state[key] = entry.shown(view)
 
     # ------------------------------------------------------------------ a step
 
     def renew(self, step: int, *, replay: bool) -> None:
         """*collective*. Steps follow after step ``step``; what was changed since the last one is held, too."""
         self.settle(step)
-        self.replay, self.will_grow = replay, not self._chests
+        self.replay, self.will_grow = replay, not self._arenas
         self.copied, self._due = -1, _Budget()
-        self._marks(self._side)[self._place] = (-1, step, step)
+        self._table.mine(self._place)[:] = (-1, step, step)
 
     def skip(self, step: int) -> None:
         """*local*. Step ``step`` has changed nothing."""
-        self._marks(self._side)[self._place] = (-1, step, step)
+        self._table.mine(self._place)[:] = (-1, step, step)
         self.copied, self._due = -1, _Budget()
 
     def before_update(self, step: int, step_s: float, *, settles: bool) -> None:
@@ -355,15 +251,15 @@ class SharedState:
         alone = len(self._near) == 1
         if alone and not settles:
             return
-        marks = self._marks(self._side)[self._place]
+        marks = self._table.mine(self._place)
         if alone:
-            marks[_DONE] = step - 1
+            marks[DONE] = step - 1
         if alone and not self._keep():  # after_update has not done it: nobody else needed it
-            marks[_COPIED] = self.copied = -1
+            marks[COPIED] = self.copied = -1
         elif alone or self._due.now(max(map(self._nbytes, self._parts[self._generation])), step_s, replay=self.replay):
             self._copy(self._mine, back=False)
-            marks[_COPIED] = self.copied = step - 1
-        marks[_BEGUN] = step
+            marks[COPIED] = self.copied = step - 1
+        marks[BEGUN] = step
 
     def after_update(self, step: int) -> None:
         """*local*. This worker has updated what it owns."""
@@ -372,7 +268,7 @@ class SharedState:
             return
         self.grown = not self._keep()
         if not self.grown:
-            self._marks(self._side)[self._place, _DONE] = step
+            self._table.mine(self._place)[DONE] = step
 
     def _keep(self) -> bool:
         """Some optimizers put a new tensor into their state instead of changing the one that is there: it is copied there.
@@ -382,7 +278,7 @@ class SharedState:
         """
         whole = True
         for slot in self._mine.slots:
-            state, places = self._replica.slot_state(slot), self._places.get(slot, {})
+            state, places = self._optimizer.state.get(self._layout.parameters[slot], {}), self._places.get(slot, {})
             whole = whole and state.keys() == places.keys()
             for key, value in state.items():
                 entry, view = places.get(key, _NOWHERE)
@@ -393,16 +289,16 @@ class SharedState:
                 elif view is not None:
                     _put(view, value)
                     if not entry.number:
-                        self._replica.place_state(slot, key, view)
+                        state[key] = view
         return whole
 
     def _copy(self, part: _Part, *, back: bool, weights: bool = True) -> None:
         """Copies what a worker owns into the copy, or back."""
-        for chest in self._chests:
-            for lo, hi in chest.runs(part.slots):
-                assert chest.memory is not None
-                assert chest.copy is not None
-                here, there = chest.memory[lo:hi], chest.copy[lo:hi]
+        for arena in self._arenas:
+            for lo, hi in arena.runs(part.slots):
+                assert arena.memory is not None
+                assert arena.copy is not None
+                here, there = arena.memory[lo:hi], arena.copy[lo:hi]
                 (here if back else there).copy_(there if back else here)
         if not weights:
             return
@@ -410,7 +306,7 @@ class SharedState:
             (flat if back else copy)[lo:hi].copy_((copy if back else flat)[lo:hi])
 
     def _nbytes(self, part: _Part) -> int:
-        state = sum(hi - lo for chest in self._chests for lo, hi in chest.runs(part.slots))
+        state = sum(hi - lo for arena in self._arenas for lo, hi in arena.runs(part.slots))
         return state + sum(
             (hi - lo) * flat.element_size() for flat, (lo, hi) in zip(self._weights.flats, part.bounds, strict=True)
         )
@@ -426,25 +322,25 @@ class SharedState:
         Returns:
             What the host's state can go on from; None if it cannot.
         """
-        number, side = divmod(int(self._numbers[0]), 2)
+        number = self._table.generation
         if number not in self._parts:
             return Point(reached)  # nobody has updated anything yet
-        marks = self._marks(side)[: len(self._parts[number])]
-        if len(marks) == 1 and marks[0, _BEGUN] <= min(marks[0, _DONE], reached):
+        marks = self._table.counting()[: len(self._parts[number])]
+        if len(marks) == 1 and marks[0, BEGUN] <= min(marks[0, DONE], reached):
             return Point(reached)  # nobody else has
         if self._unfit:
             return None
-        top = int(marks[:, _BEGUN].max())
-        if bool((marks[:, _DONE] == top).all()) and reached >= top:
+        top = int(marks[:, BEGUN].max())
+        if bool((marks[:, DONE] == top).all()) and reached >= top:
             return Point(top)
-        behind = marks[:, _DONE] < top - 1  # something new of theirs was not in common memory yet
-        parts = np.flatnonzero((marks[:, _BEGUN] == top) | behind)
-        if not behind.any() and bool((marks[parts, _DONE] == top).all() and (marks[parts, _COPIED] == -1).all()):
+        behind = marks[:, DONE] < top - 1  # something new of theirs was not in common memory yet
+        parts = np.flatnonzero((marks[:, BEGUN] == top) | behind)
+        if not behind.any() and bool((marks[parts, DONE] == top).all() and (marks[parts, COPIED] == -1).all()):
             return Point(reached)  # a step that changes nothing
-        if bool((marks[parts, _COPIED] == top - 1).all()) and not behind.any():
+        if bool((marks[parts, COPIED] == top - 1).all()) and not behind.any():
             return Point(top - 1, tuple(parts.tolist()))
-        step = int(marks[0, _COPIED])
-        if step < 0 or not bool((marks[:, _COPIED] == step).all()):
+        step = int(marks[0, COPIED])
+        if step < 0 or not bool((marks[:, COPIED] == step).all()):
             return None
         return Point(step, tuple(range(len(marks))))
 
@@ -454,15 +350,15 @@ class SharedState:
         Args:
             main: Whether this worker does it for all workers of the host.
         """
-        parts = self._parts[int(self._numbers[0]) // 2]
+        parts = self._parts[self._table.generation]
         for place in point.parts:
             if main:
                 self._copy(parts[place], back=True, weights=self._weights.shared)
             if not self._weights.shared:
                 for flat, copy, (lo, hi) in zip(self._weights.flats, self._copies, parts[place].bounds, strict=True):
                     flat[lo:hi].copy_(copy[lo:hi])
-        self._chests, self._places = [chest for chest in self._chests if chest.born <= point.step], {}
-        self._replica.clear_state()
+        self._arenas, self._places = [arena for arena in self._arenas if arena.born <= point.step], {}
+        self._optimizer.state.clear()
         self._show(take=frozenset())
         self.grown = False
 
@@ -470,29 +366,19 @@ class SharedState:
         """*local*, once nobody of the generation writes any more. Numbers that others have updated: tensors show that by
         themselves."""
         for slot, places in self._places.items():
-            state = self._replica.slot_state(slot)
+            state = self._optimizer.state.get(self._layout.parameters[slot], {})
             for key, (entry, view) in places.items():
                 if entry.number and slot not in self._updated and key in state:
-                    self._replica.place_state(slot, key, entry.shown(view))
+                    state[key] = entry.shown(view)
 
-    # ------------------------------------------------------------------ the board
+    @property
+    def _table(self) -> ProgressTable:
+        assert self._known_table is not None
+        return self._known_table
 
     @property
     def _mine(self) -> _Part:
         return self._parts[self._generation][self._place]
-
-    @property
-    def _numbers(self) -> npt.NDArray[np.int64]:
-        """The board; its first number is twice the generation whose marks count, and their side of the board."""
-        assert self._board is not None
-        numbers: npt.NDArray[np.int64] = self._board.numpy()
-        return numbers
-
-    def _marks(self, side: int) -> npt.NDArray[np.int64]:
-        """int64 ``[places, 3]``."""
-        size = _MOST_WORKERS * 3
-        start = _HEAD + size * side
-        return self._numbers[start : start + size].reshape(_MOST_WORKERS, 3)
 
 
 class _Budget:
@@ -515,12 +401,3 @@ class _Budget:
 
 def _put(view: Tensor, value: Any) -> None:
     view.copy_(value) if isinstance(value, Tensor) else view.fill_(value)
-
-
-def _chest(entries: Sequence[_Entry], step: int) -> _Chest:
-    placed: list[_Entry] = []
-    end = 0
-    for entry in sorted(entries, key=lambda entry: (entry.slot, entry.key)):
-        placed.append(dataclasses.replace(entry, offset=end))
-        end += -(-entry.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-    return _Chest(born=step, entries=placed, nbytes=max(end, ALIGNMENT_BYTES))

@@ -1,87 +1,109 @@
-"""What a worker is given that is behind the others, or new, or on a host that lacks the state. *Local.*"""
+"""State for a worker that is behind the others, or new, or on a host that lacks it: as a message, to those who need it alone."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unisono.elastic.replay_log import ReplayLog
-from unisono.training.state import LocalState
+from unisono.checkpoint.message import from_bytes, to_bytes
+from unisono.collective import Collective
+from unisono.elastic.recovery_plan import Outcome
+from unisono.elastic.replay_log import PastStep, ReplayLog
+from unisono.observe.summary import Summary
+from unisono.replica.optimizer import full_state, hyperparameters, set_full_state, set_hyperparameters
+from unisono.training.header import Signals
+from unisono.training.session import StepKey
+from unisono.training.step import StepResult
+from unisono.training.worker_group import LocalState
+
+_TYPES = (Outcome, PastStep, StepKey, StepResult, Signals, Summary)
+"""What a message may hold beside plain values."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StateTransfer:
-    """See the module."""
+    """See the module. *Local* but for ``deliver``."""
 
-    last: Any
-    """Result of the last act."""
+    outcome: Outcome
+    """Of the last operation."""
     buffers: Sequence[Tensor]
     weights: Sequence[Tensor] | None
-    """Flat, a tensor a block; None: the host has them."""
+    """Flat, a tensor a block; None: the receiver's host has them."""
     state: Mapping[int, Mapping[str, Any]] | None
-    """All of the optimizer's state, by slot; None: the host has it."""
+    """All of the optimizer's state, by slot; None: the receiver's host has it."""
     groups: list[dict[str, Any]]
     """Hyperparameters of the optimizer, by parameter group."""
     scheduler: Mapping[str, Any] | None
-    repeats: dict[str, Any]
-    part: Any
-    """What the rest of the trainer says to those who are new."""
+    replay_log: dict[str, Any]
+    run: dict[str, Any]
+    """How far the run has come, for those who are new."""
 
     @classmethod
-    def of(cls, own: LocalState, *, last: Any, weights: bool, state: bool, repeats: ReplayLog, part: Any) -> StateTransfer:
+    def of(
+        cls, local: LocalState, *, outcome: Outcome, weights: bool, state: bool, replay_log: ReplayLog, run: dict[str, Any]
+    ) -> StateTransfer:
         """What this worker can give.
 
         Args:
             weights: Whether the weights are wanted.
             state: Whether the optimizer's state is.
         """
-        replica = own.replica
         return cls(
-            last=last,
-            buffers=replica.buffers.values(),
-            weights=list(own.weights.flats) if weights else None,
-            state={s.index: dict(replica.slot_state(s.index)) for s in own.layout.slots} if state else None,
-            groups=replica.hyperparameters(),
-            scheduler=replica.schedule_state(),
-            repeats=repeats.describe(),
-            part=part,
+            outcome=outcome,
+            buffers=[tensor.detach() for tensor in local.model.buffers()],
+            weights=list(local.weights.flats) if weights else None,
+            state=full_state(local.optimizer, local.layout) if state else None,
+            groups=hyperparameters(local.optimizer),
+            scheduler=None if local.scheduler is None else local.scheduler.state_dict(),
+            replay_log=replay_log.describe(),
+            run=run,
         )
 
-    def to_bytes(self) -> bytes:
-        """For ``from_bytes`` on another worker of the same run."""
-        buffer = io.BytesIO()
-        torch.save(vars(self), buffer)
-        return buffer.getvalue()
-
     @classmethod
-    def from_bytes(cls, data: bytes) -> StateTransfer:
-        """What another worker has packed; it comes from a process of this run, so it may be unpickled."""
-        return cls(**torch.load(io.BytesIO(data), map_location="cpu", weights_only=False))
+    def deliver(
+        cls, transfer: StateTransfer | None, collective: Collective, source: int, receivers: Collection[int]
+    ) -> StateTransfer | None:
+        """*collective*. Brings ``transfer``, given on the source, to the receivers; None on all others.
 
-    def put_into(self, own: LocalState, *, new: bool) -> None:
-        """Takes everything over that is in it.
+        Raises:
+            CheckpointError: It holds something that cannot be sent without pickling it; or no message came.
+        """
+        data = b"" if transfer is None else to_bytes(vars(transfer), _TYPES)
+        size = int(collective.all_gather(torch.tensor([len(data)]))[source])
+        nothing: list[Tensor] = []
+        sent = [torch.frombuffer(bytearray(data), dtype=torch.uint8)] if data else nothing
+        expected = [(size, torch.uint8, torch.device("cpu"))] if collective.rank in receivers else []
+        received = collective.exchange(
+            [sent if rank in receivers and rank != source else nothing for rank in range(collective.size)],
+            [expected if rank == source != collective.rank else [] for rank in range(collective.size)],
+        )
+        if collective.rank not in receivers:
+            return None
+        message = data if collective.rank == source else received[source][0].numpy().tobytes()
+        return cls(**from_bytes(message, _TYPES))
+
+    def put_into(self, local: LocalState, *, new: bool, state: bool) -> None:
+        """Takes over what it holds.
 
         Args:
-            new: Whether this worker has not been there before.
+            new: Whether this worker has not been in the run before.
+            state: Whether it needs the optimizer's state; else its host has that.
         """
-        replica = own.replica
-        replica.buffers.go_to(self.buffers)
-        if self.weights is not None:
-            with torch.no_grad():
-                for flat, value in zip(own.weights.flats, self.weights, strict=True):
+        with torch.no_grad():
+            for tensor, value in zip(local.model.buffers(), self.buffers, strict=True):
+                tensor.copy_(value)
+            if self.weights is not None:
+                for flat, value in zip(local.weights.flats, self.weights, strict=True):
                     flat.copy_(value)
-        if self.state is not None:
-            replica.clear_state()
-            for slot, state in self.state.items():
-                if state:
-                    replica.set_slot_state(slot, state)
+        if state and self.state is not None:
+            set_full_state(local.optimizer, local.layout, self.state)
         if new:
-            replica.set_hyperparameters(self.groups)
-            replica.set_schedule_state(self.scheduler)
-        own.buffers.begin()
-        replica.skip_update()
+            set_hyperparameters(local.optimizer, self.groups)
+            if local.scheduler is not None:
+                local.scheduler.load_state_dict(self.scheduler)
+        local.buffers.begin()
+        vars(local.optimizer)["_opt_called"] = True  # by another worker; PyTorch's schedulers warn if nobody has

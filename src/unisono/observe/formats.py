@@ -21,7 +21,7 @@ def rate(per_second: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share from 0 to 1 (``4%``); what lies outside is cut off, for it can only be rounding."""
+    """A share from 0 to 1 (``4%``); anything outside that range is a rounding error and is clipped."""
     return f"{min(max(share, 0.0), 1.0):.0%}"
 
 

@@ -6,8 +6,8 @@ A line is an object with an integer ``step`` and any other numbers or strings::
 
 Floats that JSON cannot hold are the strings ``"nan"``, ``"inf"`` and ``"-inf"``; ``read_metrics`` turns them back.
 
-A run can die in the middle of a line, and it goes on from a checkpoint that is older than its last line. So whoever
-continues a run calls ``MetricsLog.resume`` first: a step is then logged once, however often the run was stopped.
+A run can die in the middle of a line, and it resumes from a checkpoint that is older than its last line. So call
+``MetricsLog.resume`` first when a run resumes: a step is then logged once, however often the run was stopped.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ _LONGEST_LEFT_S = 1000 * 86400.0
 def standard_output() -> Console:
     """A console on standard output that is interactive only if that is a terminal, and does not fail. *Local*.
 
-    rich alone also takes ``FORCE_COLOR`` for a terminal, which build servers set, and would fill their logs with bars; and it
-    ends the process where nobody reads on.
+    On its own, rich also takes ``FORCE_COLOR`` for a terminal, which build servers set, and would fill their logs with bars; and
+    it ends the process when the reader of a pipe goes away.
     """
     from rich.console import Console
 

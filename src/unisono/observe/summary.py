@@ -66,7 +66,7 @@ class Summary:
     communication_s: list[float] = dataclasses.field(default_factory=list)
     """The same for moving bytes."""
     waiting_s: list[float] = dataclasses.field(default_factory=list)
-    """The same for standing still until other workers were there."""
+    """The same for waiting until the other workers arrived."""
     microbatches: list[float] = dataclasses.field(default_factory=list)
     """Microbatches of each worker in a full step, on average over the steps of this start."""
     peak_memory_bytes: list[float] = dataclasses.field(default_factory=list)

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Literal, Protocol, get_args
 
 Phase = Literal["data", "compute", "communication", "waiting"]
-"""Loading samples; forward, backward and update; moving bytes; standing still until other workers are there."""
+"""Loading samples; forward, backward and update; moving bytes; waiting until the other workers arrive."""
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
@@ -44,7 +44,7 @@ class Shown(Protocol):
 class StepClock:
     """Seconds of each phase of a step, and smoothed rates over recent steps. *Local*.
 
-    Phases may be nested; a second counts for the innermost one. While the clock is paused it stands still.
+    Phases may be nested; a second counts for the innermost one. No time counts while the clock is paused.
 
     The rates are ratios of two exponential moving averages that forget alike, over about the last 5 s of training (or
     the last step, if that took longer). Both start at zero, so the bias of a young average (Adam, Kingma and Ba 2015,
@@ -78,7 +78,7 @@ class StepClock:
         self.shown[STEP] = step
 
     def start(self, name: Phase) -> None:
-        """Begin a phase; the phase around it, if any, stands still until the matching ``stop``."""
+        """Begin a phase; the phase around it, if any, is suspended until the matching ``stop``."""
         self._account()
         self._open.append(name)
         shown = self.shown  # not by a call of _show: this happens a dozen times a step

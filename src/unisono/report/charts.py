@@ -94,7 +94,7 @@ def forecast(
     x_label: str = "",
     y_label: str = "",
 ) -> Figure:
-    """What was expected, how sure, and what came.
+    """A forecast with its interval, and what was observed.
 
     Args:
         x: N numbers or ISO dates, in ascending order; or N names.
@@ -154,7 +154,7 @@ def comparison_bars(measure: str, values: Mapping[str, float], ours: str, *, hig
         text=[formats.number(numbers[name]) for name in ordered],
         hover="%{y}: %{text}",
     )
-    # Names stand above their bars: beside them, long ones would leave no room for the bars on a telephone.
+    # Names stand above their bars: beside them, long ones would leave no room for the bars on a phone.
     place = {
         "xref": "paper",
         "x": 0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
@@ -12,10 +12,10 @@ from unisono.observe import formats
 from unisono.report.figure import Figure, Trace, colours, line
 from unisono.report.run_data import RunData, is_number
 from unisono.report.run_figures import shares_figure
-from unisono.report.run_page import Page
+from unisono.report.run_page import Page, facts
 from unisono.report.section import Section, bullets, paired, table
 from unisono.report.series import Column, Stretches, course_of, plain_steps, scale_for
-from unisono.report.worker_times import COLOURS, phase_totals, waiting_share
+from unisono.report.worker_times import COLOURS, bytes_sent, phase_totals, waiting_share
 
 _SHOWN_DIFFERENCES = 40
 
@@ -48,35 +48,16 @@ def _troubles(runs: Sequence[RunData]) -> Iterator[Section]:
 
 
 def _overview(runs: Sequence[RunData]) -> Section:
-    def of_summary(name: str, show: Callable[[float], str]) -> Callable[[RunData], str]:
-        return lambda run: show(float(run.summary[name])) if is_number(run.summary.get(name)) else ""
-
-    def of_metric(name: str) -> Callable[[RunData], str]:
-        return lambda run: formats.number(run.metrics[name]) if name in run.metrics else ""
-
-    def sent(run: RunData) -> str:
-        each = run.per_worker("bytes_sent")
-        return formats.data_size(sum(each) / len(each)) if each else of_summary("bytes_sent_per_step", formats.data_size)(run)
-
-    def waiting(run: RunData) -> str:
-        share = waiting_share(run)
-        return "" if share is None else formats.percent(share)
-
-    columns: dict[str, Callable[[RunData], str]] = {
-        "run": lambda run: run.name,
-        "loss": of_summary("loss", formats.number),
-        **{name: of_metric(name) for run in runs for name in run.metrics},
-        "steps": lambda run: f"{int(run.steps[-1]):,}" if len(run.steps) else "",
-        "workers": lambda run: str(run.workers or ""),
-        "samples/s": of_summary("samples_per_second", formats.rate),
-        "training": lambda run: formats.seconds(float(run.elapsed_s[-1])) if len(run.steps) else "",
-        "waiting": waiting,
-        "sent in a step": sent,
-        "weights": lambda run: (run.weights_sha256 or "")[:12],
-    }
-    cells = {name: [show(run) for run in runs] for name, show in columns.items()}
-    told = {name: column for name, column in cells.items() if any(column)}
-    body = table([*told], [*zip(*told.values(), strict=True)], numeric=[name != "run" for name in told])
+    rows: list[dict[str, str]] = []
+    for run in runs:
+        row = {"run": run.name, **{name: value for name, value, _ in facts(run)}}
+        if (waiting := waiting_share(run)) is not None:
+            row["waiting"] = formats.percent(waiting)
+        if sent := bytes_sent(run):
+            row["sent in a step"] = formats.data_size(sum(sent) / len(sent))
+        rows.append({**row, "weights": (run.weights_sha256 or "")[:12]})
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    body = table(columns, [[row.get(name, "") for name in columns] for row in rows], numeric=[name != "run" for name in columns])
     return Section(key="overview", kicker="at the end", title=_fastest(runs), body=body)
 
 
@@ -106,7 +87,9 @@ def _parting(runs: Sequence[RunData]) -> str:
         return "The runs have no step in common"
     for step in common:
         if len({repr(losses[step]) for losses in (first, *others)}) > 1:  # as text nan is equal to nan
-            return "The losses differ from the first step on" if step == common[0] else f"The losses part at step {int(step):,}"
+            return (
+                "The losses differ from the first step on" if step == common[0] else f"The losses diverge at step {int(step):,}"
+            )
     return f"The losses are the same to the last bit, over {formats.count(len(common), 'step')}"
 
 
@@ -131,11 +114,11 @@ def _differences(runs: Sequence[RunData]) -> Iterator[Section]:
     every = dict.fromkeys(name for one in flat for name in one)
     names = [name for name in every if len({one.get(name, "") for one in flat}) > 1]
     settings = [name for name in names if name.startswith("settings")]
-    ground = any(name.startswith("fingerprint") for name in names)
+    builds = any(name.startswith("fingerprint") for name in names)
     if settings:
         title = f"{formats.count(len(settings), 'setting')} differ" if len(settings) > 1 else "One setting differs"
     else:
-        title = "Same settings" + (", other ground" if ground else ", same ground")
+        title = f"Same settings, {'another' if builds else 'same'} fingerprint"
     rows = [[name, *(one.get(name, "") for one in flat)] for name in names[:_SHOWN_DIFFERENCES]]
     more = f"{len(names) - _SHOWN_DIFFERENCES} more differ." if len(names) > _SHOWN_DIFFERENCES else ""
     body = table(["", *(run.name for run in runs)], rows) if rows else ""

@@ -139,7 +139,7 @@
         version = news.version; ended = news.ended; changed = Date.now();
         apply(news);
       } else if (!answer.ok) throw new Error(String(answer.status));
-      if (failures && answer.status === 204) say("live", "The watch is back");
+      if (failures && answer.status === 204) say("live", "unisono watch is back");
       failures = 0;
       const quiet = Math.round((Date.now() - changed) / 1000);
       if (!ended && quiet >= 60 && version !== "empty") say("stale", `Nothing new for ${Math.floor(quiet / 60)} min`);
@@ -147,7 +147,7 @@
       waits = ended ? 5000 : 1000;
     } catch {
       failures += 1;
-      if (!ended) say("stale", "unisono watch has ended: the page stands still");
+      if (!ended) say("stale", "unisono watch has ended; this page is no longer updated");
       waits = Math.min(15000, 1000 * 2 ** failures);
     }
     setTimeout(ask, waits);

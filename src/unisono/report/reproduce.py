@@ -28,16 +28,18 @@ def reproduce_sections(run: RunData) -> Iterator[Section]:
         yield Section(
             key="settings",
             kicker="settings",
-            title="What makes this run this run",
+            title="What the weights depend on",
             body=definitions(_settings(run.settings)),
             half=True,
         )
     if run.fingerprint:
-        yield Section(key="ground", kicker="fingerprint", title="What it stood on", body=definitions(run.fingerprint), half=True)
+        yield Section(
+            key="ground", kicker="fingerprint", title="Builds, hardware and threads", body=definitions(run.fingerprint), half=True
+        )
 
 
 def run_command(run: RunData) -> list[str]:
-    """What the user typed after ``unisono run``, or the demo's command; empty if the manifest does not tell."""
+    """What the user typed after ``unisono run``, or the demo's command; empty if the manifest does not say."""
     words = run.manifest.get("command")
     if not isinstance(words, list) or not words:
         return []

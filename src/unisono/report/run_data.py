@@ -1,4 +1,4 @@
-"""What a run directory tells, read so that nothing in it can stop a reader: files may be missing, growing or damaged. *Local.*"""
+"""Reads a run directory so that nothing in it can stop the reader: files may be missing, growing or damaged. *Local.*"""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """A run as its directory tells it."""
+    """What a run directory says of its run."""
 
     name: str
     """The last part of the address, or more of it where two runs would have the same name."""
@@ -90,7 +90,7 @@ class RunData:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the summary tells of the last step that the log has: a run that goes on leaves the old summary behind."""
+        """Whether the summary covers the last logged step: a run that was resumed leaves its old summary behind."""
         steps = _count(self.summary.get("steps"))
         return steps is not None and (not len(self.steps) or bool(self.steps[-1] <= steps))
 
@@ -189,7 +189,7 @@ class RunReader:
 
 
 def _parsed(data: bytes) -> Any:
-    """What JSON says. A whole number that no float could hold is infinite: nothing downstream need fear to convert it."""
+    """What JSON says. A whole number that no float could hold is infinite: any number here can be converted to a float."""
     return decode(json.loads(data, parse_int=lambda digits: int(digits) if len(digits) < _MOST_DIGITS else float(digits)))
 
 

@@ -31,7 +31,7 @@ class Axis:
     stretches: Stretches
     steps: Places
     seconds: Places | None
-    """None if the log does not tell."""
+    """None if the log does not say."""
     event_steps: Places
     event_seconds: Places
 
@@ -153,7 +153,7 @@ def timeline_figure(run: RunData, axis: Axis) -> Figure:
 
 
 def run_shares_figure(run: RunData) -> Figure | None:
-    """What share of its time each worker spent on what, over the run; with its microbatches where the summary tells."""
+    """What share of its time each worker spent on what, over the run; with its microbatches if the summary has them."""
     seconds = phase_totals(run)
     if not seconds:
         return None

@@ -29,7 +29,7 @@ from unisono.report.worker_times import waiting_share
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """Everything on a page, whoever shows it."""
+    """Everything on a page, in a file or served live."""
 
     title: str
     """Of the browser's tab."""
@@ -85,7 +85,7 @@ def _of_planned(run: RunData) -> str:
 
 
 def _progress(run: RunData, *, live: bool) -> str:
-    """How far the run is, as a bar; nothing once it is finished, or where nobody knows how far it goes."""
+    """How far the run is, as a bar; empty once it is finished, and if its length is not known."""
     planned = run.planned_steps
     if planned is None or not len(run.steps) or (run.has_ended and run.summary.get("finished", True)):
         return ""
@@ -103,15 +103,15 @@ def _head(run: RunData, headline: str, *, live: bool) -> str:
     state = "live" if live else "open"
     if run.has_ended:
         state = "ended" if run.summary.get("finished", True) else "stopped"
-    facts = "".join(
+    listed = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(unit)}</small></dd></div>"
-        for name, value, unit in _facts(run)
+        for name, value, unit in facts(run)
     )
     return (
         f'<p class="state {state}"><span></span>{escape(headline[:1].upper() + headline[1:])}</p>'
         f'<h1>{escape(run.name)}</h1><p class="where">{escape(_where(run))}</p>'
         + _progress(run, live=live)
-        + (f'<dl class="facts">{facts}</dl>' if facts else "")
+        + (f'<dl class="facts">{listed}</dl>' if listed else "")
     )
 
 
@@ -127,8 +127,8 @@ def _where(run: RunData) -> str:
     return " · ".join(word for word in words if word) or run.url
 
 
-def _facts(run: RunData) -> Iterator[tuple[str, str, str]]:
-    """Name, value, unit."""
+def facts(run: RunData) -> Iterator[tuple[str, str, str]]:
+    """What a run came to: name, value, unit or detail."""
     loss = _last(run, "loss")
     if loss is not None:
         yield "loss", formats.number(loss), ""

@@ -24,11 +24,11 @@ from unisono.report.run_figures import (
     timeline_figure,
 )
 from unisono.report.section import Section, bullets, table
-from unisono.report.worker_times import LOGGED_WORKERS, all_reduce_bound, phase_totals, waiting_share
+from unisono.report.worker_times import LOGGED_WORKERS, all_reduce_bound, bytes_sent, phase_totals, waiting_share
 
 _SHOWN_EVENTS = 50
 _SHOWN_METRICS = 8
-_KINDS = {"generation": "other workers", "resumed": "new start"}
+_KINDS = {"generation": "membership", "resumed": "restart"}
 
 
 def trouble_sections(run: RunData) -> Iterator[Section]:
@@ -103,9 +103,7 @@ def workers_section(run: RunData, axis: Axis) -> Section:
     waiting = waiting_share(run)
     title = "Where each worker's time went"
     if waiting is not None:
-        title = (
-            f"Workers waited {formats.percent(waiting)} of their time" if run.workers > 1 else "One worker: nobody to wait for"
-        )
+        title = f"Workers waited {formats.percent(waiting)} of their time" if run.workers > 1 else "A single worker never waits"
     changes = sum(event.kind == "generation" for event in run.events)
     lagging = sum(event.kind == "straggler" for event in run.events)
     text = "Milliseconds of each step; other is what a step spends on checkpoints, the log and callbacks."
@@ -164,16 +162,13 @@ def schedule_sections(run: RunData, axis: Axis) -> Iterator[Section]:
         title = f"Gradient norm {formats.number(float(np.median(finite)))} at the median step"
         if is_number(limit):
             clipped = float(np.mean(finite > limit))
-            title = f"Clipping to {limit:g} held back {formats.percent(clipped)} of the steps"
+            title = f"Clipping to {limit:g} changed {formats.percent(clipped)} of the steps"
         yield Section(key="gradient", kicker="gradient", title=title, figure=gradient_figure(run, axis), half=True)
 
 
 def traffic_sections(run: RunData) -> Iterator[Section]:
     """Bytes that workers send, beside what an all-reduce must send."""
-    sent = run.per_worker("bytes_sent")
-    average = run.summary.get("bytes_sent_per_step")
-    if not sent and is_number(average):
-        sent = [float(average)]
+    sent = bytes_sent(run)
     if not sent or run.workers < 2:
         return
     mean, bound = sum(sent) / len(sent), all_reduce_bound(run)

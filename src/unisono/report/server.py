@@ -1,8 +1,8 @@
 """Serves the page of one run directory, and what has changed since a browser asked last. *Local.*
 
 It only reads the run directory, so it serves a run on this machine and one on any other that writes to the same folder. It
-listens on loopback alone, and answers only requests that name loopback: nobody else's page can read a run through a host name of
-its own that leads here.
+listens on loopback alone, and answers only requests that name loopback: a foreign page cannot read a run through a host name that
+resolves to loopback (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.NOT_FOUND, "text/plain", "There is only one page: /\n")
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nobody wants a line a second on the terminal."""
+        """Nothing: browsers ask once a second."""
 
     def _send(self, status: HTTPStatus, kind: str | None = None, text: str = "", *, keep: bool = False) -> None:
         body = text.encode()

@@ -1,11 +1,11 @@
-"""What the workers spent their time on, and what they had to send, as far as a run directory tells. *Local.*"""
+"""What the workers spent their time on, and what they had to send, as far as the run directory says. *Local.*"""
 
 from __future__ import annotations
 
 import numpy as np
 
 from unisono.observe.timing import PHASES
-from unisono.report.run_data import RunData
+from unisono.report.run_data import RunData, is_number
 from unisono.report.series import Column
 
 COLOURS = {name: f"--{name}" for name in ("compute", "communication", "waiting", "data", "other")}
@@ -53,10 +53,16 @@ def phase_totals(run: RunData) -> dict[str, list[float]]:
 
 
 def waiting_share(run: RunData) -> float | None:
-    """Share of all workers' time spent waiting, 0 to 1; None if nothing tells."""
+    """Share of all workers' time spent waiting, 0 to 1; None if it is not known."""
     seconds = phase_totals(run)
     total = sum(map(sum, seconds.values()))
     return sum(seconds["waiting"]) / total if total > 0 else None
+
+
+def bytes_sent(run: RunData) -> list[float]:
+    """Bytes that each worker sent in a step, on average; those of worker 0 alone if no more is known."""
+    average = run.summary.get("bytes_sent_per_step")
+    return run.per_worker("bytes_sent") or ([float(average)] if is_number(average) else [])
 
 
 def all_reduce_bound(run: RunData) -> float | None:
@@ -66,7 +72,7 @@ def all_reduce_bound(run: RunData) -> float | None:
 
 
 def parameter_bytes(run: RunData) -> int | None:
-    """Size of all parameters, from the shapes in the manifest; None if it does not tell."""
+    """Size of all parameters, from the shapes in the manifest; None if it does not say."""
     parameters = run.settings.get("parameters")
     if not isinstance(parameters, dict) or not parameters:
         return None

@@ -36,11 +36,11 @@ class RowBuffer:
     """A dense gradient that is zero but for some rows, for optimizers that look at the whole parameter.
 
     Args:
-        dense: Zeros, laid out as the parameter.
+        like: The parameter.
     """
 
-    def __init__(self, dense: Tensor) -> None:
-        self.dense = dense
+    def __init__(self, like: Tensor) -> None:
+        self.dense = torch.zeros_like(like)
         self._written: Tensor | None = None
 
     def fill(self, rows: Rows) -> Tensor:

@@ -32,7 +32,7 @@ class TwoLevels:
     Args:
         hosts: The workers by host, several of them on one.
         spans: Each worker's pieces.
-        microbatches: M.
+        leaves: M.
         own_changes: Whether nobody else reads own pieces in the elements that this worker or its clients update.
 
     Attributes:
@@ -41,11 +41,11 @@ class TwoLevels:
     """
 
     def __init__(
-        self, collective: Collective, hosts: Hosts, spans: Sequence[Sequence[Span]], microbatches: int, *, own_changes: bool
+        self, collective: Collective, hosts: Hosts, spans: Sequence[Sequence[Span]], leaves: int, *, own_changes: bool
     ) -> None:
         self.collective = collective
         self.hosts = hosts
-        self._microbatches = microbatches
+        self._leaves = leaves
         self._owner = hosts.near.index(collective.rank) if own_changes else None
         self.reassign(spans)
         self._filled = 0
@@ -56,7 +56,7 @@ class TwoLevels:
         """*local*. From the next step on these are the pieces of each worker."""
         hosts = self.hosts
         self._near = tuple(tuple(spans[peer]) for peer in hosts.near)
-        of_host = {host: pieces(spans[host[0]][0][0], spans[host[-1]][-1][1], self._microbatches) for host in hosts.groups}
+        of_host = {host: pieces(spans[host[0]][0][0], spans[host[-1]][-1][1], self._leaves) for host in hosts.groups}
         self._whole = of_host[hosts.near]
         self.arriving: list[Sequence[Span]] = [
             spans[worker] if worker in hosts.near else of_host[hosts.of(worker)] if worker in hosts.deputies else ()
@@ -97,7 +97,7 @@ class TwoLevels:
 
     def fold(self, memory: list[Tensor], name: str, part: Part) -> list[Tensor]:
         """*local*. The host's pieces that hold samples, from those of its workers, in some elements."""
-        plan = node_sums(self._near, self._microbatches, self._filled, self._owner, self._whole)
+        plan = node_sums(self._near, self._leaves, self._filled, self._owner, self._whole)
         for left, right, out in plan.additions:
             if out == len(memory):
                 memory.append(self._room((name, part, out), memory[left]))

@@ -7,9 +7,13 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+from unisono.collective import Expected
 from unisono.guard.ledger import ENTRY_BYTES, Entry
 
-_FIXED = 13
+_FIXED = 14
 """Numbers in a header before the losses."""
 
 
@@ -46,8 +50,12 @@ class Header(NamedTuple):
     """Of the samples of this worker's own microbatches."""
     replica: int
     """Digest of a part of what all workers hold alike, 64 bits; 0 in steps in which none is compared."""
+    present: bytes
+    """For each slot, 1 if any own microbatch had a gradient for it."""
     changed: bytes
     """For each buffer, 1 if any own microbatch changed it."""
+    torn: bool
+    """Whether the step must be done again, without overlap."""
     signals: Signals
 
 
@@ -55,45 +63,59 @@ class HeaderFormat:
     """Headers as bytes.
 
     Args:
-        microbatches: M, microbatches a step.
+        leaves: M, microbatches a step.
+        slots: Number of parameters in the layout.
         buffers: Number of buffers.
     """
 
-    def __init__(self, microbatches: int, buffers: int) -> None:
-        self._microbatches = microbatches
-        self._struct = struct.Struct(f"<Q{ENTRY_BYTES}sQqBBBB5d{microbatches}d{microbatches}d{buffers}s")
+    def __init__(self, leaves: int, slots: int, buffers: int) -> None:
+        self._leaves = leaves
+        self._struct = struct.Struct(f"<Q{ENTRY_BYTES}sQqBBBBB5d{leaves}d{leaves}d{slots}s{buffers}s")
 
-    def pack(self, header: Header) -> bytes:
-        """As many bytes for every header."""
+    @property
+    def expected(self) -> Expected:
+        """What a worker receives."""
+        return self._struct.size, torch.uint8, torch.device("cpu")
+
+    def pack(self, header: Header) -> Tensor:
+        """uint8 ``[n]``."""
         signals = header.signals
-        return self._struct.pack(
+        raw = bytearray(self._struct.size)
+        self._struct.pack_into(
+            raw,
+            0,
             header.digest,
             header.ledger.to_bytes(ENTRY_BYTES, "little"),
             header.replica,
             signals.written,
             signals.stop,
             signals.failed,
+            header.torn,
             signals.troubles,
             signals.session,
             *signals.seconds,
             signals.work_s,
             *header.losses,
             *header.counts,
+            header.present,
             header.changed,
         )
+        return torch.frombuffer(raw, dtype=torch.uint8)
 
-    def unpack(self, packed: bytes | memoryview) -> Header:
-        """What ``pack`` was given; something else may follow."""
-        fields = self._struct.unpack_from(packed)
-        digest, ledger, replica, written, stop, failed, troubles, session, s0, s1, s2, s3, work = fields[:_FIXED]
+    def unpack(self, packed: Tensor) -> Header:
+        """What ``pack`` was given."""
+        fields = self._struct.unpack(packed.numpy().data)
+        digest, ledger, replica, written, stop, failed, torn, troubles, session, s0, s1, s2, s3, work = fields[:_FIXED]
         numbers = fields[_FIXED:]
         return Header(
-            losses=numbers[: self._microbatches],
-            counts=numbers[self._microbatches : 2 * self._microbatches],
+            losses=numbers[: self._leaves],
+            counts=numbers[self._leaves : 2 * self._leaves],
             digest=digest,
             ledger=int.from_bytes(ledger, "little"),
             replica=replica,
+            present=numbers[-2],
             changed=numbers[-1],
+            torn=bool(torn),
             signals=Signals(
                 stop=stop,
                 written=written,

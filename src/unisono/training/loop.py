@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
-import signal
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
-import torch
-
-from unisono.data.batch import Batch
 from unisono.data.batches import BatchStream, Feed, following
 from unisono.data.loader import Loader, dataset_length, read_sample
-from unisono.elastic.call_log import CallLog
-from unisono.elastic.link import Link
-from unisono.elastic.session import ElasticSession
 from unisono.errors import ConfigurationError
 from unisono.guard.data import check_same_data, probe
 from unisono.guard.stragglers import Block, Machine
@@ -24,64 +17,49 @@ from unisono.system.signals import StopRequest
 from unisono.training.header import Signals
 from unisono.training.observer import Observer
 from unisono.training.run import Run
-from unisono.training.setup import check_alike
-from unisono.training.state import LocalState
+from unisono.training.session import Session, StepKey
+from unisono.training.settings import Settings
+from unisono.training.setup import check_alike, check_unchanged
+from unisono.training.step import Batch, StepResult
+from unisono.training.worker_group import LocalState
 from unisono.tree import Span
+
+Taken = tuple[StepResult, list[Signals]]
+"""The result of a step, and what every worker signalled with it, by rank."""
 
 
 class Loop:
-    """Goes through the data, call by call of ``fit`` or ``batches``.
+    """Goes over the data, call by call of ``fit`` or ``batches``.
 
     Args:
-        equipment: What this worker trains with.
-        batch_size: Samples of a global batch.
-        microbatches: M.
-        seed: The run's seed.
-        device: Where batches go.
-        timeout_s: How long to wait for loader processes, in seconds.
-        edits_weights: Whether a callback may change weights: asked when a loop begins.
+        local: What this worker trains with.
+        settings: What steps are computed by.
+        session: The workers.
+        run: How far the run has come.
         machine: What this worker runs on.
-        link: How workers meet again; None: they cannot.
-        history: What the workers have done together.
-        between: *collective*. What is due between two batches.
         observer: Sees the batches, and may end them.
+        edits_weights: Whether a callback may change weights: asked when a loop begins.
 
     Attributes:
-        team: Who takes the steps.
-        run: How far they have come.
         stop: Whether a person asked to stop; None between loops.
     """
 
-    team: ElasticSession
-    run: Run
-
     def __init__(
         self,
-        equipment: LocalState,
+        local: LocalState,
+        settings: Settings,
+        session: Session,
+        run: Run,
         *,
-        batch_size: int,
-        microbatches: int,
-        seed: int,
-        device: torch.device,
-        timeout_s: float,
-        edits_weights: Callable[[], bool],
         machine: Machine,
-        link: Link | None,
-        history: CallLog,
-        between: Callable[[], None],
         observer: Observer,
+        edits_weights: Callable[[], bool],
     ) -> None:
-        self._own = equipment
-        self._batch_size, self._microbatches, self._seed = batch_size, microbatches, seed
-        self._device, self._timeout_s = device, timeout_s
-        self._edits_weights = edits_weights
-        self._machine = machine
+        self._local, self._settings, self._session, self._run = local, settings, session, run
+        self._machine, self._observer, self._edits_weights = machine, observer, edits_weights
         self._troubles = machine.troubles()
-        self._link = link
-        self._history = history
-        self._between, self._observer = between, observer
         self._feed: Feed | None = None
-        self._call: list[str] = []
+        self._arguments: list[str] = []
         self.stop: StopRequest | None = None
 
     # ------------------------------------------------------------------ the data
@@ -94,38 +72,39 @@ class Loop:
         """
         length = dataset_length(dataset)
         data = _described(length, order, drop_last=drop_last)
-        if self._link is not None:
-            self._call = self.call(dataset, order, drop_last=drop_last, epochs=epochs)
-        made = make_order(order, length=length, batch_size=self._batch_size, seed=self._seed, drop_last=drop_last)
+        if self._session.can_change:
+            self._arguments = self.arguments(dataset, order, drop_last=drop_last, epochs=epochs)
+        settings = self._settings
+        made = make_order(order, length=length, batch_size=settings.batch_size, seed=settings.seed, drop_last=drop_last)
         done = self.is_done(epochs)
 
-        def act() -> None:
-            check_alike(self.team.collective, {**data, "epochs": epochs})
+        def compare() -> None:
+            check_alike(self._session.collective, {**data, "epochs": epochs})
             if not done:
-                self.run.prepare()
+                self._run.prepare()
 
-        if not self._history.just_joined:  # the others have compared this already
-            self.team.act(act)
-        self.run.goes_over(data, done=done)
+        if not self._session.is_midway:  # else the others have compared this already
+            self._session.perform("compare the data", compare)
+        self._run.goes_over(data, done=done)
         return made
 
-    def call(self, dataset: Any, order: OrderLike, *, drop_last: bool, epochs: int) -> list[str]:
-        """*local*. What all workers in a call must have alike, whoever comes later: data and arguments."""
+    def arguments(self, dataset: Any, order: OrderLike, *, drop_last: bool, epochs: int) -> list[str]:
+        """*local*. What all workers in a loop must have alike, also those that join it: data and arguments."""
         length = dataset_length(dataset)
-        read = functools.partial(read_sample, dataset, seed=self._seed)
-        arguments = {**_described(length, order, drop_last=drop_last), "epochs": epochs}
-        return [*probe(read, length), json.dumps(arguments)]
+        read = functools.partial(read_sample, dataset, seed=self._settings.seed)
+        described = {**_described(length, order, drop_last=drop_last), "epochs": epochs}
+        return [*probe(read, length), json.dumps(described)]
 
     def is_done(self, epochs: int) -> bool:
         """*local*. Whether so many epochs of the whole run are behind it."""
         if epochs < 1:
             raise ConfigurationError(f"epochs must be 1 or more, got {epochs}")
-        # Whoever joined the others in their last step ends the call as they do.
-        return self.run.position.epoch >= epochs and not self._history.just_joined
+        # A worker that has joined the others in their last step ends the call as they do.
+        return self._run.position.epoch >= epochs and not self._session.is_midway
 
     def planned(self, samples: Order, epochs: int) -> int:
         """*local*. Steps of the whole run, as far as can be said."""
-        position = self.run.position
+        position = self._run.position
         each = samples.epoch(min(position.epoch, epochs - 1)).batches
         return position.step + max(0, epochs - position.epoch) * each - position.batch
 
@@ -138,75 +117,94 @@ class Loop:
             own_loop: Whether a user's own code runs between steps.
         """
         if self.is_done(epochs):
-            self.run.complete(epochs)
+            self._run.complete(epochs)
             return
-        self._own.replica.check_unchanged()
-        self._own.clock.at(self.run.position.step + 1)
-        self.run.begin_log(epochs=epochs, steps=self.planned(samples, epochs))
+        local, session = self._local, self._session
+        check_unchanged(local.model, local.layout)
+        local.clock.at(self._run.position.step + 1)
+        self._run.begin_log(epochs=epochs, steps=self.planned(samples, epochs))
         feed = self._feed = Feed(lambda: self._stream(dataset, samples, loader), epochs)
-        self._trains(True)
-        with StopRequest() as self.stop, self._own.weights.in_common(self.may_share(own_loop)):
+        with session.training(), StopRequest() as self.stop, local.weights.in_common(self.may_share(own_loop)):
             try:
-                self._begin_steps(dataset, replay=self._may_repeat(own_loop))
+                self._begin_steps(dataset, redoable=self._may_redo(own_loop))
                 yield from self._observer.around_batches(self._in_order(feed))
-                self.team.end()  # while batches can be had again
+                session.end_steps()  # while batches can be had again
             finally:
                 self.stop = None
                 feed.drop()
                 self._feed = None
-                self.run.end_log()
-        self._trains(False)
-        self.run.finish()
+                self._run.end_log()
+        self._run.finish()
 
     def _in_order(self, feed: Feed) -> Iterator[Batch]:
-        batch = feed.at(self.run.position.epoch, self.run.position.batch)
+        batch = feed.at(self._run.position.epoch, self._run.position.batch)
         while batch is not None:
             yield batch
-            self._between()
+            # Here, so that a worker that joins has missed nothing of what a user's own loop does after the step.
+            self._session.between_steps(self._run.flush_log)
             batch = feed.at(*following(batch))
 
-    def _trains(self, whether: bool) -> None:
-        if self._link is not None:
-            self._link.trains = whether
-
-    def _begin_steps(self, dataset: Any, *, replay: bool) -> None:
-        if self._history.just_joined:
-            self._history.just_joined = False
+    def _begin_steps(self, dataset: Any, *, redoable: bool) -> None:
+        if self._session.enter_steps():
             return  # the others are in the middle of it
         length = dataset_length(dataset)
-        read = functools.partial(read_sample, dataset, seed=self._seed)
+        read = functools.partial(read_sample, dataset, seed=self._settings.seed)
 
-        def act() -> None:
-            check_same_data(read, length, self.team.collective)
-            self.team.begin(replay=replay)
+        def begin() -> None:
+            check_same_data(read, length, self._session.collective)
+            weights = self._local.weights
+            weights.bind(self._session.collective, share=weights.wanted and not self._session.group.reduction.replicates)
+            self._session.begin_steps(self._arguments, redoable=redoable)
 
-        self.team.act(act)
-        if self._link is not None:
-            self._history.begin_loop(self._call, main=self.team.collective.rank == 0)
+        self._session.perform("begin a loop", begin)
 
     def _stream(self, dataset: Any, samples: Order, loader: Loader) -> BatchStream:
-        crew = self.team.crew
+        group, settings = self._session.group, self._settings
         return BatchStream(
             dataset,
             samples,
-            ranges=crew.balance.ranges,
-            rank=crew.collective.rank,
-            batch_size=self._batch_size,
-            microbatches=self._microbatches,
+            ranges=group.balance.ranges,
+            rank=group.collective.rank,
+            batch_size=settings.batch_size,
+            microbatches=settings.microbatches,
             loader=loader,
-            seed=self._seed,
-            device=self._device,
-            clock=self._own.clock,
-            timeout_s=self._timeout_s,
-            made_for=crew.token,
+            seed=settings.seed,
+            device=self._local.replica.device,
+            clock=self._local.clock,
+            timeout_s=settings.timeout_s,
+            made_for=group.token,
         )
 
-    def batch_at(self, epoch: int, number: int) -> Batch:
-        """*local*. This worker's share of a batch, as the batches are divided now.
+    def may_share(self, own_loop: bool) -> bool:
+        """*local*. Whether nobody but the trainer writes to the weights while it trains: then a host needs one copy of them."""
+        share = self._local.sync.share_weights
+        return share if share is not None else self._may_redo(own_loop)
 
-        Raises:
-            ConfigurationError: No loop is under way.
+    def _may_redo(self, own_loop: bool) -> bool:
+        """Whether steps may be taken again: nothing that a user's code has written would be left out then."""
+        return not own_loop and not self._edits_weights()
+
+    # ------------------------------------------------------------------ a step
+
+    def take(self, batch: Batch, step: int) -> Taken:
+        """*collective*. Trains on ``batch`` as step number ``step`` of the run."""
+        if batch.made_for not in (None, self._session.group.token):
+            batch = self._batch_at(batch.epoch, batch.number)  # it was loaded for other workers
+        self._session.group.reassign(batch)
+        return self._session.group.stepper.run(batch, step, self._signals())
+
+    def redo(self, key: StepKey, flags: int) -> None:
+        """*collective*. Takes a step again that has been taken before.
+
+        Args:
+            flags: Of the session, for the others.
         """
+        batch = self._batch_at(key.epoch, key.batch)
+        self._session.group.reassign(batch)
+        self._session.group.stepper.run(batch, key.step, Signals(session=flags))
+
+    def _batch_at(self, epoch: int, number: int) -> Batch:
+        """This worker's share of a batch, as the batches are divided now."""
         batch = self._feed.at(epoch, number) if self._feed is not None else None
         if batch is None:
             raise ConfigurationError(
@@ -215,32 +213,16 @@ class Loop:
             )
         return batch
 
-    def may_share(self, own_loop: bool) -> bool:
-        """*local*. Whether nobody but the trainer writes to the weights while it trains: then a host needs one copy of them."""
-        share = self._own.sync.share_weights
-        return share if share is not None else self._may_repeat(own_loop)
-
-    def _may_repeat(self, own_loop: bool) -> bool:
-        """Whether steps may be done again in between: nothing that a user has written would be left out then."""
-        return not own_loop and not self._edits_weights()
-
-    # ------------------------------------------------------------------ along with a step
-
-    def signals(self) -> Signals:
-        """*local*. What the others are told with the next step."""
-        stop = int(self.stop.requested or 0) if self.stop is not None else 0
-        # Whoever gets the signal alone is to leave; a stop of all is announced by the launcher first.
-        leaves = stop == signal.SIGTERM and self._link is not None and self._link.ask("stop") is None
-        if leaves:
-            stop = 0
-        return self.run.signals(stop)._replace(
-            seconds=self.run.record.phases_s,
-            work_s=self.team.crew.stepper.work_s,
+    def _signals(self) -> Signals:
+        stop, flags = self._session.signals(int(self.stop.requested or 0) if self.stop is not None else 0)
+        return self._run.signals(stop)._replace(
+            seconds=self._run.record.phases_s,
+            work_s=self._session.group.stepper.work_s,
             troubles=self._troubles,
-            session=self.team.flags(leaves=leaves, admits=self.team.applicants()),
+            session=flags,
         )
 
-    def balance(self, block: Block) -> tuple[Span, ...] | None:
+    def balance(self, block: Block) -> Sequence[Span] | None:
         """*local*, alike on all workers. Everybody's microbatches from the next batch on, if they change.
 
         Args:
@@ -249,12 +231,12 @@ class Loop:
         self._troubles = self._machine.troubles()
         if self._feed is None:
             return None
-        moved = self.team.crew.balance.add(block)
+        moved = self._session.group.balance.add(block)
         if moved is not None:
             self._feed.reassign(moved)
         return moved
 
-    def regroup(self) -> None:
+    def rebuild(self) -> None:
         """*local*. Others take part from now on: what is loaded ahead is not this worker's share any more."""
         if self._feed is not None:
             self._feed.drop()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from unisono.data.batch import Batch
+    from unisono.training.step import Batch
 
 
 class Observer:

@@ -6,22 +6,24 @@ import contextlib
 import dataclasses
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from unisono.checkpoint.format import digest, encode
-from unisono.data.batch import Batch
-from unisono.elastic.session import ElasticSession
+from unisono.collective import Collective
 from unisono.errors import CheckpointError, ConfigurationError, Desync
 from unisono.guard.ledger import LOWER_HALVES, NOTHING, samples_of, whole
 from unisono.guard.stragglers import Block
 from unisono.observe.summary import Summary
 from unisono.observe.timing import StepClock
-from unisono.replica.base import Replica
 from unisono.training.header import Signals
 from unisono.training.record import Position, Record, evaluation_line, log_line, straggler_line
 from unisono.training.run_directory import RunDirectory
-from unisono.training.step import StepResult
+from unisono.training.session import Session
+from unisono.training.step import Batch, StepResult
+from unisono.training.worker_group import WorkerGroup
 from unisono.tree import Span
 
 logger = logging.getLogger("unisono")
@@ -31,8 +33,8 @@ class Run:
     """See the module. All workers have the same, but for ``record``.
 
     Args:
-        replica: Of the model that is trained.
-        team: The workers, who write together.
+        model: The model that is trained.
+        session: The workers, who write together.
         directory: Where it is kept; None: nowhere.
         clock: Where this worker's time goes.
         checkpoint_every: Steps between checkpoints; None: at the end of each epoch.
@@ -47,8 +49,8 @@ class Run:
     def __init__(
         self,
         *,
-        replica: Replica,
-        team: ElasticSession,
+        model: nn.Module,
+        session: Session,
         directory: RunDirectory | None,
         clock: StepClock,
         checkpoint_every: int | None,
@@ -57,8 +59,8 @@ class Run:
         self.record = Record()
         self.data: dict[str, Any] | None = None
         self.resumed: dict[str, Any] | None = None
-        self._replica = replica
-        self._team = team
+        self._model = model
+        self._session = session
         self._directory = directory
         self._clock = clock
         self._checkpoint_every = checkpoint_every
@@ -79,7 +81,7 @@ class Run:
     @property
     def is_main(self) -> bool:
         """Whether this worker writes what only one of them writes."""
-        return self._team.collective.rank == 0
+        return self._session.collective.rank == 0
 
     # ------------------------------------------------------------------ steps
 
@@ -134,31 +136,23 @@ class Run:
             block: What stragglers are looked for in, if the step has completed it.
             moved: Everybody's microbatches from now on, if they have changed.
         """
-        lo, hi = self._team.crew.reduction.ranges[self._team.collective.rank]
+        lo, hi = self._session.group.reduction.ranges[self._session.collective.rank]
         seconds = self.record.add(result, self._clock, bytes_sent, hi - lo)
         self._logs, self._evaluations = True, 0
         if self._directory is not None and self._keeps_log:
             self._directory.note(log_line(result, self.position, self._clock, seconds, block, moved))
-            for straggler in self._team.crew.stragglers.found if block is not None else ():
+            for straggler in self._session.group.stragglers.found if block is not None else ():
                 self._directory.note(straggler_line(result.step, straggler))
 
     @property
     def _keeps_log(self) -> bool:
         """Where workers can be lost, each has the lines that are not written yet."""
-        return self.is_main or self._team.can_change
+        return self.is_main or self._session.can_change
 
-    def note_generation(self, number: int, reason: str) -> None:
-        """*local*. Other workers take part from now on."""
+    def note_event(self, event: Mapping[str, Any]) -> None:
+        """*local*. Writes an event into the log."""
         if self._directory is not None and self.is_main:
-            self._directory.note(
-                {
-                    "step": self._team.committed,
-                    "event": "generation",
-                    "generation": number,
-                    "workers": self._team.collective.size,
-                    "reason": reason,
-                }
-            )
+            self._directory.note(event)
 
     def flush_log(self) -> None:
         """*local*. What has been noted is in the file."""
@@ -189,18 +183,17 @@ class Run:
         """*local*. What the others are told with the next step."""
         return self._directory.signals(stop) if self._directory is not None else Signals(stop=stop)
 
-    def resume(self) -> None:
+    def resume(self, group: WorkerGroup) -> None:
         """*collective*. Takes everything from the newest checkpoint that is whole, if there is one."""
         if self._directory is None:
             return
-        self._directory.regroup(self._team.collective)
         checkpoint = self._directory.open()
         if self.is_main:
             for note in self._directory.notes:
                 warnings.warn(note, stacklevel=4)
         if checkpoint is None:
             return
-        self._team.crew.state.restore(checkpoint)
+        group.state.restore(checkpoint)
         self.position = Position(**checkpoint.info["position"])
         self.data = self.resumed = checkpoint.info["data"]
         last = checkpoint.info["last"]
@@ -243,16 +236,16 @@ class Run:
     def complete_checkpoint(self, told: Sequence[Signals]) -> None:
         """*collective*, after each step. Completes the checkpoint under way if all have written their parts of it."""
         if self._directory is not None and self._directory.is_written(told):
-            self._team.act(self._directory.finish)
+            self._session.perform("complete the checkpoint", self._directory.finish)
 
     def begin_checkpoint(self, batch: Batch) -> None:
         """*collective*, after each step. Begins a checkpoint if it is due."""
         if self._directory is not None and self._is_due(batch):
-            self._team.act(self._copy_state)
+            self._session.perform("begin a checkpoint", self._copy_state)
 
     def _is_due(self, batch: Batch) -> bool:
         if self._unsaved_since is not None and self.position.step > self._unsaved_since:
-            return True  # the one under way was given up when the team changed
+            return True  # the one under way was given up when the workers changed
         if self._checkpoint_every is not None:
             return self.position.step % self._checkpoint_every == 0
         return batch.number + 1 == batch.of
@@ -266,22 +259,22 @@ class Run:
             self._copy_state()
             directory.finish()
 
-        self._team.act(act)
+        self._session.perform("write a checkpoint", act)
 
     def _copy_state(self) -> None:
         """The current state; it is written while training goes on, and complete a few steps later."""
         assert self._directory is not None
-        self._team.crew.guard.check_all(self.position.step)
+        self._session.group.guard.check_all(self.position.step)
         main = self.is_main
         self._directory.save(
             self.position.step,
-            part={"state": self._team.crew.state.part()},
-            model=self._replica.model_state() if main else None,
-            trainer=self._team.crew.state.common() if main else None,
+            part={"state": self._session.group.state.own()},
+            model=self._model.state_dict() if main else None,
+            trainer=self._session.group.state.common() if main else None,
             info={
                 "position": dataclasses.asdict(self.position),
                 "data": self.data,
-                "workers": self._team.collective.size,
+                "workers": self._session.collective.size,
                 "last": dataclasses.asdict(self.record.last) if self.record.last else None,
             },
         )
@@ -319,20 +312,20 @@ class Run:
         def act() -> None:
             self._settle(directory)
             if finished:
-                directory.publish(self._replica.model_state() if self.is_main else None)
+                directory.publish(self._model.state_dict() if self.is_main else None)
             # Last, and told to all: whoever knows that the act is done knows that everything is written.
             directory.write_summary(self._summary(finished=finished))
 
-        self._team.act(act)
+        self._session.perform("write the run's files", act)
 
     def summary(self) -> Summary:
         """*collective*. Of the run that is finished."""
-        return self._team.act(lambda: self._summary(finished=True))
+        return self._session.perform("sum up the run", lambda: self._summary(finished=True))
 
     def _summary(self, *, finished: bool) -> Summary:
-        directory, collective = self._directory, self._team.collective
+        directory, collective = self._directory, self._session.collective
         rates = self.record.rates(collective)
-        weights = self._replica.model_state() if self.is_main else None
+        weights = self._model.state_dict() if self.is_main else None
         mine = digest(encode(weights)).encode() if weights is not None else b""
         sha256 = collective.all_gather_bytes(mine)[0].decode()
         earlier = directory.read_summary() if directory is not None else None
@@ -350,7 +343,7 @@ class Run:
             loss=self.record.last.loss if self.record.last else float("nan"),
             metrics=earlier.metrics if earlier is not None else {},
             finished=finished,
-            parameters=sum(slot.numel for slot in self._replica.layout.slots),
+            parameters=sum(parameter.numel() for parameter in self._session.group.state.layout.parameters),
             run_dir=self.url or "",
             **rates,
         )
@@ -374,21 +367,22 @@ class Run:
     # ------------------------------------------------------------------ others come and go
 
     @property
-    def pending(self) -> bool:
-        """*local*. Whether a checkpoint is under way."""
-        return self._directory is not None and self._directory.pending
+    def unsaved_since(self) -> int | None:
+        """*local*. The step since which a checkpoint is due that was begun and may not be completed; None: there is none."""
+        if self._unsaved_since is None and self._directory is not None and self._directory.pending:
+            return self.position.step
+        return self._unsaved_since
 
-    def regroup(self, *, unsaved: bool) -> None:
-        """*local*. Others write together from now on.
+    def rebuild(self, collective: Collective, *, unsaved_since: int | None) -> None:
+        """*local*, alike on all workers. These write together from now on.
 
         Args:
-            unsaved: Whether a checkpoint was under way, which is lost.
+            unsaved_since: As above, for all of them: what was under way is given up.
         """
-        if unsaved:
-            self._unsaved_since = self._team.committed
+        self._unsaved_since = unsaved_since
         if self._directory is not None:
-            self._directory.regroup(self._team.collective)
-            if self.is_main:
+            self._directory.rebuild(collective)
+            if collective.rank == 0:
                 self._directory.take_over_log(self.position.step)
 
     def describe(self) -> dict[str, Any]:
@@ -402,7 +396,7 @@ class Run:
             "evaluations": self._evaluations,
         }
 
-    def adopt(self, description: dict[str, Any]) -> None:
+    def adopt(self, description: Mapping[str, Any]) -> None:
         """*local*. Takes over what another worker has described."""
         self.position = Position(**description["position"])
         self.data = description["data"]

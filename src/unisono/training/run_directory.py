@@ -195,7 +195,7 @@ class RunDirectory:
         """*local*. Whether a checkpoint has begun and is not complete."""
         return self._pending is not None
 
-    def regroup(self, collective: Collective) -> None:
+    def rebuild(self, collective: Collective) -> None:
         """*local*, alike on all workers. From now on these are the other workers; what was under way is given up."""
         self._collective = collective
         self._pending, self._entries, self._failure, self.saved_step = None, None, None, None
@@ -249,11 +249,6 @@ class RunDirectory:
             written=self._pending if written and self._pending is not None else -1,
             failed=self._failure is not None,
         )
-
-    def told(self, signals: Sequence[Signals]) -> None:
-        """*collective*. Acts on what all workers signalled with a step."""
-        if self.is_written(signals):
-            self.finish()
 
     @staticmethod
     def is_written(signals: Sequence[Signals]) -> bool:

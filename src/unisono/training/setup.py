@@ -6,20 +6,20 @@ import hashlib
 import json
 import math
 import os
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from unisono.collective import Collective, InProcess
 from unisono.data.loader import check_loader
-from unisono.elastic.link import Link
-from unisono.errors import ConfigurationError, FingerprintMismatch
-from unisono.replica.base import Replica
+from unisono.errors import ConfigurationError
+from unisono.layout import Layout
+from unisono.replica.optimizer import hyperparameters
 from unisono.sync import Sync
 from unisono.system.memory import keep_freed_memory
 from unisono.training.callbacks import Callback
@@ -95,8 +95,53 @@ def check_helpers(callbacks: Sequence[Any], loader: Any, scheduler: Any, optimiz
         )
 
 
-def choose_device(device: torch.device | str | None, world: World) -> torch.device:
+def check_model(model: Any) -> None:
+    """*local*. Whether ``model`` is a bare module that data parallelism can train exactly.
+
+    Raises:
+        ConfigurationError: It is not; the message says why.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    if isinstance(model, (DataParallel, DistributedDataParallel)):
+        raise ConfigurationError(f"model is wrapped in {type(model).__name__}: pass the bare module, model.module")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise ConfigurationError(
+                f"module {name!r} is a SyncBatchNorm, whose statistics depend on the number of workers: use BatchNorm, which "
+                "sees one microbatch on any number of workers"
+            )
+
+
+def check_unchanged(model: nn.Module, layout: Layout) -> None:
+    """*local*. Whether the model still trains just the parameters that the trainer knows.
+
+    Raises:
+        ConfigurationError: It trains another one, too.
+    """
+    known = {id(parameter) for parameter in layout.parameters}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in known:
+            raise ConfigurationError(
+                f"parameter {name!r} now requires a gradient, but was frozen or not there when the Trainer was made: make a "
+                "new Trainer after unfreezing or replacing parameters"
+            )
+
+
+def choose_device(device: torch.device | str | None, world: World, model: nn.Module) -> torch.device:
     """*local*. The device of this worker: the one asked for, else its own GPU, else the CPU."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta and all(other.is_meta for other in model.parameters()):
+            raise ConfigurationError(
+                f"parameter {name!r} is on the meta device, where tensors have no values: give the model values first, with "
+                "model.to_empty(device=...) and its own initialization"
+            )
+    places = {parameter.device.type: name for name, parameter in model.named_parameters()}
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        raise ConfigurationError(
+            f"parameters lie on two devices ({', '.join(f'{name!r} on {place}' for place, name in places.items())}): data "
+            "parallelism needs the whole model on each worker's one device; move it with model.to(device)"
+        )
     if device is not None:
         chosen = torch.device(device)
         return torch.device("cuda", world.local_rank) if chosen == torch.device("cuda") else chosen
@@ -139,33 +184,7 @@ def prepare_process(world: World, device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def meet(
-    world: World, device: torch.device, others: Collective | Link | None, *, timeout_s: float, microbatches: int
-) -> tuple[Link | None, Collective]:
-    """*collective*. How this worker meets the others again when one is lost (None: they cannot), and the first transport.
-
-    Args:
-        others: As given to the trainer: instead of those of ``world``.
-
-    Raises:
-        ConfigurationError: There are more workers than microbatches.
-    """
-    link = _link_of(world, device, others, timeout_s)
-    if isinstance(others, Collective):
-        met = others
-    elif link is None:
-        met = _connect(world, device, timeout_s)
-    else:
-        met = link.first()
-    if met.size > microbatches:
-        raise ConfigurationError(
-            f"{met.size} workers but only {microbatches} microbatches: start at most {microbatches} workers, or raise "
-            "microbatches"
-        )
-    return link, met
-
-
-def _connect(world: World, device: torch.device, timeout_s: float) -> Collective:
+def connect(world: World, device: torch.device, timeout_s: float) -> Collective:
     """*collective*. The transport between the workers of ``world``, who wait at most ``timeout_s`` seconds for each other."""
     if world.size == 1:
         return InProcess()
@@ -186,80 +205,9 @@ def _connect(world: World, device: torch.device, timeout_s: float) -> Collective
     return group
 
 
-def _link_of(world: World, device: torch.device, others: Collective | Link | None, timeout_s: float) -> Link | None:
-    """*local*. How this worker meets the others again when one is lost; None where they cannot."""
-    if isinstance(others, Link):
-        return others
-    if others is not None or world.store is None:
-        return None
-    return Link.of(world, device=device, timeout_s=timeout_s)
-
-
-def check_identity(link: Link, settings: Mapping[str, Any], fingerprint: Mapping[str, Any], *, joins: bool) -> None:
-    """*local*. Tells what run this is; on a worker that is to join it, whether it belongs there.
-
-    Raises:
-        FingerprintMismatch: It does not; the message names the first difference.
-        SystemExit: With status 0: the run was finished before.
-    """
-    ground = {name if name == "script" else f"fingerprint {name}": value for name, value in fingerprint.items()}
-    mine = {**ground, **settings}
-    if not joins:
-        link.tell(f"identity/{link.trainers}", json.dumps(mine))
-        return
-    theirs = _told(link, f"identity/{link.trainers}")
-    for name, value in json.loads(json.dumps(mine)).items():
-        if theirs.get(name) != value:
-            is_digest = name == "script"  # which tells a person nothing
-            what = "another than the run's" if is_digest else f"{_short(value)}, the run's {_short(theirs.get(name))}"
-            raise FingerprintMismatch(
-                f"this worker (process {os.getpid()}) cannot join the run: its {name} is {what}. Start it with the same script, "
-                "settings and builds; the run goes on without it",
-                fields=[name],
-            )
-    run, own = _told(link, f"arguments/{link.trainers}"), sys.argv[1:]
-    if run is None:
-        return
-    different = [f"{mine!r}, not {its!r}" for its, mine in zip(run, own, strict=False) if its not in (None, mine)]
-    if len(run) != len(own):
-        different = [f"{len(own)} of them, not {len(run)}"]
-    if different:
-        raise FingerprintMismatch(
-            f"this worker (process {os.getpid()}) cannot join the run: its script has other arguments than the run's "
-            f"({_short('; '.join(different))}). Start it with the same ones, and put what differs from host to host into "
-            "environment variables; the run goes on without it",
-            fields=["arguments"],
-        )
-
-
-def _told(link: Link, key: str) -> Any:
-    """*local*. What the members have told, once they have."""
-    while (text := link.ask(key)) is None:
-        if link.ask("over") is not None:
-            raise SystemExit(0)
-        link.membership.check_members()
-        link.pause(0.02)
-    return json.loads(text)
-
-
-def tell_arguments(link: Link, collective: Collective) -> None:
-    """*collective*. Tells the script's arguments that all workers have alike: whoever joins must have them, too. Where workers
-    have different ones from the beginning (paths on their hosts), so may those who come."""
-    told = [json.loads(text) for text in collective.all_gather_bytes(json.dumps(sys.argv[1:]).encode())]
-    alike = None
-    if len({len(arguments) for arguments in told}) == 1:
-        alike = [values[0] if len(set(values)) == 1 else None for values in zip(*told, strict=True)]
-    link.tell(f"arguments/{link.trainers}", json.dumps(alike))
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 200 else f"{text[:197]}..."
-
-
 def describe_settings(
     trainer: Trainer,
-    replica: Replica,
+    trainable: Sequence[tuple[str, nn.Parameter]],
     max_grad_norm: float | None,
     precision: str,
     sync: Sync,
@@ -274,7 +222,12 @@ def describe_settings(
         "on_nonfinite": on_nonfinite,
         "precision": precision,
         "sync": type(sync).__name__,
-        **replica.describe(),
+        "optimizer": type(trainer.optimizer).__name__,
+        "parameter_groups": [
+            {key: _plain(value) for key, value in group.items()} for group in hyperparameters(trainer.optimizer)
+        ],
+        "scheduler": type(trainer.scheduler).__name__ if trainer.scheduler is not None else None,
+        "parameters": {name: f"{_dtype(p)}{list(p.shape)}" for name, p in trainable},
     }
 
 
@@ -296,7 +249,7 @@ def check_alike(collective: Collective, settings: Mapping[str, Any]) -> None:
                 )
 
 
-def unify_replicas(replica: Replica, collective: Collective) -> None:
+def unify_replicas(model: nn.Module, collective: Collective) -> None:
     """*collective*. Makes all replicas equal to worker 0's, and says so if they were not.
 
     Worker 0 wins because its model is the one that a run on a single worker would train.
@@ -306,7 +259,7 @@ def unify_replicas(replica: Replica, collective: Collective) -> None:
     """
     if collective.size == 1:
         return
-    tensors = {name: tensor for name, tensor in replica.tensors().items() if tensor.numel() and not tensor.is_meta}
+    tensors = _state(model)
     mine = {name: _digest(tensor) for name, tensor in tensors.items()}
     everybodys = [json.loads(text) for text in collective.all_gather_bytes(json.dumps(mine).encode())]
     first = everybodys[0]
@@ -340,7 +293,26 @@ def _structure(digests: Mapping[str, str]) -> list[tuple[str, str]]:
     return [(name, digest.partition(":")[0]) for name, digest in digests.items()]
 
 
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers that hold anything, each once."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor for name, tensor in named if tensor.numel() and not tensor.is_meta}
+
+
 def _digest(tensor: Tensor) -> str:
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    kind = str(tensor.dtype).removeprefix("torch.")
-    return f"{kind}{list(tensor.shape)}:{hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()}"
+    return f"{_dtype(tensor)}{list(tensor.shape)}:{hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()}"
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return getattr(value, "__qualname__", type(value).__qualname__)

@@ -1,142 +1,89 @@
-"""The state of a run, as one worker holds it, and what checkpoints and guards see of it between two steps."""
+"""What a run is between two steps: the model, the optimizer and its scheduler, as checkpoints and guards see them."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from unisono.checkpoint.checkpoints import Checkpoint
-from unisono.checkpoint.format import decode, encode, pack, unpack
 from unisono.collective import Collective
 from unisono.layout import Layout
-from unisono.observe.timing import StepClock
-from unisono.replica.base import Replica
-from unisono.replica.buffers import BufferFold
-from unisono.sync import Reduction, Sync
-from unisono.training.weights import Weights
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LocalState:
-    """What this worker trains with, whoever the others are."""
-
-    replica: Replica
-    weights: Weights
-    """The memory of its trainable parameters."""
-    buffers: BufferFold
-    """What becomes of its buffers."""
-    sync: Sync
-    clock: StepClock
-
-    @property
-    def layout(self) -> Layout:
-        """Where its trainable parameters lie."""
-        return self.replica.layout
+from unisono.replica.optimizer import hyperparameters, owned_state, set_hyperparameters, set_state
+from unisono.replica.weights import Weights
+from unisono.sync import Reduction
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class State:
-    """The state of a run between two steps, as one worker holds it. Everything here is *local*."""
+    """The state of a run, as one worker holds it. Everything here is *local*."""
 
-    own: LocalState
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: Any
+    layout: Layout
+    weights: Weights
     reduction: Reduction
     collective: Collective
 
     def common(self) -> dict[str, Any]:
-        """What all workers have alike and the model's file does not hold."""
-        replica = self.own.replica
-        persistent = set(replica.model_state())
+        """What all workers have alike and the model's state dict does not hold."""
+        persistent = set(self.model.state_dict())
         return {
-            "groups": replica.hyperparameters(),
-            "scheduler": replica.schedule_state(),
-            **self.reduction.state_dict(),
-            "buffers": {name: buffer for name, buffer in replica.buffers.named().items() if name not in persistent},
+            "groups": hyperparameters(self.optimizer),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "dense": [self.layout.names[index] for index in sorted(self.reduction.densified)],
+            "buffers": {name: buffer for name, buffer in self.model.named_buffers() if name not in persistent},
         }
 
-    def part(self) -> dict[str, Any]:
+    def own(self) -> dict[str, Any]:
         """The part that this worker saves: the optimizer's state of the parameters that it owns, by name."""
-        replica = self.own.replica
-        owned = self.reduction.saved_by(self.collective.rank)
-        return {replica.layout.names[slot]: dict(state) for slot in owned if (state := replica.slot_state(slot))}
+        return owned_state(self.optimizer, self.layout, self.reduction.owned_by(self.collective.rank))
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Takes everything from a checkpoint, whatever the number of workers that wrote it."""
-        replica = self.own.replica
-        replica.load_model_state(checkpoint.tensors("model"))
+        self.model.load_state_dict(checkpoint.tensors("model"))
         common = checkpoint.part("trainer")
         with torch.no_grad():
-            for name, buffer in replica.buffers.named().items():
+            for name, buffer in self.model.named_buffers():
                 if name in common["buffers"]:
                     buffer.copy_(common["buffers"][name])
-        self.reduction.load_state_dict(common)
-        replica.set_hyperparameters(common["groups"])
-        replica.set_schedule_state(common["scheduler"])
+        dense = common.get("dense", ())
+        self.reduction.densify({index for index, name in enumerate(self.layout.names) if name in dense})
+        set_hyperparameters(self.optimizer, common["groups"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(common["scheduler"])
         state: dict[str, Any] = {}
         for name in checkpoint.part_names("optimizer-"):
             state.update(checkpoint.part(name)["state"])
-        replica.clear_state()
-        for slot in self.reduction.updated_by(self.collective.rank):
-            saved = state.get(replica.layout.names[slot])
-            if saved is not None:
-                replica.set_slot_state(slot, saved)
+        set_state(self.optimizer, self.layout, state, self.reduction.updated_by(self.collective.rank))
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
         """What all workers hold alike, each in memory of its own, by name for a person."""
-        replica = self.own.replica
         if self._own_weights:
-            yield from self.own.weights.named()
-        for name, buffer in replica.buffers.named().items():
+            yield from self.weights.named()
+        for name, buffer in self.model.named_buffers():
             yield f"buffer {name!r}", buffer
         for slot, key, value in self._replicated_state():
-            yield f"{key!r} of the optimizer for {replica.layout.names[slot]!r}", value
+            yield f"{key!r} of the optimizer for {self.layout.names[slot]!r}", value
 
     def replicated_tensors(self) -> list[Tensor]:
         """The same in the same order, weights as they lie in memory: to look at it costs by the number of tensors."""
         state = [value for _, _, value in self._replicated_state()]
-        return [*(self.own.weights.flats if self._own_weights else ()), *self.own.replica.buffers.named().values(), *state]
+        return [*(self.weights.flats if self._own_weights else ()), *self.model.buffers(), *state]
 
     @property
     def _own_weights(self) -> bool:
         """Shared weights are one copy a host: there is something to compare between hosts only."""
-        return not self.own.weights.shared or len(self.collective.hosts) > 1
+        return not self.weights.shared or len(self.collective.hosts) > 1
 
     def _replicated_state(self) -> Iterator[tuple[int, str, Tensor]]:
-        if self.collective.size > 1 and self.reduction.replicates:
+        if self.reduction.replicated:
             for slot in self.reduction.updated_by(self.collective.rank):
-                for key, value in sorted(self.own.replica.slot_state(slot).items()):
+                for key, value in sorted(self.optimizer.state.get(self.layout.parameters[slot], {}).items()):
                     if isinstance(value, Tensor):
                         yield slot, key, value
-
-
-def settle_state(replica: Replica, owners: Sequence[Sequence[int]], collective: Collective) -> None:
-    """*collective*. Leaves each worker with the optimizer's state of the parameters that it owns, and of no other trainable one.
-
-    An optimizer may come with state: made for every parameter at once (Adagrad), loaded, or left by an earlier Trainer, whose
-    owners were others. An owner who holds some keeps it, else the first worker who does hands it over.
-
-    Args:
-        owners: For each rank, the slot indices that it owns.
-    """
-    rank = collective.rank
-    mine = [slot.index for slot in replica.layout.slots if replica.slot_state(slot.index)]
-    holders = [set(json.loads(text)) for text in collective.all_gather_bytes(json.dumps(mine).encode())]
-    source = {
-        slot: next(holder for holder, held in enumerate(holders) if slot in held)
-        for owner, owned in enumerate(owners)
-        for slot in owned
-        if slot not in holders[owner] and any(slot in held for held in holders)
-    }
-    if source:
-        structure, tensors = pack({slot: dict(replica.slot_state(slot)) for slot in mine if source.get(slot) == rank})
-        structures = collective.all_gather_bytes(json.dumps(structure).encode())
-        everybodys = collective.all_gather_bytes(encode({name: tensor.detach().cpu() for name, tensor in tensors.items()}))
-        for text, data in zip(structures, everybodys, strict=True):
-            for slot, state in unpack(json.loads(text), decode(data)).items():
-                if slot in owners[rank]:
-                    replica.set_slot_state(slot, state)
-    replica.clear_state(set(mine) - set(owners[rank]))

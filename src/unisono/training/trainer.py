@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,55 +13,52 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from unisono.checkpoint.fingerprint import fingerprint
-from unisono.collective import Collective, InProcess, Meeting
-from unisono.data.batch import Batch
+from unisono.collective import Collective
 from unisono.data.loader import Loader, check_loader, dataset_length
-from unisono.elastic.call_log import CallLog
-from unisono.elastic.link import Link
-from unisono.elastic.recovery_plan import Part, Taken
-from unisono.elastic.session import ElasticSession
 from unisono.errors import ConfigurationError
 from unisono.guard.replicas import OnDesync
 from unisono.guard.silence import Board
 from unisono.guard.stragglers import Machine
+from unisono.layout import Layout
 from unisono.observe.summary import Summary, show_summary
 from unisono.observe.timing import StepClock
 from unisono.order import Order, OrderLike
-from unisono.replica.base import LossFunction, MetricFunction, Replica
-from unisono.replica.buffers import BufferFold
-from unisono.replica.choose import replica_for
-from unisono.replica.torch_replica import Precision
+from unisono.replica.buffers import Buffers
+from unisono.replica.optimizer import check_optimizer
+from unisono.replica.torch_replica import LossFunction, Precision, TorchReplica
+from unisono.replica.weights import Weights
 from unisono.sync import Exact, Sync
 from unisono.system.output import say
 from unisono.training import trace
 from unisono.training.callbacks import Callback
-from unisono.training.evaluation import evaluate, seed_after_evaluation
-from unisono.training.loop import Loop
+from unisono.training.evaluation import MetricFunction, evaluate, seed_after_evaluation
+from unisono.training.header import Signals
+from unisono.training.loop import Loop, Taken
 from unisono.training.observer import Observer
+from unisono.training.participant import Participant
 from unisono.training.record import Position
 from unisono.training.run import Run
 from unisono.training.run_directory import RunDirectory
 from unisono.training.screen import Screen
-from unisono.training.settings import OnNonfinite, Settings
+from unisono.training.session import Call, StepKey, session_class
+from unisono.training.settings import Settings
 from unisono.training.setup import (
     check_alike,
     check_arguments,
     check_helpers,
-    check_identity,
+    check_model,
     check_policies,
     choose_device,
+    connect,
     describe_settings,
     enter,
-    meet,
     prepare_process,
-    tell_arguments,
-    unify_replicas,
 )
-from unisono.training.state import LocalState, settle_state
-from unisono.training.step import StepResult
-from unisono.training.weights import Weights
+from unisono.training.step import Batch, OnNonfinite, StepResult
+from unisono.training.worker_group import LocalState
 from unisono.world import World
 
 
@@ -72,8 +70,7 @@ class Trainer:
     checkpoint of this run, the trainer continues from it.
 
     Args:
-        model: The bare model (or a ``Replica`` of one of another framework: then optimizer and loss are None). If its replicas
-            differ at the start, worker 0's values win, with a warning.
+        model: The bare model. If its replicas differ at the start, worker 0's values win, with a warning.
         optimizer: Any ``torch.optim`` optimizer that updates each parameter on its own, over the model's parameters.
         loss: ``loss(model, batch)`` returns the microbatch's loss *sum* and the *count* to divide by, once, over the global
             batch; or one scalar, which is a mean over samples.
@@ -118,9 +115,9 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module | Replica,
-        optimizer: Optimizer | None,
-        loss: LossFunction | None,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss: LossFunction,
         *,
         batch_size: int,
         microbatches: int = 8,
@@ -141,106 +138,94 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         loader: Loader | None = None,
         world: World | None = None,
-        collective: Collective | Link | None = None,
+        collective: Collective | Any = None,
     ) -> None:
         check_arguments(batch_size, microbatches, max_grad_norm, precision, checkpoint_every)
         check_policies(on_nonfinite, on_desync, compare_every, timeout_s)
         check_helpers(callbacks, loader, scheduler, optimizer)
         self.batch_size, self.microbatches, self.seed = batch_size, microbatches, seed
-        self.optimizer, self.scheduler = optimizer, scheduler
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.callbacks = (*callbacks, *trace.from_environment())
         self._loader = loader or Loader()
         self._timeout_s = timeout_s
         self._screen = Screen(batch_size)
 
-        self.world = enter(world or World.from_environment(), microbatches)
-        chosen = model.device if isinstance(model, Replica) else choose_device(device, self.world)
-        prepare_process(self.world, chosen)
-        machine = Machine(self.world)
-        replica = replica_for(model, optimizer, loss, scheduler=scheduler, device=chosen, precision=precision)
-        self.device, self.model = replica.device, replica.model
-        self._link, met = meet(self.world, self.device, collective, timeout_s=timeout_s, microbatches=microbatches)
-        self._history = CallLog(self._link, joins=self._link is not None and self._link.generation is None)
-        board = None if met.size == 1 and self._link is None else Board.make()
-        self._own = LocalState(
-            replica=replica,
-            weights=Weights(replica, met),
-            buffers=BufferFold(replica.buffers, microbatches),
+        check_model(model)
+        trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        check_optimizer(optimizer, trainable, model)
+        self._world = enter(world or World.from_environment(), microbatches)
+        self.device = choose_device(device, self._world, model)
+        prepare_process(self._world, self.device)
+        machine = Machine(self._world)
+        model.to(self.device)
+        self._session = session = session_class(self._world, collective).open(
+            self._world,
+            collective,
+            lambda: connect(self._world, self.device, timeout_s),
+            device=self.device,
+            timeout_s=timeout_s,
+            microbatches=microbatches,
+        )
+        layout = Layout(trainable)
+        board = Board.make() if session.can_change or session.collective.size > 1 else None
+        self._local = LocalState(
+            model=model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            layout=layout,
+            weights=Weights(layout, session.transport),
+            buffers=Buffers(model, microbatches),
+            replica=TorchReplica(model, loss, device=self.device, precision=precision),
             sync=sync or Exact(),
             clock=StepClock(shown=None if board is None else board.cells),
         )
-        self._loop = Loop(
-            self._own,
+        steps = Settings(
             batch_size=batch_size,
             microbatches=microbatches,
             seed=seed,
-            device=self.device,
+            max_grad_norm=max_grad_norm,
+            on_nonfinite=on_nonfinite,
+            on_desync=on_desync,
+            compare_every=compare_every,
             timeout_s=timeout_s,
-            edits_weights=lambda: any(callback.edits_weights for callback in self.callbacks),
-            machine=machine,
-            link=self._link,
-            history=self._history,
-            between=self._let_come_and_go,
-            observer=self.observer,
+            overlap=self._local.sync.overlaps(self.device),
         )
-        self._taken: Taken | None = None
-        self._team = self._loop.team = ElasticSession(
-            self._own,
-            Settings(
-                microbatches=microbatches,
-                seed=seed,
-                max_grad_norm=max_grad_norm,
-                on_nonfinite=on_nonfinite,
-                on_desync=on_desync,
-                compare_every=compare_every,
-                timeout_s=timeout_s,
-            ),
-            part=Part(
-                batch=self._loop.batch_at,
-                regrouped=self._regrouped,
-                unsaved=lambda: self._run.pending,
-                describe=self._describe,
-                adopt=self._adopt,
-            ),
-            board=board,
-            link=self._link,
-        )
-        settings = describe_settings(self, replica, max_grad_norm, precision, self._own.sync, on_nonfinite)
-        ground = fingerprint(threads=self.world.threads, device=self.device)
-        if self._link is not None:
-            check_identity(self._link, settings, ground, joins=self._history.outside)
+        settings = describe_settings(self, trainable, max_grad_norm, precision, self._local.sync, on_nonfinite)
+        ground = fingerprint(threads=self._world.threads, device=self.device)
         directory = None
         if run_dir is not None:
-            is_over = self._link.is_past if self._link is not None else lambda: False
             directory = RunDirectory(
-                run_dir, met, settings=settings, fingerprint=ground, keep=keep, strict=strict, is_over=is_over
+                run_dir,
+                session.transport,
+                settings=settings,
+                fingerprint=ground,
+                keep=keep,
+                strict=strict,
+                is_over=session.is_past,
             )
-        self._run = self._loop.run = Run(
-            replica=replica, team=self._team, directory=directory, clock=self.clock, checkpoint_every=checkpoint_every
+        self._run = Run(model=model, session=session, directory=directory, clock=self.clock, checkpoint_every=checkpoint_every)
+        self._loop = Loop(
+            self._local,
+            steps,
+            session,
+            self._run,
+            machine=machine,
+            observer=self.observer,
+            edits_weights=lambda: any(callback.edits_weights for callback in self.callbacks),
         )
         alike = {**settings, "checkpoint_every": checkpoint_every, "run_dir": None if run_dir is None else "given"}
-        self._team.found(met, lambda: self._begin(alike))
-        self._place_in_world()
+        named = {name if name == "script" else f"fingerprint {name}": value for name, value in ground.items()}
+        session.begin(
+            Participant(self._local, steps, session, run=self._run, loop=self._loop, screen=self._screen, alike=alike),
+            identity={**named, **settings},
+            timeout_s=timeout_s,
+            board=board,
+        )
 
-    def _begin(self, alike: Mapping[str, Any]) -> int:
-        """*collective*. Brings all workers to where the run begins, or goes on.
-
-        Args:
-            alike: What all workers must have been given alike.
-
-        Returns:
-            Steps that are behind the run.
-        """
-        others = self._team.collective
-        check_alike(others, alike)
-        if self._link is not None and not self._history.outside:
-            tell_arguments(self._link, others)
-        unify_replicas(self._own.replica, others)
-        updates = [self._team.crew.reduction.updated_by(rank) for rank in range(others.size)]
-        settle_state(self._own.replica, updates, others)
-        if not self._history.outside:
-            self._run.resume()
-        return self.position.step
+    @property
+    def world(self) -> World:
+        """*local*. Who takes part, and which of them this worker is by now."""
+        return self._session.place(self._world)
 
     @property
     def run_dir(self) -> str | None:
@@ -255,7 +240,7 @@ class Trainer:
     @property
     def clock(self) -> StepClock:
         """Measures where this worker's time goes."""
-        return self._own.clock
+        return self._local.clock
 
     # ------------------------------------------------------------------ training
 
@@ -288,18 +273,17 @@ class Trainer:
             SystemExit: With status 128 + signal number, after a checkpoint, when asked to stop.
         """
         check_loader(loader)
-        earlier = self._catch_up(dataset, order, drop_last, epochs, own_loop=False)
-        if earlier:
-            return Summary(**earlier[0])
-        with self._history.call():
-            samples = self._loop.order(dataset, order, drop_last=drop_last, epochs=epochs)
-            if self._loop.is_done(epochs):
-                self._run.complete(epochs)
-                summary = self._say_finished()
-            else:
-                summary = self._train(dataset, samples, epochs, loader or self._loader)
-        self._history.done(dataclasses.asdict(summary), main=self.collective.rank == 0)
-        return summary
+        call = self._enter_call(dataset, order, drop_last, epochs, own_loop=False)
+        with self._session.making(call):
+            if not call.is_done:
+                samples = self._loop.order(dataset, order, drop_last=drop_last, epochs=epochs)
+                if self._loop.is_done(epochs):
+                    self._run.complete(epochs)
+                    summary = self._say_finished()
+                else:
+                    summary = self._train(dataset, samples, epochs, loader or self._loader)
+                call.result = dataclasses.asdict(summary)
+        return Summary(**call.result)
 
     def _train(self, dataset: Any, samples: Order, epochs: int, loader: Loader) -> Summary:
         # Before the look at the rank: a sampler that counts how often it is read must count alike on all workers.
@@ -331,10 +315,11 @@ class Trainer:
         ``save()`` if there is none. When the last batch is done the run is finished and its files are written.
         """
         check_loader(loader)
-        if self._catch_up(dataset, order, drop_last, epochs, own_loop=True):
+        call = self._enter_call(dataset, order, drop_last, epochs, own_loop=True)
+        if call.is_done:
             return iter(())
         samples = self._loop.order(dataset, order, drop_last=drop_last, epochs=epochs)
-        return self._own_batches(dataset, samples, epochs, loader or self._loader)
+        return self._own_batches(call, dataset, samples, epochs, loader or self._loader)
 
     def step(self, batch: Batch) -> StepResult:
         """*collective*. One optimizer step on a batch from ``batches``.
@@ -349,16 +334,13 @@ class Trainer:
             SystemExit: After a checkpoint, when asked to stop.
         """
         self._check_batch(batch)
-        self._team.await_more()
         others, sent = self.collective, self.collective.bytes_sent
-        taken = self._team.step(batch, self.position.step + 1, self._loop.signals)
-        result, told = taken.result, taken.told
+        result, told = self._take(batch, self.position.step + 1)
         self._run.advance(batch, result)
-        if not result.skipped:
-            self._own.replica.advance_schedule(result.loss)
+        self._step_scheduler(result)
         alike = self.collective is others
         sent = self.collective.bytes_sent - (sent if alike else 0)
-        block = self._team.crew.stragglers.add(told, batch.filled) if alike else None
+        block = self._session.group.stragglers.add(told, batch.filled) if alike else None
         moved = self._loop.balance(block) if block is not None else None
         self._run.note(result, bytes_sent=sent, block=block, moved=moved)
         if self.collective.rank == 0:
@@ -370,9 +352,23 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_epoch(self, batch.epoch)
         self._run.begin_checkpoint(batch)
-        self._stop_if_asked(taken)
-        self._taken = taken
+        self._stop_if_asked(told)
         return result
+
+    def _take(self, batch: Batch, step: int) -> Taken:
+        computed = False
+
+        def take() -> Taken:
+            nonlocal computed
+            computed = False
+            taken = self._loop.take(batch, step)
+            computed = True
+            return taken
+
+        taken = self._session.perform("take a step", take, step=StepKey(step, batch.epoch, batch.number))
+        if not computed:  # the result is another worker's
+            self._session.group.stepper.seed_what_follows(step)
+        return taken
 
     def evaluate(
         self,
@@ -391,37 +387,46 @@ class Trainer:
             batch_size: Samples computed at a time; by default the size of a training microbatch.
             loader: How samples are loaded.
         """
-        if self._history.outside:
-            recalled: dict[str, float] = self._history.wait()
-            return recalled
-        size = batch_size or -(-self.batch_size // self.microbatches)
+        call = self._session.enter_call()
+        with self._session.making(call):
+            if not call.is_done:
+                call.result = self._evaluate(dataset, metrics, batch_size, loader or self._loader)
+        results: dict[str, float] = call.result
+        return results
 
+    def _evaluate(
+        self, dataset: Any, metrics: Mapping[str, MetricFunction] | None, batch_size: int | None, loader: Loader
+    ) -> dict[str, float]:
+        size = batch_size or -(-self.batch_size // self.microbatches)
         tries = 0
 
-        def act() -> dict[str, float]:
+        def measure() -> dict[str, float]:
             nonlocal tries
             tries += 1
             check_alike(self.collective, {"samples": dataset_length(dataset), "batch_size": size})
-            results = evaluate(
-                self._own.replica,
-                self.collective,
-                dataset,
-                {"loss": self._own.replica.loss} if metrics is None else metrics,
-                microbatch_size=size,
-                loader=loader or self._loader,
-                timeout_s=self._timeout_s,
-                seed=self.seed,
-            )
+            self._local.buffers.begin()
+            try:
+                results = evaluate(
+                    self._local.replica,
+                    self.collective,
+                    dataset,
+                    {"loss": self._local.replica.loss} if metrics is None else metrics,
+                    microbatch_size=size,
+                    loader=loader,
+                    timeout_s=self._timeout_s,
+                    seed=self.seed,
+                )
+            finally:
+                self._local.buffers.put_back()
             self._run.write_metrics(results, again=tries > 1)
             return results
 
-        with self._history.call(), self.clock.pause():
-            results = self._team.act(act)
-            seed_after_evaluation(self.seed, self._own.replica)
+        with self.clock.pause():
+            results = self._session.perform("evaluate", measure)
+            seed_after_evaluation(self.seed, self.device)
             self._run.count_evaluation()
             for callback in self.callbacks:
                 callback.on_evaluate(self, results)
-        self._history.done(results, main=self.collective.rank == 0)
         return results
 
     def save(self) -> None:
@@ -433,24 +438,41 @@ class Trainer:
         """
         if not self._run.is_kept:
             raise ConfigurationError("there is no run directory to save to: pass run_dir=... to Trainer")
-        if self._history.outside:
-            self._history.wait()
-            return
-        self._run.save()
-        self._history.done(None, main=self.collective.rank == 0)
+        call = self._session.enter_call()
+        with self._session.making(call):
+            if not call.is_done:
+                self._run.save()
 
     @property
     def collective(self) -> Collective:
-        """*local*. The current workers; under ``unisono run`` they change when one is lost, leaves or joins. A worker that has
-        yet to join is none of them: its rank is 1, so that it speaks for nobody."""
-        return InProcess(Meeting(2), 1) if self._history.outside else self._team.collective
+        """*local*. The current workers; under ``unisono run`` they change when one is lost, leaves or joins. On a worker that has
+        yet to join them it is a stand-in with rank 1, so that it speaks for nobody, which cannot communicate."""
+        return self._session.collective
 
     # ------------------------------------------------------------------ the parts of a step
 
-    def _own_batches(self, dataset: Any, samples: Order, epochs: int, loader: Loader) -> Iterator[Batch]:
-        with self._history.call():
+    def _own_batches(self, call: Call, dataset: Any, samples: Order, epochs: int, loader: Loader) -> Iterator[Batch]:
+        with self._session.making(call):
             yield from self._loop.batches(dataset, samples, epochs, loader, own_loop=True)
-        self._history.done(None, main=self.collective.rank == 0)
+
+    def _enter_call(self, dataset: Any, order: OrderLike, drop_last: bool, epochs: int, *, own_loop: bool) -> Call:
+        """*collective*. A call that a worker can enter in the middle. If the others had finished it before this one came, this
+        one takes the weights that they have published."""
+        if self._session.is_outside:
+            self._local.weights.want(self._loop.may_share(own_loop))
+        arguments = functools.partial(self._loop.arguments, dataset, order, drop_last=drop_last, epochs=epochs)
+        call = self._session.enter_call(arguments)
+        if call.is_done and (weights := self._run.read_model()) is not None:
+            self.model.load_state_dict(weights)
+        return call
+
+    def _step_scheduler(self, result: StepResult) -> None:
+        if result.skipped:
+            return
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(result.loss)
+        elif self.scheduler is not None:
+            self.scheduler.step()
 
     # ------------------------------------------------------------------ end of a run
 
@@ -473,40 +495,15 @@ class Trainer:
             )
         self._run.check_turn(batch)
 
-    # ------------------------------------------------------------------ others come and go
+    # ------------------------------------------------------------------ stops
 
-    def _place_in_world(self) -> None:
-        """Says in ``world`` which worker this is by now."""
-        if self._link is None:
-            return
-        if self._link.generation is None:
-            self.world = dataclasses.replace(self.world, rank=1, size=2)  # it speaks for nobody until it has joined
-            return
-        members, rank = self._link.generation.members, self._link.generation.rank
-        near = [number for number, member in enumerate(members) if member.machine == members[rank].machine]
-        self.world = dataclasses.replace(
-            self.world, rank=rank, size=len(members), local_rank=near.index(rank), local_size=len(near)
-        )
-
-    def _stop_if_asked(self, taken: Taken) -> None:
+    def _stop_if_asked(self, told: Sequence[Signals]) -> None:
         """*collective*, after a step. All stop if one was asked to, or if all are to leave and nobody waits to take over."""
-        stop = max(signal.stop for signal in taken.told)
-        if not stop and len(taken.leavers) == len(taken.told) and not taken.admits:
+        stop = max(signals.stop for signals in told)
+        if not stop and self._session.everyone_leaves:
             stop = int(signal.SIGTERM)
         if stop:
             self._stop_all(stop)
-
-    def _let_come_and_go(self) -> None:
-        """*collective*, when the next batch is asked for, so that whoever comes has missed nothing of what a user's own loop does
-        after the step: those leave who were told to, and others may come."""
-        taken, self._taken = self._taken, None
-        if taken is None:
-            return
-        # If all are to leave, they stay until those who wait to join have what they hold.
-        leavers = () if len(taken.leavers) == len(taken.told) else taken.leavers
-        if leavers or taken.admits:
-            self._run.flush_log()
-            self._team.change(leavers, admit=taken.admits)
 
     def _stop_all(self, stop: int) -> None:
         note = f"stopped by {signal.Signals(stop).name} after step {self.position.step}"
@@ -518,43 +515,3 @@ class Trainer:
         if self.collective.rank == 0:
             self._screen.tell(note)
         raise SystemExit(128 + stop)
-
-    def _regrouped(self, reason: str, unsaved: bool) -> None:
-        assert self._link is not None
-        assert self._link.generation is not None
-        self._place_in_world()
-        self._loop.regroup()
-        main = self._team.collective.rank == 0
-        self._run.regroup(unsaved=unsaved)
-        self._history.publish(main=main)
-        if not main:
-            return
-        self._link.speak()
-        workers = self._team.collective.size
-        self._screen.begin(self._run, workers)
-        if self._team.silence is not None:
-            self._screen.tell(self._team.silence)
-        on = f"worker{'s go' if workers > 1 else ' goes'} on after step {self._team.committed}"
-        if workers < self._link.minimum:
-            on = f"worker{'s wait' if workers > 1 else ' waits'} up to {self._link.wait_s:g} s for others (--workers, --wait)"
-        self._screen.tell(f"{reason}: {workers} {on}")
-        self._run.note_generation(self._link.generation.number, reason)
-
-    def _catch_up(self, dataset: Any, order: OrderLike, drop_last: bool, epochs: int, *, own_loop: bool) -> list[Any]:
-        """What the others had from this call, if they had finished it before this worker came; else it takes part from now."""
-        if not self._history.outside:
-            return []
-        self._own.weights.want(self._loop.may_share(own_loop))
-        call = self._loop.call(dataset, order, drop_last=drop_last, epochs=epochs)
-        earlier = self._history.enter(self._team.join, call)
-        if earlier and (weights := self._run.read_model()) is not None:
-            self._own.replica.load_model_state(weights)
-        return earlier
-
-    def _describe(self) -> dict[str, Any]:
-        return {"run": self._run.describe(), "history": self._history.describe()}
-
-    def _adopt(self, description: dict[str, Any]) -> None:
-        self._run.adopt(description["run"])
-        self._history.adopt(description["history"])
-        self.clock.at(self.position.step + 1)

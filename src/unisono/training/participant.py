@@ -1,0 +1,102 @@
+"""A trainer as its session sees it: what is made anew for other workers, where the run begins, and what is told to newcomers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from unisono.collective import Collective
+from unisono.replica.optimizer import settle_state
+from unisono.training.loop import Loop
+from unisono.training.run import Run
+from unisono.training.screen import Screen
+from unisono.training.session import Session, StepKey
+from unisono.training.settings import Settings
+from unisono.training.setup import check_alike, unify_replicas
+from unisono.training.worker_group import LocalState, WorkerGroup
+
+
+class Participant:
+    """See the module.
+
+    Args:
+        local: What this worker trains with.
+        settings: What steps are computed by.
+        session: The workers.
+        run: How far the run has come.
+        loop: Goes over the batches.
+        screen: What a person sees.
+        alike: What all workers must have been given alike.
+    """
+
+    def __init__(
+        self,
+        local: LocalState,
+        settings: Settings,
+        session: Session,
+        *,
+        run: Run,
+        loop: Loop,
+        screen: Screen,
+        alike: Mapping[str, Any],
+    ) -> None:
+        self.local = local
+        self._settings, self._session = settings, session
+        self._run, self._loop, self._screen = run, loop, screen
+        self._alike = alike
+        self._group: WorkerGroup | None = None
+
+    def rebuild(self, collective: Collective) -> WorkerGroup:
+        """*collective*. Everything that depends on who takes part, for these workers; what one of them has found out about the
+        model, all know."""
+        known = {
+            "tracked": self.local.buffers.tracked.hex(),
+            "dense": [] if self._group is None else sorted(self._group.reduction.densified),
+            "unsaved": self._run.unsaved_since,
+        }
+        told = [json.loads(text) for text in collective.all_gather_bytes(json.dumps(known).encode())]
+        if self._group is not None:
+            self._group.close()
+        dense = sorted({slot for one in told for slot in one["dense"]})
+        self._group = WorkerGroup(self.local, self._settings, collective, session=self._session, dense=dense)
+        # Of different lengths, if the workers' models differ: start() says so.
+        tracked = bytes(map(max, itertools.zip_longest(*(bytes.fromhex(one["tracked"]) for one in told), fillvalue=0)))
+        self.local.buffers.track(tracked[: len(self.local.buffers.tracked)])
+        self._loop.rebuild()
+        unsaved = [one["unsaved"] for one in told if one["unsaved"] is not None]
+        self._run.rebuild(collective, unsaved_since=max(unsaved, default=None))
+        return self._group
+
+    def start(self) -> int:
+        """*collective*. Brings all workers to where the run begins, or goes on; the number of steps behind it."""
+        assert self._group is not None
+        collective = self._group.collective
+        check_alike(collective, self._alike)
+        unify_replicas(self.local.model, collective)
+        updates = [self._group.reduction.updated_by(rank) for rank in range(collective.size)]
+        settle_state(self.local.optimizer, self.local.layout, updates, collective)
+        if not self._session.is_outside:
+            self._run.resume(self._group)
+        return self._run.position.step
+
+    def redo(self, key: StepKey, flags: int) -> None:
+        """*collective*. Takes a step again that has been taken before."""
+        self._loop.redo(key, flags)
+
+    def describe(self) -> dict[str, Any]:
+        """*local*. How far the run has come, for a worker that joins it."""
+        return self._run.describe()
+
+    def adopt(self, description: Mapping[str, Any]) -> None:
+        """*local*. Takes over what another worker's ``describe`` has returned."""
+        self._run.adopt(description)
+        self.local.clock.at(self._run.position.step + 1)
+
+    def announce(self, texts: Sequence[str], event: Mapping[str, Any]) -> None:
+        """*local*, on worker 0. Tells the person that the workers have changed, and writes ``event`` into the log."""
+        self._screen.begin(self._run, self._session.collective.size)
+        for text in texts:
+            self._screen.tell(text)
+        self._run.note_event(event)
