@@ -121,6 +121,7 @@ def test_the_same_title_replaces_the_picture_in_its_place(url: str) -> None:
     ("make", "message"),
     [
         (lambda: DataTable(columns=["a"], rows=[["b", "c"]]), "row 0 has 2 cells"),
+        (lambda: DataTable(columns=["a"], rows=["b"]), "sequences"),
         (lambda: TextSample(text=b"bytes"), "strings"),  # type: ignore[arg-type]
         (lambda: "a picture", "str is no picture"),
         (lambda: {"data": {}}, "dict is no picture"),

@@ -178,3 +178,40 @@ def test_no_log_manifest_or_summary_stops_a_page(data: st.DataObject) -> None:
     for page in (run_page(run), run_page(run, live=True), comparison_page([run, run])):
         json.dumps(news(page), allow_nan=False)
         Parsed(live_html(page))
+
+
+KINDS = {
+    "figure": ["data", "layout"],
+    "text": ["text", "prompt"],
+    "table": ["columns", "rows"],
+    "confusion": ["labels", "counts"],
+    "curves": ["x_label", "y_label", "lines"],
+    "forecast": ["x", "predicted", "low", "high", "observed", "coverage", "x_label", "y_label"],
+    "comparison": ["measure", "values", "ours", "higher_is_better"],
+}
+NUMBERS = st.lists(st.floats() | st.integers(), min_size=2, max_size=2)
+FITTING = {
+    "data": st.lists(st.dictionaries(st.sampled_from(["name", "line", "marker", "fillcolor", "x", "y", "type"]), JSON)),
+    "layout": st.dictionaries(st.sampled_from(["height", "xaxis", "shapes", "showlegend"]), JSON),
+    "labels": st.just(["a", "b"]),
+    "counts": st.lists(NUMBERS, min_size=2, max_size=2),
+    "lines": st.lists(st.fixed_dictionaries({"name": st.text(), "x": NUMBERS, "y": NUMBERS})),
+    "values": st.dictionaries(st.sampled_from("ab"), st.floats()),
+    "ours": st.sampled_from("ab"),
+    **dict.fromkeys(["x", "predicted", "low", "high", "observed"], NUMBERS),
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_no_attachment_stops_a_page(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    attachments = []
+    for kind in data.draw(st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=3)):
+        values = {name: data.draw(FITTING.get(name, JSON) | JSON) for name in KINDS[kind]}
+        one = {"title": data.draw(st.text()), "finding": "", "kind": kind, "wide": data.draw(JSON), "data": values}
+        attachments.append({**one, **data.draw(st.dictionaries(st.sampled_from(sorted(one)), JSON, max_size=1))})
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "report.json").write_text(json.dumps({"version": 1, "attachments": attachments}))
+    page = run_page(RunReader(folder).read())
+    json.dumps(news(page), allow_nan=False)
+    Parsed(live_html(page))

@@ -59,6 +59,8 @@ class DataTable:
     """R rows of C cells. Columns of numbers are set to the right."""
 
     def __post_init__(self) -> None:
+        if any(isinstance(part, str) or not isinstance(part, Sequence) for part in (self.columns, self.rows, *self.rows)):
+            raise ConfigurationError("columns, rows and each row are sequences. Give lists.")
         for number, row in enumerate(self.rows):
             if len(row) != len(self.columns):
                 raise ConfigurationError(

@@ -24,6 +24,7 @@ MANY_CLASSES = 24
 _SHADES = [[0.0, "--heat-0"], [0.02, "--heat-1"], [0.25, "--heat-2"], [1.0, "--heat-3"]]
 
 
+@np.errstate(all="ignore")  # a count may be infinite or NaN: its cells stay empty
 def confusion_matrix(labels: Sequence[str], counts: Sequence[Numbers]) -> Figure:
     """How often each class was taken for which.
 
