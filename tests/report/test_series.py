@@ -7,7 +7,7 @@ from unisono.report.series import Stretches, smoothed
 
 
 def test_long_columns_become_means_of_stretches() -> None:
-    stretches = Stretches.of(10, points=4)
+    stretches = Stretches(10, points=4)
     column = np.array([1.0, 2, 3, 4, np.nan, 6, np.inf, np.nan, np.nan, 10])
     assert (stretches.count, stretches.lines_each) == (4, 3)
     assert stretches.mean(column).tolist()[:2] == [2.0, 5.0]

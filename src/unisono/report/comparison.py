@@ -143,7 +143,7 @@ def _overlay(runs: Sequence[RunData], column: str, label: str, *, course: bool =
     seconds: list[list[int | float]] = []
     drawn: list[Column] = []
     for number, (run, colour) in enumerate(zip(runs, colours(len(runs)), strict=True)):
-        stretches = Stretches.of(len(run.steps))
+        stretches = Stretches(len(run.steps))
         values = stretches.mean(run.column(column))
         values = course_of(values) if course and len(values) >= 12 else values
         # Equal lines lie on each other: thinner ones on top let the ones below be seen.

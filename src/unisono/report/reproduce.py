@@ -1,4 +1,4 @@
-"""How to get a run's weights again: digest, commands, settings, fingerprint. *Local.*"""
+"""How to reproduce a run's weights: digest, commands, settings, fingerprint. *Local.*"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def reproduce_sections(run: RunData) -> Iterator[Section]:
             key="digest",
             kicker="proof",
             title="The same weights on any number of workers",
-            text="SHA-256 of model.safetensors. The same code, data, seed and settings on the same builds give it again.",
+            text="SHA-256 of model.safetensors. The same code, data, seed and settings on the same builds reproduce it.",
             body=f'<p class="digest">{escape(run.weights_sha256)}</p>{_advice(run)}',
         )
     if run.settings:
@@ -34,7 +34,11 @@ def reproduce_sections(run: RunData) -> Iterator[Section]:
         )
     if run.fingerprint:
         yield Section(
-            key="ground", kicker="fingerprint", title="Builds, hardware and threads", body=definitions(run.fingerprint), half=True
+            key="fingerprint",
+            kicker="fingerprint",
+            title="Builds, hardware and threads",
+            body=definitions(run.fingerprint),
+            half=True,
         )
 
 

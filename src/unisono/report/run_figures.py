@@ -38,7 +38,7 @@ class Axis:
     @classmethod
     def of(cls, run: RunData) -> Axis:
         """The axis of a run's log."""
-        stretches = Stretches.of(len(run.steps))
+        stretches = Stretches(len(run.steps))
         elapsed, events = run.elapsed_s, [event.step for event in run.events]
         return cls(
             stretches=stretches,

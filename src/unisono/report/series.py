@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,22 +15,20 @@ POINTS = 600
 """A line has at most so many points: more than a page has pixels for would only make it heavy."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Stretches:
-    """A division of a log's lines into stretches of equal length, the same for all columns of a run."""
+    """A division of a log's lines into stretches of equal length, the same for all columns of a run.
 
-    count: int
-    """How many stretches."""
-    lines_each: int
-    """Lines in a stretch; the last may have fewer."""
-    lines: int
-    """Lines of the log."""
+    Args:
+        lines: Lines of the log.
+        points: There are at most so many stretches.
+    """
 
-    @classmethod
-    def of(cls, lines: int, *, points: int = POINTS) -> Stretches:
-        """Divide ``lines`` lines into at most ``points`` stretches."""
-        each = max(1, -(-lines // points))
-        return cls(count=-(-lines // each), lines_each=each, lines=lines)
+    def __init__(self, lines: int, *, points: int = POINTS) -> None:
+        self.lines_each = max(1, -(-lines // points))
+        """Lines in a stretch; the last may have fewer."""
+        self.count = -(-lines // self.lines_each)
+        """How many stretches."""
+        self._ends = np.minimum(np.arange(1, self.count + 1) * self.lines_each, lines) - 1
 
     def mean(self, column: Column) -> Column:
         """Mean of each stretch, without NaN; NaN where there is nothing else. float64 ``[count]``."""
@@ -47,15 +44,12 @@ class Stretches:
 
     def last(self, column: Column) -> Column:
         """The last value of each stretch, for what only grows: steps, seconds."""
-        if self.lines == 0:
-            return np.empty(0)
-        ends = np.minimum(np.arange(1, self.count + 1) * self.lines_each, self.lines) - 1
-        ended: Column = column[ends]
+        ended: Column = column[self._ends]
         return ended
 
     def _over(self, function: Callable[..., Any], column: Column) -> Column:
         padded = np.full(self.count * self.lines_each, np.nan)
-        padded[: self.lines] = np.where(np.isfinite(column), column, np.nan)
+        padded[: len(column)] = np.where(np.isfinite(column), column, np.nan)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # stretches of NaN alone stay NaN
             result: Column = function(padded.reshape(self.count, self.lines_each), axis=1)
