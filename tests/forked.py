@@ -61,21 +61,46 @@ class Forked:
             raise subprocess.TimeoutExpired("a forked program", timeout or 0.0)
         return status
 
-    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
-        """All of its output, where everything comes together."""
-        with self.stdout:
-            said = self.stdout.read()
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Its output, and what it said on standard error beside it: little."""
+        said = []
+        for stream in filter(None, (self.stdout, self.stderr)):
+            with stream:
+                said.append(stream.read())
         self.wait(timeout)
-        return said, None
+        return said[0], "".join(said[1:])
 
 
-def start_script(source: ForkServer | None, script: Path, folder: Path, environment: Mapping[str, str]) -> Any:
-    """Starts a script as `python SCRIPT` would, in this folder; forked if there is a source."""
+def start_script(
+    source: ForkServer | None,
+    script: Path,
+    *arguments: str,
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    together: bool = True,
+) -> Any:
+    """Starts a script as `python SCRIPT ARGUMENTS…` would, in this folder; forked if there is a source.
+
+    Args:
+        source: From where it is forked; None: it is a new interpreter.
+        script, arguments: What is started.
+        folder: Where.
+        environment: All its variables; None: those of this process.
+        together: Whether what it says on standard error comes with its output.
+    """
+    environment = {**os.environ} if environment is None else environment
     if source is not None:
-        spec = {"command": [str(script)], "folder": str(folder)}
-        return Forked(source, "tests.forked:run_script", spec, environment, together=True)
-    command = [sys.executable, str(script)]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        spec = {"command": [str(script), *arguments], "folder": str(folder)}
+        return Forked(source, "tests.forked:run_script", spec, environment, together=together)
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if together else subprocess.PIPE,
+        text=True,
+    )
 
 
 def run_script(spec: Mapping[str, Any]) -> None:

@@ -107,7 +107,7 @@ def test_the_readme_script_finds_its_place_under_slurm(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
-        tasks.append(start_script(warm_commands, script, folder, environment(**place)))
+        tasks.append(start_script(warm_commands, script, folder=folder, environment=environment(**place)))
     outputs = [task.communicate(timeout=100)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], outputs
     assert digest(folder, workers=2) == expected

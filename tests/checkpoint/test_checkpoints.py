@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.forked import start_script
 from unisono.checkpoint.checkpoints import Checkpoint, Checkpoints, FileEntry
 from unisono.checkpoint.store import Store
 from unisono.errors import CheckpointError, ConfigurationError
+from unisono.system.fork_server import ForkServer
 
 STATE = {"state": {0: {"step": 3, "exp_avg": torch.arange(3.0)}}, "betas": (0.9, 0.999)}
 
@@ -269,13 +271,14 @@ def test_settings_and_names_that_cannot_work_are_refused(store: Store) -> None:
         "several steps",
     ],
 )
-def test_a_crash_at_any_instant_leaves_a_whole_checkpoint(tmp_path: Path, scenario: str) -> None:
+def test_a_crash_at_any_instant_leaves_a_whole_checkpoint(
+    tmp_path: Path, scenario: str, warm_commands: ForkServer | None
+) -> None:
     script = Path(__file__).with_name("crash_campaign.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), scenario], capture_output=True, text=True, timeout=100, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 25
+    process = start_script(warm_commands, script, str(tmp_path), scenario, folder=tmp_path)
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, said
+    assert int(said) > 25
 
 
 def test_a_full_disk_stops_the_new_checkpoint_and_keeps_the_old(tmp_path: Path) -> None:

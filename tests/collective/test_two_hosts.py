@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.forked import start_script
+from unisono.system.fork_server import ForkServer
 from unisono.testing.hosts import WIRE, NoNamespaces, VirtualHosts, address, virtual_hosts
 
 STEPS = 4
@@ -102,7 +104,7 @@ def found_in(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_weights_and_gradients_cross_the_wire_once_and_the_bits_are_those_of_one_process(
-    hosts: VirtualHosts, tmp_path: Path
+    hosts: VirtualHosts, tmp_path: Path, warm_commands: ForkServer | None
 ) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -112,7 +114,9 @@ def test_weights_and_gradients_cross_the_wire_once_and_the_bits_are_those_of_one
 
     ended = launch(hosts, (2, 2), script, str(folders[0]))
     assert [status for status, _ in ended] == [0, 0], ended
-    subprocess.run([sys.executable, str(script), str(folders[1])], check=True, timeout=60)
+    plain = start_script(warm_commands, script, str(folders[1]), folder=tmp_path)
+    said, _ = plain.communicate(timeout=60)
+    assert plain.returncode == 0, said
 
     several, (alone,) = map(found_in, folders)
     assert [entry["transport"] for entry in several] == ["Hierarchical"] * 4

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.forked import start_script
 from unisono import demos
+from unisono.system.fork_server import ForkServer
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -38,9 +39,10 @@ def test_an_example_says_which_options_it_takes(
     assert all(option in shown for option in ("--epochs", "--seed", "--run-dir"))
 
 
-def test_an_example_trains_as_a_plain_script(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "examples" / "digits.py"), "--epochs", "1", "--run-dir", "run"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "test accuracy" in done.stdout
+def test_an_example_trains_as_a_plain_script(tmp_path: Path, warm_commands: ForkServer | None) -> None:
+    script = ROOT / "examples" / "digits.py"
+    process = start_script(warm_commands, script, "--epochs", "1", "--run-dir", "run", folder=tmp_path, together=False)
+    said, errors = process.communicate(timeout=100)
+    assert (process.returncode, errors) == (0, "")
+    assert "test accuracy" in said
     assert (tmp_path / "run" / "model.safetensors").exists()

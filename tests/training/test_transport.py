@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.conftest import Launcher, launcher
+from unisono.system.fork_server import ForkServer
 
 __all__ = ["launcher"]  # a fixture, which pytest finds by its name
 
@@ -43,32 +45,33 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(script: Path) -> str:
+def alone(script: Path, tmp_path_factory: pytest.TempPathFactory, warm_commands: ForkServer | None) -> str:
     """The sum of the weights that one worker ends with."""
-    (_, _, total), _ = launch(1, script)
+    with contextlib.closing(Launcher(tmp_path_factory.mktemp("alone"), warm_commands)) as launcher:
+        (_, _, total), _ = launch(launcher, 1, script)
     return total
 
 
-def launch(workers: int, script: Path, *arguments: str) -> tuple[list[str], str]:
+def launch(launcher: Launcher, workers: int, script: Path, *arguments: str) -> tuple[list[str], str]:
     """What worker 0 said about itself, and what stood on standard error."""
-    command = [sys.executable, "-m", "unisono.launch", "run", "--workers", str(workers), str(script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.split(), done.stderr
+    command = launcher.command("-m", "unisono.launch", "run", "--workers", str(workers), str(script), *arguments)
+    status, out, err = command.finish()
+    assert status == 0, out + err
+    return out.split(), err
 
 
 @pytest.mark.alone
-def test_workers_of_one_host_share_memory_and_leave_nothing_behind(script: Path, alone: str) -> None:
+def test_workers_of_one_host_share_memory_and_leave_nothing_behind(launcher: Launcher, script: Path, alone: str) -> None:
     before = set(Path("/dev/shm").iterdir())
-    (transport, size, total), _ = launch(3, script)
+    (transport, size, total), _ = launch(launcher, 3, script)
 
     assert (transport, size) == ("SharedMemory", "3")
     assert total == alone
     assert not set(Path("/dev/shm").iterdir()) - before
 
 
-def test_where_one_worker_cannot_share_memory_all_use_gloo_and_say_so_once(script: Path, alone: str) -> None:
-    (transport, size, total), said = launch(2, script, "forbidden")
+def test_where_one_worker_cannot_share_memory_all_use_gloo_and_say_so_once(launcher: Launcher, script: Path, alone: str) -> None:
+    (transport, size, total), said = launch(launcher, 2, script, "forbidden")
 
     assert (transport, size) == ("TorchDistributed", "2")
     assert total == alone
