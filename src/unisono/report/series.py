@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Column = NDArray[np.float64]
+_JSON_SCALARS = {int, str, bool, type(None)}
 POINTS = 600
 """A line has at most so many points: more than a page has pixels for would only make it heavy."""
 
@@ -101,6 +102,10 @@ def as_json(value: Any) -> Any:
         value = value.tolist()
     if isinstance(value, Mapping):
         return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, list):  # long columns at the speed of C: a live page is made again every second
+        kinds = set(map(type, value))
+        if kinds <= _JSON_SCALARS or (kinds == {float} and all(map(math.isfinite, value))):
+            return value
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [as_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
