@@ -101,7 +101,7 @@ def test_workers_that_cannot_start_are_a_problem_in_their_own_words(tmp_path: Pa
     done = run(tmp_path, "-m", "unisono.doctor", "--json", PYTHONPATH=broken_torch(tmp_path))
     assert done.returncode == 1
     found = by_name(json.loads(done.stdout))
-    assert "ended with status 1: ImportError: libmkl is not there" in found["workers"]["fact"]
+    assert "ended with exit status 1: ImportError: libmkl is not there" in found["workers"]["fact"]
     assert "cores" in found
 
 

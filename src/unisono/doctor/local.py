@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from unisono.doctor.facts import Examination, loads
+from unisono.system.process import ending
 
 _SIZE = 2
 _LIMIT_S = 150.0
@@ -66,14 +66,9 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], folder: str) -> str:
     if not failures:
         return ""
     rank = min(failures)[1]
-    status = processes[rank].returncode
-    how = f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
     lines = _log(folder, rank).read_text(errors="replace").strip().splitlines()
+    how = ending(processes[rank].returncode, hint=not lines)
     return f"worker {rank} of {len(processes)} {how}" + (f": {lines[-1].strip()}" if lines else "")
-
-
-def _signal_name(number: int) -> str:
-    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def _main(folder: Path, rank: int, settings: str) -> None:
