@@ -42,7 +42,7 @@ GUARDS: dict[str, Sequence[tuple[Any, str]]] = {
         (run.Run, "_check_epoch"),
     ],
     "headers": [(step.Stepper, "_check_headers")],
-    "stragglers": [(stragglers.Stragglers, "add"), (stragglers.Machine, "troubles")],
+    "stragglers": [(stragglers.Stragglers, "add"), (stragglers.HostMonitor, "troubles")],
     "shared weights": [(weights.Weights, "check_untouched"), (weights.Weights, "remember")],
 }
 """The calls that make up each guard."""

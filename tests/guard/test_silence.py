@@ -27,7 +27,7 @@ from unisono import Callback, Trainer
 from unisono.collective import Collective
 from unisono.collective.base import Lookout
 from unisono.errors import ConfigurationError, WorkerFailure
-from unisono.guard.silence import Watch
+from unisono.guard.silence import SilenceWatch
 from unisono.observe.timing import StepClock
 from unisono.testing import run_threads
 
@@ -190,7 +190,7 @@ def test_of_several_workers_those_who_wait_are_not_blamed(transport: Any, run_wo
 
 def blamed(collective: Collective, waits_for: list[int], peer: int) -> int | None:
     """Whom worker 2 blames for the absence of ``peer`` when the others wait as told."""
-    watch = Watch.begin(collective, 30.0)
+    watch = SilenceWatch.begin(collective, 30.0)
     watch.wait_for(waits_for[collective.rank])
     collective.lookout = Lookout()  # the barriers below must not change what is shown
     collective.barrier()
@@ -210,7 +210,7 @@ def test_blame_follows_who_waits_for_whom(waits_for: list[int], peer: int, guilt
 
 def stacks_of_all_threads(collective: Collective) -> str:
     """Two of three workers look at the third at the same moment."""
-    watch = Watch.begin(collective, 30.0)
+    watch = SilenceWatch.begin(collective, 30.0)
     done = threading.Event()
 
     def idle() -> None:
@@ -269,7 +269,7 @@ def _tell(pipe: Any) -> None:
 
 def forked(collective: Collective) -> tuple[int, int, bool]:
     before = caught()
-    watch = Watch.begin(collective, 30.0)
+    watch = SilenceWatch.begin(collective, 30.0)
     mine, theirs = multiprocessing.Pipe()
     child = multiprocessing.get_context("fork").Process(target=_tell, args=(theirs,))
     child.start()

@@ -24,10 +24,10 @@ from unisono.guard.stragglers import (
     STEPS,
     STOLEN,
     THROTTLED,
-    Block,
-    Machine,
+    HostMonitor,
     Straggler,
     Stragglers,
+    TimingBlock,
     warning,
 )
 from unisono.observe.summary import Summary
@@ -75,7 +75,7 @@ class Case:
         self.stragglers = Stragglers(ranges, self.found.append)
         self.clocks = Clocks(len(ranges))
 
-    def add(self, took: list[Signals], filled: int = 8) -> Block | None:
+    def add(self, took: list[Signals], filled: int = 8) -> TimingBlock | None:
         """A step, after one that took so long."""
         return self.stragglers.add(self.clocks.after(took), filled)
 
@@ -166,7 +166,7 @@ def test_what_the_worker_complained_of_is_the_cause() -> None:
 
 
 def test_without_a_known_cause_none_is_claimed() -> None:
-    assert "The system knows no cause" in warning(Straggler(1, 1.3, False, 0), "host h, process 7")
+    assert "The system shows no cause" in warning(Straggler(1, 1.3, False, 0), "host h, process 7")
 
 
 def test_with_other_ranges_everything_is_measured_anew() -> None:
@@ -246,8 +246,8 @@ class Host:
     def throttle_v1(self, seconds: float) -> None:
         self.write("sys/fs/cgroup/cpu,cpuacct/old/cpu.stat", f"nr_throttled 1\nthrottled_time {int(seconds * 1e9)}\n")
 
-    def machine(self, **world: Any) -> Machine:
-        return Machine(World(**world), root=self.root, clock=lambda: self.now)
+    def machine(self, **world: Any) -> HostMonitor:
+        return HostMonitor(World(**world), root=self.root, clock=lambda: self.now)
 
 
 @pytest.fixture
@@ -288,7 +288,7 @@ def test_more_threads_than_cores_are_noticed(host: Host) -> None:
 
 
 def test_a_machine_without_these_files_has_no_troubles(tmp_path: Path) -> None:
-    machine = Machine(World(), root=tmp_path, clock=iter([0.0, 100.0]).__next__)
+    machine = HostMonitor(World(), root=tmp_path, clock=iter([0.0, 100.0]).__next__)
     assert machine.troubles() == 0
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from unisono.guard import stragglers
-from unisono.guard.stragglers import Block
+from unisono.guard.stragglers import TimingBlock
 from unisono.training.balance import Balance
 from unisono.tree import Span
 
@@ -29,7 +29,7 @@ def make_restless(monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> list[Ranges
     """
     asked: list[Ranges] = []
 
-    def add(balance: Balance, block: Block) -> Ranges:
+    def add(balance: Balance, block: TimingBlock) -> Ranges:
         before = sum(ranges is balance for ranges in called)
         called.append(balance)
         balance.ranges = drawn(balance.ranges[-1][1], len(balance.ranges), f"{seed} {before}")

@@ -29,7 +29,7 @@ from unisono.elastic.outside import Outsider
 from unisono.elastic.recovery import Recovery
 from unisono.elastic.recovery_plan import Outcome, RecoveryPlan, TrainerFinished, WorkerReport
 from unisono.elastic.replay_log import PastStep
-from unisono.guard.silence import Board, Watch
+from unisono.guard.silence import SilenceWatch, StatusBoard
 from unisono.replica.optimizer import copied_hyperparameters, put_back_hyperparameters
 from unisono.training.participant import Participant
 from unisono.training.session import Call, Session, StepKey, check_size
@@ -69,7 +69,7 @@ class ElasticSession(Session):
         self._recovery: Recovery
         self._local: LocalState
         self._timeout_s = 0.0
-        self._board: Board | None = None
+        self._board: StatusBoard | None = None
 
     @classmethod
     def open(
@@ -105,7 +105,9 @@ class ElasticSession(Session):
 
     # ------------------------------------------------------------------ the beginning
 
-    def begin(self, participant: Participant, *, identity: Mapping[str, Any], timeout_s: float, board: Board | None) -> None:
+    def begin(
+        self, participant: Participant, *, identity: Mapping[str, Any], timeout_s: float, board: StatusBoard | None
+    ) -> None:
         self._participant, self._local = participant, participant.local
         self._timeout_s, self._board = timeout_s, board
         self._recovery = Recovery(self._link, participant, self._calls)
@@ -142,7 +144,7 @@ class ElasticSession(Session):
         self._recovery.begin(self._participant.start(), group)
 
     def _watch(self) -> None:
-        self.watch = Watch.begin(self._collective, self._timeout_s, self._board)
+        self.watch = SilenceWatch.begin(self._collective, self._timeout_s, self._board)
 
     def _rebuild(self, collective: Collective) -> WorkerGroup:
         self.group = self._participant.rebuild(collective)

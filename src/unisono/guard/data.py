@@ -1,4 +1,4 @@
-"""Before the first step: whether all workers read the same data."""
+"""Check before the first step that all workers read the same data."""
 
 from __future__ import annotations
 
@@ -19,25 +19,27 @@ from unisono.errors import DataError
 def check_same_data(read: Callable[[int], Any], length: int, collective: Collective) -> None:
     """*collective*. Reads a few samples on every worker and compares them.
 
-    A sample that a worker itself reads differently the second time proves nothing (the dataset draws without a seed), and what
-    cannot be digested is not compared.
+    A sample that one worker reads differently the second time (the dataset draws without a seed) or that cannot be digested is
+    not compared.
 
     Args:
         read: Gives a sample by index, with its randomness seeded.
         length: Number of samples.
 
     Raises:
-        DataError: Some workers read other data than the rest; they are named.
+        DataError: Workers read different data; those that differ from the majority are named.
     """
     if collective.size == 1:
         return
-    indices = sorted({0, length // 2, length - 1})
-    mine = [_digest_of(read, index) for index in indices]
-    everybodys = _gather(collective, mine)
+
+    def gather() -> list[list[str]]:
+        return [json.loads(text) for text in collective.all_gather_bytes(json.dumps(_digests(read, length)).encode())]
+
+    everybodys = gather()
     if all(other == everybodys[0] for other in everybodys):
         return
-    again = _gather(collective, [_digest_of(read, index) for index in indices])
-    for place, index in enumerate(indices):
+    again = gather()
+    for place, index in enumerate(_probed(length)):
         found = [digests[place] for digests in everybodys]
         if len(set(found)) == 1 or "" in found or found != [digests[place] for digests in again]:
             continue
@@ -56,30 +58,32 @@ def check_same_data(read: Callable[[int], Any], length: int, collective: Collect
 
 
 def probe(read: Callable[[int], Any], length: int) -> list[str]:
-    """*local*. What tells data from other data, for a worker that comes later: the length, and digests of a few samples ("" where
-    one cannot be digested, or is another one each time)."""
-    indices = sorted({0, length // 2, length - 1})
-    first, second = ([_digest_of(read, index) for index in indices] for _ in range(2))
+    """*local*. Identifies the data for a worker that joins later: the length, and digests of a few samples ("" where one cannot
+    be digested, or differs each time)."""
+    first, second = _digests(read, length), _digests(read, length)
     return [str(length), *(one if one == other else "" for one, other in zip(first, second, strict=True))]
 
 
-def _gather(collective: Collective, digests: list[str]) -> list[list[str]]:
-    return [json.loads(text) for text in collective.all_gather_bytes(json.dumps(digests).encode())]
+def _probed(length: int) -> list[int]:
+    return sorted({0, length // 2, length - 1})
 
 
-def _digest_of(read: Callable[[int], Any], index: int) -> str:
-    """Hexadecimal; "" if the sample cannot be read (training will say so) or holds what cannot be digested."""
-    try:
-        return content_digest(read(index))
-    except Exception:
-        return ""
+def _digests(read: Callable[[int], Any], length: int) -> list[str]:
+    """Of a few samples; "" if one cannot be read (training will say so) or digested."""
+    found = []
+    for index in _probed(length):
+        try:
+            found.append(content_digest(read(index)))
+        except Exception:
+            found.append("")
+    return found
 
 
 def content_digest(value: Any) -> str:
-    """*local*. Hexadecimal digest of tensors, arrays and plain values, nested in any way: types, shapes and bits.
+    """*local*. Hexadecimal digest of tensors, arrays and plain values, nested in any way: their types, shapes and bits.
 
     Raises:
-        TypeError: It holds something else.
+        TypeError: It holds anything else.
     """
     hashed = blake2b(digest_size=8)
     for part in _parts(value):

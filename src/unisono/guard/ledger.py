@@ -1,11 +1,11 @@
-"""Proof that each sample was used exactly once, without keeping a list of them. *Local.*
+"""Proof that each sample was used exactly once, without a list of them. *Local.*
 
-An entry sums over samples, whatever their order: how many there are, and their numbers to the powers 1, 2 and 3, modulo 2**64.
-Entries of different workers add up. A sample that is missing, doubled or taken for another changes the sums; two such faults
-cancel only if they agree in all three powers. Of a whole epoch the sums are known without looking at a single sample.
+An entry holds sums over samples, in any order: their number, and their indices to the powers 1, 2 and 3, modulo 2**64. Entries of
+different workers add up. A sample that is missing, doubled or replaced changes the sums; two such faults cancel only if they
+agree in all three powers. The sums of a whole epoch have closed forms.
 
-The four sums are one whole number, each in a lane of 128 bits, of which the upper half is room for carries: entries are added
-in every step, and four additions cost four times as much as one.
+The four sums are one integer, each in a lane of 128 bits whose upper half has room for carries: entries are added in every step,
+and one addition is four times as cheap as four.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LANE_BITS = 128
 ENTRY_BYTES = LANES * _LANE_BITS // 8
 _LOWER_HALF = 2**64 - 1
 LOWER_HALVES = sum(_LOWER_HALF << _LANE_BITS * lane for lane in range(LANES))
-"""What a sum of entries is reduced to: ``one + other & LOWER_HALVES`` is the entry of the samples of both."""
+"""Reduces a sum of entries: ``one + other & LOWER_HALVES`` is the entry of the samples of both."""
 NOTHING: Entry = 0
 
 
@@ -33,27 +33,27 @@ def entry(indices: npt.NDArray[np.int64]) -> Entry:
 
 
 def entries(indices: npt.NDArray[np.int64], spans: npt.NDArray[np.int64]) -> list[Entry]:
-    """The entries of stretches of some samples: many at once cost little more than one.
+    """The entries of several spans of samples: many cost little more than one.
 
     Args:
         indices: int64 ``[n]``.
-        spans: Where each stretch begins and ends, int64 ``[stretches, 2]``.
+        spans: Where each begins and ends, int64 ``[spans, 2]``.
     """
-    numbers = np.zeros(len(indices) + 1, dtype=np.uint64)  # a stretch may begin and end behind the last sample
+    numbers = np.zeros(len(indices) + 1, dtype=np.uint64)  # an empty span may begin behind the last sample
     numbers[:-1] = indices
-    squares = numbers * numbers  # unsigned arithmetic is modulo 2**64 by itself
+    squares = numbers * numbers  # unsigned arithmetic is modulo 2**64
     borders = spans.ravel()
     lanes = np.zeros((len(spans), LANES, 2), dtype="<u8")
     lanes[:, 0, 0] = sizes = borders[1::2] - borders[::2]
     for lane, powers in enumerate((numbers, squares, squares * numbers), start=1):
         lanes[:, lane, 0] = np.add.reduceat(powers, borders)[::2]  # from each border to the next
-    lanes[sizes == 0] = 0  # of nothing it takes one
+    lanes[sizes == 0] = 0  # reduceat sums at least one
     raw = lanes.tobytes()
     return [int.from_bytes(raw[at : at + ENTRY_BYTES], "little") for at in range(0, len(raw), ENTRY_BYTES)]
 
 
 def order_sums(indices: npt.NDArray[np.int64], starts: Sequence[int], weights: npt.NDArray[np.uint64]) -> list[int]:
-    """64 bits for each of these parts, unlike ``entries`` of the samples in their order.
+    """64 bits for each of these parts that, unlike ``entries``, depend on the order of the samples.
 
     Args:
         indices: int64 ``[n]``.

@@ -1,13 +1,13 @@
-"""Replicas are compared while training runs, and what differs is named.
+"""Replicas are compared while training runs, and a difference is named.
 
-At the start of a step a worker may digest some of what all workers hold alike, piece by piece in turn, and the digest travels in
-the step's header: no message is added. As much is looked at as fits into a small share of the time, everything at least once in
-``PERIOD`` steps. Small tensors make up one piece together: one after the other they cost less than one now and then.
+At the start of a step a worker may digest some of what all workers hold alike, piece by piece in turn; the digest travels in the
+step's header, so that no message is added. Each step looks at as much as fits into a small share of the time, and everything is
+looked at once in ``PERIOD`` steps. Small tensors are combined into one piece, which is cheaper than one at a time.
 
-What stays different (optimizer state, weights that every worker updates, buffers that forward leaves alone) is thus found
-within a period. Weights that their owner publishes are the same again after the next update, as are buffers that forward
-changes: there a fault lasts one step, and is found if its piece is looked at in that step. ``compare_every=1`` looks at
-everything in every step.
+A lasting difference (in optimizer state, weights that every worker updates, buffers that forward leaves alone) is thus found
+within a period. Weights published by their owner are equal again after the next update, as are buffers that forward changes: a
+fault there lasts one step, and is found if its piece is looked at in that step. ``compare_every=1`` looks at everything in every
+step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from unisono.collective import Collective
 from unisono.errors import Desync
-from unisono.guard.budget import Credit
+from unisono.system.budget import Credit
 
 PERIOD = 64
 """Steps in which everything is compared once."""
@@ -43,23 +43,22 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _KNOWN_TO_NUMPY = {torch.float32, torch.float64, torch.int64, torch.int32, torch.bool, torch.uint8}
 _SHARE = 0.0015
 _PIECE_S, _TENSOR_S, _BYTES_PER_S = 20e-6, 10e-6, 6e9
-"""What looking costs: a piece, each tensor in it, and how fast bytes go. It is not measured here, since all workers must reckon
-with the same."""
+"""What looking costs: a piece, each tensor in it, and how fast bytes go. Constants, since all workers must compute the same."""
 
 Array = npt.NDArray[Any]
 Part = Tensor | Array
-"""Something that is looked at; an array if NumPy sees the same memory."""
+"""What is looked at; an array if NumPy sees the same memory."""
 Holding = tuple[str, Tensor]
-"""Name and tensor of something that all workers hold alike."""
+"""Name of something that all workers hold alike, and its tensor."""
 
 
 class ReplicaGuard:
-    """Digests what this worker holds, and finds the odd one out.
+    """Digests what this worker holds, and finds the worker that differs.
 
     Args:
         holdings: What all workers hold alike now, in the same order with the same names.
-        tensors: The same memory in the same order, in as few tensors as may be.
-        collective: The other workers.
+        tensors: The same memory in the same order, in as few tensors as possible.
+        collective: The workers.
         on_desync: "error", or "heal": where more than half agree, the others take their state.
         every: Everything is looked at once in this many steps; None: as often as time allows.
     """
@@ -77,32 +76,30 @@ class ReplicaGuard:
         self._collective = collective
         self._on_desync = on_desync
         self._every = every
-        self._places: list[tuple[int, int]] = []  # where in memory the pieces lie
+        self._places: list[tuple[int, int]] = []  # addresses and sizes of the tensors that the pieces are made of
         self._pieces: list[tuple[list[Part], float]] = []
         self._next = 0
         self._looked = 0.0
         self._credit = Credit(_SHARE)
-        self._rest = 0  # steps until something may be due
-        self._steps = 1  # and since something might have been due, when that is over
+        self._rest = 0  # steps until a piece may be due
+        self._steps = 1  # steps from one time that a piece may be due to the next
         self._read_s = math.nan
 
     def digest(self, seconds: Sequence[float]) -> int:
         """*local*. 64 bits of the pieces whose turn it is; 0 if it is no piece's turn.
 
         Args:
-            seconds: Readings of clocks, whose sum grows as time passes; the same on all workers. Not numbers: not known.
+            seconds: Clock readings whose sum grows as time passes, the same on all workers; NaN if unknown.
         """
         if self._rest:
             self._rest -= 1
             return 0
         before_s, self._read_s = self._read_s, sum(seconds)
-        passed_s = self._read_s - before_s
-        if math.isnan(passed_s):
-            passed_s = 0.0
+        passed_s = 0.0 if math.isnan(self._read_s - before_s) else self._read_s - before_s
         looked_at = self._due(passed_s) if self._collective.size > 1 else []
         self._rest = self._pause(passed_s)
         self._steps = self._rest + 1
-        return int.from_bytes(_digest(looked_at), "little") | 1 if looked_at else 0  # never 0 if there is something
+        return int.from_bytes(_digest(looked_at), "little") | 1 if looked_at else 0  # 0 is for no piece
 
     def _due(self, passed_s: float) -> list[Part]:
         """The pieces whose turn it is."""
@@ -113,7 +110,7 @@ class ReplicaGuard:
                 self._places, self._pieces = places, _pieces(tensors)
             self._next, self._looked = 0, 0.0
         begin = self._next
-        # Within the period, whatever it costs; and more while there is time.
+        # What the period demands, at any cost; and more while there is time.
         self._looked += self._steps * len(self._pieces) / (self._every or PERIOD)
         self._credit.earn(passed_s)
         while self._next < len(self._pieces) and self._is_due(self._pieces[self._next][1]):
@@ -125,12 +122,12 @@ class ReplicaGuard:
         return self._next + 1 <= self._looked + 1e-9 or (self._every is None and self._credit.affords(cost_s))
 
     def _pause(self, passed_s: float) -> int:
-        """For how many steps nothing will be due, if they take as long as those before: to ask in each of them would cost as much
-        as to look."""
+        """For how many steps nothing will be due, if they take as long as those before: asking in each step would cost as much as
+        looking."""
         period = self._every or PERIOD
-        if not self._pieces:  # as with one copy of the weights for all, and every state with its owner
+        if not self._pieces:  # one shared copy of the weights, and all state sharded
             return period - 1
-        begins = self._next >= len(self._pieces)  # what comes then has not been seen yet: it may be like this time
+        begins = self._next >= len(self._pieces)  # a new round, whose pieces are assumed to be like these
         missing = 1 - 1e-9 if begins else self._next + 1 - 1e-9 - self._looked
         steps = missing * period / len(self._pieces)
         if self._every is None:
@@ -152,7 +149,7 @@ class ReplicaGuard:
             self.settle(step)
 
     def settle(self, step: int) -> None:
-        """*collective*. Names what differs and who differs; heals it if asked to.
+        """*collective*. Names what differs and on which workers; heals it if asked to.
 
         Raises:
             Desync: It was not healed.
@@ -175,7 +172,7 @@ class ReplicaGuard:
         if self._on_desync == "error" or not known:
             raise Desync(
                 f"{found}. A bit may have flipped in memory, or code changed the model on some workers only (a callback that "
-                f"asks for the rank?). The last {steps} steps may be affected: go on from a checkpoint before them"
+                f"depends on the rank?). The last {steps} steps may be affected: resume from a checkpoint before them"
                 + ("" if known else "; with two workers nobody can say which one is right"),
                 step=step,
                 tensor=names[0],
@@ -196,8 +193,8 @@ class ReplicaGuard:
 
 
 def _pieces(tensors: Sequence[Tensor]) -> list[tuple[list[Part], float]]:
-    """Everything in pieces of at most 1 MiB, with what each costs. What does not lie in one stretch of memory is not cut; looking
-    at it copies it. Small tensors become arrays here: to do so costs more than to look at them."""
+    """Everything in pieces of at most 1 MiB, with what each costs. A tensor that is not contiguous is not cut; looking at it
+    copies it. Small tensors become arrays here, once, since that costs more than looking at them."""
     found: list[list[Tensor]] = []
     room = 0
     for tensor in tensors:
@@ -211,11 +208,11 @@ def _pieces(tensors: Sequence[Tensor]) -> list[tuple[list[Part], float]]:
                 room = _PIECE_BYTES
             found[-1].append(part)
             room -= part.nbytes
-    return [([_bytes_of(part) if _is_small(part) else part for part in piece], _cost(piece)) for piece in found]
+    return [([_as_array(part) for part in piece], _cost(piece)) for piece in found]
 
 
-def _is_small(tensor: Tensor) -> bool:
-    return tensor.nbytes <= _SMALL_BYTES and tensor.is_cpu and tensor.is_contiguous()
+def _as_array(part: Tensor) -> Part:
+    return _bytes_of(part) if part.nbytes <= _SMALL_BYTES and part.is_cpu and part.is_contiguous() else part
 
 
 def _cost(piece: Sequence[Tensor]) -> float:
@@ -223,8 +220,8 @@ def _cost(piece: Sequence[Tensor]) -> float:
 
 
 def _digest(parts: Sequence[Part]) -> bytes:
-    """64 bits of the bytes of these. Many bytes are summed up first, as integers in columns: any one bit that differs
-    changes a sum, and reading the memory is all that it costs."""
+    """64 bits of the bytes of these. Many bytes are first summed as integers in columns: any single bit that differs changes a
+    sum, and the cost is that of reading the memory."""
     found = blake2b(digest_size=8)
     small: list[Array] = []
     for part in parts:
@@ -234,12 +231,12 @@ def _digest(parts: Sequence[Part]) -> bytes:
             _add_large(found, part)
         else:
             small.append(_bytes_of(part))
-    # Each call costs more than the bytes of a small tensor do, so that these are looked at as one.
+    # A call costs more than the bytes of a small tensor, so these are digested together.
     raw = np.frombuffer(b"".join([one.data for one in small]), np.uint8)
     if raw.nbytes > _HASHED_BYTES:
         summed = raw.nbytes // _ROW_BYTES * _ROW_BYTES
         words = raw[:summed].view(np.uint64).reshape(-1, _COLUMNS)
-        # Odd factors lose no bit, and tell apart what lies in one tensor from the same in another.
+        # Odd factors lose no bit, and distinguish equal rows in different places.
         factors = np.arange(1, len(words) + 1, dtype=np.uint64) * _FACTOR | np.uint64(1)
         found.update(np.einsum("i,ij->j", factors, words).data)
         raw = raw[summed:]
@@ -248,7 +245,7 @@ def _digest(parts: Sequence[Part]) -> bytes:
 
 
 def _add_large(found: blake2b, tensor: Tensor) -> None:
-    """Sums where the tensor lies: little of it travels if that is a GPU."""
+    """Sums on the tensor's device, so that little is copied from a GPU."""
     raw = tensor.detach().reshape(-1).view(torch.uint8)
     summed = raw.numel() // _ROW_BYTES * _ROW_BYTES
     words = raw[:summed].view(torch.int64).view(-1, _COLUMNS)
@@ -258,10 +255,8 @@ def _add_large(found: blake2b, tensor: Tensor) -> None:
 
 
 def _bytes_of(tensor: Tensor) -> Array:
-    """The memory of a tensor, or a copy of it if it does not lie in one stretch on the CPU."""
-    there = tensor.detach()
-    if not there.is_cpu:
-        there = there.cpu()
-    if there.dtype not in _KNOWN_TO_NUMPY:
-        there = there.reshape(-1).view(torch.uint8)
-    return np.ascontiguousarray(there.numpy())
+    """The memory of a tensor; a copy if it is not contiguous or not on the CPU."""
+    here = tensor.detach().cpu()
+    if here.dtype not in _KNOWN_TO_NUMPY:
+        here = here.reshape(-1).view(torch.uint8)
+    return np.ascontiguousarray(here.numpy())

@@ -1,9 +1,9 @@
-"""A worker that is slower than the others is named once, with the likely cause where the system knows it.
+"""A worker that is slower than the others is named once, with the likely cause where the system shows one.
 
-With every step each worker tells all others where its time has gone so far. From that everybody reckons the same: what a
-microbatch costs each worker in computing and loading. Compared are sums over a window of at least ``STEPS`` steps and
-``SECONDS`` seconds, as differences of what was told at its ends: the steps in between cost nothing. A single hiccup is no
-straggler, so a worker must be slow in most parts of the window, too.
+With every step each worker tells all others where its time has gone so far, so that all compute the same: what a microbatch
+costs each worker in loading and computing. Sums over a window of at least ``STEPS`` steps and ``SECONDS`` seconds are compared,
+as differences of the readings at its ends; the steps in between cost nothing. To tell a straggler from a single hiccup, a worker
+must also be slow in most parts of the window.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ PARTS = 5
 SLOW_PARTS = 4
 """A straggler is slow in this many of the window's equal parts."""
 BLOCK_S = 0.1
-"""Steps are summed up in blocks of about this time, or of one step if that takes longer, or of ``MOST_STEPS`` if those take
-less."""
+"""Steps are summed in blocks of about this time: at least one step, at most ``MOST_STEPS``."""
 MOST_STEPS = 200
 
 LOOK_EVERY_S = 5.0
@@ -56,7 +55,7 @@ _DATA, _COMPUTE = PHASES.index("data"), PHASES.index("compute")
 
 
 class Told(Protocol):
-    """What a worker says with each step (``unisono.training.header.Signals``)."""
+    """What a worker tells the others with each step (``unisono.training.header.Signals``)."""
 
     @property
     def seconds(self) -> tuple[float, float, float, float]: ...
@@ -69,8 +68,8 @@ class Told(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
-    """Some steps of all workers, who had the same ranges in all of them."""
+class TimingBlock:
+    """Some consecutive steps, in all of which the workers had the same ranges."""
 
     steps: int
     seconds: Array
@@ -78,7 +77,7 @@ class Block:
     leaves: Array
     """Microbatches that each worker computed in them: float64 ``[workers]``."""
     troubles: tuple[int, ...]
-    """What each worker complained of in the last of them."""
+    """The troubles of each worker in the last of them."""
     shares: tuple[int, ...]
     """Microbatches that each worker has in a full step."""
     full: int
@@ -86,7 +85,7 @@ class Block:
     full_seconds: Array
     """Summed over these: float64 ``[workers, phases]``."""
     full_work_s: Array
-    """What of that went into microbatches, loading aside, summed over these: float64 ``[workers]``."""
+    """Seconds of that spent on microbatches, without loading: float64 ``[workers]``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +94,14 @@ class Straggler:
 
     rank: int
     slowness: float
-    """Its time for a microbatch, in that of the median worker."""
+    """Its time for a microbatch, as a multiple of the median worker's."""
     loading: bool
-    """Whether most of what it takes longer goes into loading samples."""
+    """Whether it loses most of its time in loading samples."""
     troubles: int
 
 
 class _Stretch(NamedTuple):
-    """Steps that follow each other, with as many microbatches each."""
+    """Consecutive steps with equally many microbatches."""
 
     steps: int
     filled: int
@@ -112,7 +111,7 @@ class _Stretch(NamedTuple):
 
 
 class Stragglers:
-    """Collects what all workers tell, and finds stragglers. *Collective*: all workers call it with the same.
+    """Collects what all workers tell, and finds stragglers. *Collective*: all workers call it with the same values.
 
     Args:
         ranges: Each worker's microbatches.
@@ -123,27 +122,24 @@ class Stragglers:
         self._warn = warn
         self._named: set[int] = set()
         self.found: list[Straggler] = []
-        """Whom the last block named."""
+        """The stragglers that the last block showed."""
         self._due = 1  # steps of the next block, by the speed of the one before
-        self._blocks: list[Block] = []
-        self._steps, self._seconds = 0, 0.0  # of these blocks
         self.reassign(ranges)
 
     def reassign(self, ranges: Sequence[Span]) -> None:
-        """From the next step on these are each worker's microbatches. What was told of others is forgotten."""
+        """From the next step on these are each worker's microbatches. Times measured with other ranges are dropped."""
         self._lo, self._hi = np.array(list(zip(*ranges, strict=True)))
         self._shares = tuple(hi - lo for lo, hi in ranges)
         self._full = ranges[-1][1]
-        self._full_leaves: Array = (self._hi - self._lo).astype(np.float64)
-        self._filled = -1  # microbatches of the steps that are to be told; -1: no step yet
-        self._alike = 0  # so many of these steps there have been
-        self._wait = self._due  # and so many there may be before a block is complete
+        self._filled = -1  # microbatches of the steps whose times come next; -1: no step yet
+        self._alike = 0  # how many such steps there were
+        self._wait = self._due  # and how many there may be before a block is complete
         self._readings: Array = np.zeros((len(ranges), len(PHASES) + 1))  # when these steps began
         self._stretches: list[_Stretch] = []
-        self._forget()
+        self._blocks: list[TimingBlock] = []
 
-    def add(self, told: Sequence[Told], filled: int) -> Block | None:
-        """Takes what was told with a step.
+    def add(self, told: Sequence[Told], filled: int) -> TimingBlock | None:
+        """Takes what the workers told with a step.
 
         Args:
             told: By rank; the seconds are those up to this step.
@@ -155,10 +151,10 @@ class Stragglers:
         self._alike += 1
         if self._alike < self._wait and filled == self._filled:
             return None
-        return self._look(told, filled)
+        return self._read(told, filled)
 
-    def _look(self, told: Sequence[Told], filled: int) -> Block | None:
-        """A block may be complete, or the steps that follow have other microbatches."""
+    def _read(self, told: Sequence[Told], filled: int) -> TimingBlock | None:
+        """A block may be complete, or the steps that follow have another number of microbatches."""
         before, self._filled = self._filled, filled
         steps, self._alike = self._alike, 0
         if len(told) == 1:
@@ -176,24 +172,21 @@ class Stragglers:
         seconds = float(block.seconds[0].sum())
         self._wait = self._due = min(max(1, round(BLOCK_S * block.steps / seconds)), MOST_STEPS) if seconds > 0 else 1
         self._blocks.append(block)
-        self._steps += block.steps
-        self._seconds += seconds
         self.found = []
-        if self._steps >= STEPS and self._seconds >= SECONDS:
+        window_s = sum(float(block.seconds[0].sum()) for block in self._blocks)
+        if sum(block.steps for block in self._blocks) >= STEPS and window_s >= SECONDS:
             self._judge()
         return block
 
-    def _block(self, troubles: tuple[int, ...]) -> Block:
-        stretches = self._stretches
-        full = [stretch for stretch in stretches if stretch.filled == self._full]
-        seconds = full_seconds = stretches[0].seconds
-        if len(stretches) > 1 or not full:
-            seconds = np.sum([stretch.seconds for stretch in stretches], axis=0)
-            full_seconds = np.sum([np.zeros_like(seconds), *(stretch.seconds for stretch in full)], axis=0)
-        return Block(
-            steps=sum(stretch.steps for stretch in stretches),
+    def _block(self, troubles: tuple[int, ...]) -> TimingBlock:
+        zeros = np.zeros_like(self._readings)
+        full = [stretch for stretch in self._stretches if stretch.filled == self._full]
+        seconds = sum((stretch.seconds for stretch in self._stretches), zeros)
+        full_seconds = sum((stretch.seconds for stretch in full), zeros)
+        return TimingBlock(
+            steps=sum(stretch.steps for stretch in self._stretches),
             seconds=seconds[:, :-1],
-            leaves=np.sum([stretch.steps * self._leaves(stretch.filled) for stretch in stretches], axis=0),
+            leaves=sum((stretch.steps * self._leaves(stretch.filled) for stretch in self._stretches), zeros[:, 0]),
             troubles=troubles,
             shares=self._shares,
             full=sum(stretch.steps for stretch in full),
@@ -202,8 +195,7 @@ class Stragglers:
         )
 
     def _leaves(self, filled: int) -> Array:
-        if filled == self._full:
-            return self._full_leaves
+        """How many of a step's microbatches each worker has, of which the first ``filled`` hold samples."""
         leaves: Array = np.clip(np.minimum(self._hi, filled) - self._lo, 0.0, None)
         return leaves
 
@@ -213,36 +205,28 @@ class Stragglers:
                 self._named.add(straggler.rank)
                 self.found.append(straggler)
                 self._warn(straggler)
-        self._forget()
-
-    def _forget(self) -> None:
         self._blocks.clear()
-        self._steps, self._seconds = 0, 0.0
 
 
-def find_stragglers(blocks: Sequence[Block]) -> list[Straggler]:
-    """*local*. Who was slow over all these blocks, and in most parts of them."""
+def find_stragglers(blocks: Sequence[TimingBlock]) -> list[Straggler]:
+    """*local*. The workers that were slow over all these blocks, and in most parts of them."""
     seconds = np.array([block.seconds[:, [_DATA, _COMPUTE]] for block in blocks])
     leaves = np.array([block.leaves for block in blocks])
     whole = _costs(seconds, leaves)
     cuts = [len(blocks) * part // PARTS for part in range(PARTS + 1)]
     parts = [_slow(_costs(seconds[lo:hi], leaves[lo:hi]).sum(axis=1)) for lo, hi in itertools.pairwise(cuts) if hi > lo]
     often = np.sum(parts, axis=0) * PARTS >= SLOW_PARTS * len(parts)
-    # A worker that has less to do than the others pays what is due once a step with fewer microbatches, and is still done first.
+    # What a step costs once, whatever its microbatches, weighs more on a worker with few of them, which is still done first.
     own = seconds.sum(axis=(0, 2))
     ordered = np.sort(own)  # not np.median, whose first call takes 30 ms
     holding_up = own >= (ordered[(len(own) - 1) // 2] + ordered[len(own) // 2]) / 2
     costs = whole.sum(axis=1)
+    typical = whole[np.argsort(costs)[(len(costs) - 1) // 2]]
     found = []
     for rank in np.flatnonzero(_slow(costs) & often & holding_up):
-        typical = whole[np.argsort(costs)[(len(costs) - 1) // 2]]
         excess = whole[rank] - typical
-        troubles = 0
-        for block in blocks:
-            troubles |= block.troubles[rank]
-        found.append(
-            Straggler(int(rank), float(costs[rank] / typical.sum()), bool(excess[0] > excess[1]), troubles),
-        )
+        troubles = int(np.bitwise_or.reduce([block.troubles[rank] for block in blocks]))
+        found.append(Straggler(int(rank), float(costs[rank] / typical.sum()), bool(excess[0] > excess[1]), troubles))
     return found
 
 
@@ -264,11 +248,7 @@ def _slow(costs: Array) -> npt.NDArray[np.bool_]:
 
 
 def warning(straggler: Straggler, identity: str) -> str:
-    """*local*. The text that a person sees.
-
-    Args:
-        identity: Host and process of the worker.
-    """
+    """*local*. The warning's text; ``identity`` names the worker's host and process."""
     return f"worker {straggler.rank} ({identity}) is slow: {reason(straggler)}"
 
 
@@ -276,18 +256,18 @@ def reason(straggler: Straggler) -> str:
     """*local*. How slow it is, and why."""
     causes = ["most of that is loading samples: raise Loader(num_workers=...), or look at its disk"] if straggler.loading else []
     causes += [text for bit, text in TROUBLES.items() if straggler.troubles & bit]
-    cause = f"Likely cause: {'; '.join(causes)}" if causes else "The system knows no cause: look what else runs on that host"
+    cause = f"Likely cause: {'; '.join(causes)}" if causes else "The system shows no cause: see what else runs on that host"
     return (
         f"a microbatch takes it {straggler.slowness:.2f} times as long as the median worker, and the others wait for it. {cause}"
     )
 
 
 def warn_about(identity: Callable[[int], str], *, main: bool) -> Callable[[Straggler], None]:
-    """*local*. What ``Stragglers`` calls: warns on the worker that speaks for all.
+    """*local*. What ``Stragglers`` calls: warns on the main worker.
 
     Args:
         identity: Host and process of a worker, by rank.
-        main: Whether this is that worker.
+        main: Whether this is the main worker.
     """
 
     def warn(straggler: Straggler) -> None:
@@ -297,11 +277,8 @@ def warn_about(identity: Callable[[int], str], *, main: bool) -> Callable[[Strag
     return warn
 
 
-# ---------------------------------------------------------------------- the machine
-
-
-class Machine:
-    """Looks at this worker's machine now and then. *Local.*
+class HostMonitor:
+    """Looks from time to time for what slows this worker's host down. *Local.*
 
     Args:
         world: How many workers this host has, and their threads.
@@ -310,42 +287,33 @@ class Machine:
     """
 
     def __init__(self, world: World, *, root: Path = Path("/"), clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._stat = root / "proc/stat"
-        self._root = root
+        self._clock, self._root = clock, root
         self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
         self._fixed = CROWDED if world.local_size * world.threads > usable_cores(root) else 0
         self._troubles = self._fixed
         self._looked_s = clock()
-        self._throttled_s, (self._stolen, self._ticks) = self._read_throttled(), self._read_ticks()
+        self._counts = self._read()
 
     def troubles(self) -> int:
-        """What might slow this worker down, as bits; as of the last look, at most ``LOOK_EVERY_S`` ago."""
+        """What may slow this worker down, as bits, found at most ``LOOK_EVERY_S`` ago."""
         now = self._clock()
-        if now - self._looked_s >= LOOK_EVERY_S:
-            self._look(now - self._looked_s)
-            self._looked_s = now
+        elapsed_s = now - self._looked_s
+        if elapsed_s >= LOOK_EVERY_S:
+            counts = self._read()
+            throttled_s, stolen, ticks = (new - old for new, old in zip(counts, self._counts, strict=True))
+            throttled, robbed = throttled_s >= THROTTLED_SHARE * elapsed_s, stolen >= max(1, STOLEN_SHARE * ticks)
+            self._troubles = self._fixed | THROTTLED * throttled | STOLEN * robbed
+            self._looked_s, self._counts = now, counts
         return self._troubles
 
-    def _look(self, elapsed_s: float) -> None:
-        throttled_s, (stolen, ticks) = self._read_throttled(), self._read_ticks()
-        throttled = throttled_s - self._throttled_s >= THROTTLED_SHARE * elapsed_s
-        robbed = stolen - self._stolen >= max(1, STOLEN_SHARE * (ticks - self._ticks))
-        self._troubles = self._fixed | THROTTLED * throttled | STOLEN * robbed
-        self._throttled_s, self._stolen, self._ticks = throttled_s, stolen, ticks
-
-    def _read_throttled(self) -> float:
-        """Seconds that the cgroups around this process have been throttled, all cores together."""
-        return sum(cgroup.throttled_s for cgroup in throttling(self._root))
-
-    def _read_ticks(self) -> tuple[int, int]:
-        """Ticks that this process's cores were stolen, and all their ticks."""
+    def _read(self) -> tuple[float, int, int]:
+        """Seconds that this process's cgroups were throttled, on all cores; ticks stolen from its cores, and all their ticks."""
         stolen = ticks = 0
         with contextlib.suppress(OSError, ValueError, IndexError):
-            for line in self._stat.read_text().splitlines():
+            for line in (self._root / "proc/stat").read_text().splitlines():
                 name, *fields = line.split()
                 if name.startswith("cpu") and name[3:].isdecimal() and int(name[3:]) in self._cores:
                     # user nice system idle iowait irq softirq steal; guest time is counted in user already
                     stolen += int(fields[7])
                     ticks += sum(map(int, fields[:8]))
-        return stolen, ticks
+        return sum(cgroup.throttled_s for cgroup in throttling(self._root)), stolen, ticks

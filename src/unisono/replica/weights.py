@@ -13,8 +13,8 @@ from torch import Tensor
 
 from unisono.collective import Collective
 from unisono.errors import ConfigurationError
-from unisono.guard.budget import Dose
 from unisono.layout import Layout
+from unisono.system.budget import Dose
 from unisono.system.memory import give_back_freed_memory
 
 _PROBES = 16

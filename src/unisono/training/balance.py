@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from unisono.guard.stragglers import Block
+from unisono.guard.stragglers import TimingBlock
 from unisono.observe.timing import PHASES
 from unisono.tree import Span, assignment_by_time
 
@@ -59,7 +59,7 @@ class _Window:
     """How long steps take worker 0: float64 ``[blocks]``."""
 
     @classmethod
-    def of(cls, blocks: Sequence[Block]) -> _Window:
+    def of(cls, blocks: Sequence[TimingBlock]) -> _Window:
         steps = np.array([[block.full] for block in blocks])
         phases = np.array([block.full_seconds for block in blocks])
         work = phases[:, :, _DATA] + np.array([block.full_work_s for block in blocks])
@@ -118,7 +118,7 @@ class Balance:
         self.ranges = tuple(ranges)
         self._leaves = self.ranges[-1][1]
         self._hosts = hosts
-        self._blocks: list[Block] = []
+        self._blocks: list[TimingBlock] = []
         self._seconds = 0.0  # of these blocks
         self._fresh = True
         self._window = 0
@@ -131,7 +131,7 @@ class Balance:
         """Microbatches of each worker, by rank."""
         return tuple(hi - lo for lo, hi in self.ranges)
 
-    def add(self, block: Block) -> tuple[Span, ...] | None:
+    def add(self, block: TimingBlock) -> tuple[Span, ...] | None:
         """Takes the times of some steps.
 
         Returns:

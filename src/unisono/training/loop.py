@@ -11,7 +11,7 @@ from unisono.data.batches import BatchStream, Feed, following
 from unisono.data.loader import Loader, dataset_length, read_sample
 from unisono.errors import ConfigurationError
 from unisono.guard.data import check_same_data, probe
-from unisono.guard.stragglers import Block, Machine
+from unisono.guard.stragglers import HostMonitor, TimingBlock
 from unisono.order import Order, OrderLike, make_order
 from unisono.system.signals import StopRequest
 from unisono.training.header import Signals
@@ -51,7 +51,7 @@ class Loop:
         session: Session,
         run: Run,
         *,
-        machine: Machine,
+        machine: HostMonitor,
         observer: Observer,
         edits_weights: Callable[[], bool],
     ) -> None:
@@ -222,7 +222,7 @@ class Loop:
             session=flags,
         )
 
-    def balance(self, block: Block) -> Sequence[Span] | None:
+    def balance(self, block: TimingBlock) -> Sequence[Span] | None:
         """*local*, alike on all workers. Everybody's microbatches from the next batch on, if they change.
 
         Args:

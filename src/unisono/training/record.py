@@ -10,7 +10,7 @@ import torch
 
 from unisono.collective import Collective
 from unisono.guard.ledger import NOTHING, Entry
-from unisono.guard.stragglers import Block, Straggler, reason
+from unisono.guard.stragglers import Straggler, TimingBlock, reason
 from unisono.observe.progress import ProgressDisplay
 from unisono.observe.timing import PHASES, StepClock
 from unisono.system.memory import peak_memory_bytes
@@ -113,7 +113,7 @@ def log_line(
     position: Position,
     clock: StepClock,
     seconds: dict[str, float],
-    block: Block | None,
+    block: TimingBlock | None,
     moved: Sequence[Span] | None = None,
 ) -> dict[str, int | float | str]:
     """The step's line in ``metrics.jsonl``.
@@ -150,7 +150,7 @@ def straggler_line(step: int, straggler: Straggler) -> dict[str, int | float | s
     return {"step": step, "event": "straggler", "worker": straggler.rank, "slowness": straggler.slowness, "text": text}
 
 
-def _others(block: Block) -> dict[str, float]:
+def _others(block: TimingBlock) -> dict[str, float]:
     """Seconds a step, on average over the block."""
     return {
         f"{name}_s_{rank}": round(value, 6)

@@ -15,7 +15,7 @@ from unisono.checkpoint.format import digest, encode
 from unisono.collective import Collective
 from unisono.errors import CheckpointError, ConfigurationError, Desync
 from unisono.guard.ledger import LOWER_HALVES, NOTHING, samples_of, whole
-from unisono.guard.stragglers import Block
+from unisono.guard.stragglers import TimingBlock
 from unisono.observe.summary import Summary
 from unisono.observe.timing import StepClock
 from unisono.training.header import Signals
@@ -128,7 +128,7 @@ class Run:
                 step=self.position.step,
             )
 
-    def note(self, result: StepResult, *, bytes_sent: int, block: Block | None, moved: Sequence[Span] | None) -> None:
+    def note(self, result: StepResult, *, bytes_sent: int, block: TimingBlock | None, moved: Sequence[Span] | None) -> None:
         """*local*. Counts a step, and writes its line into the log.
 
         Args:

@@ -12,7 +12,7 @@ import torch
 
 from unisono.collective import Collective
 from unisono.errors import ConfigurationError
-from unisono.guard.silence import Board, Watch
+from unisono.guard.silence import SilenceWatch, StatusBoard
 from unisono.world import World
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Session:
     can_change = False
     everyone_leaves = False
     group: WorkerGroup
-    watch: Watch
+    watch: SilenceWatch
 
     def __init__(self, collective: Collective) -> None:
         self._collective = collective
@@ -112,7 +112,9 @@ class Session:
         """*local*. Whether this worker has entered a call of the others in the middle, and has yet to begin its loop."""
         return False
 
-    def begin(self, participant: Participant, *, identity: Mapping[str, Any], timeout_s: float, board: Board | None) -> None:
+    def begin(
+        self, participant: Participant, *, identity: Mapping[str, Any], timeout_s: float, board: StatusBoard | None
+    ) -> None:
         """*collective*, once. Brings all workers to where the run begins.
 
         Args:
@@ -121,7 +123,7 @@ class Session:
             timeout_s: How long workers wait for one of them.
             board: Where this worker shows what it is doing.
         """
-        self.watch = Watch.begin(self._collective, timeout_s, board)
+        self.watch = SilenceWatch.begin(self._collective, timeout_s, board)
         self.group = participant.rebuild(self._collective)
         participant.start()
 

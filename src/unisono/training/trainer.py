@@ -20,8 +20,8 @@ from unisono.collective import Collective
 from unisono.data.loader import Loader, check_loader, dataset_length
 from unisono.errors import ConfigurationError
 from unisono.guard.replicas import OnDesync
-from unisono.guard.silence import Board
-from unisono.guard.stragglers import Machine
+from unisono.guard.silence import StatusBoard
+from unisono.guard.stragglers import HostMonitor
 from unisono.layout import Layout
 from unisono.observe.summary import Summary, show_summary
 from unisono.observe.timing import StepClock
@@ -156,7 +156,7 @@ class Trainer:
         self._world = enter(world or World.from_environment(), microbatches)
         self.device = choose_device(device, self._world, model)
         prepare_process(self._world, self.device)
-        machine = Machine(self._world)
+        machine = HostMonitor(self._world)
         model.to(self.device)
         self._session = session = session_class(self._world, collective).open(
             self._world,
@@ -167,7 +167,7 @@ class Trainer:
             microbatches=microbatches,
         )
         layout = Layout(trainable)
-        board = Board.make() if session.can_change or session.collective.size > 1 else None
+        board = StatusBoard.make() if session.can_change or session.collective.size > 1 else None
         self._local = LocalState(
             model=model,
             optimizer=optimizer,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unisono.guard.budget import Credit, Dose
+from unisono.system.budget import Credit, Dose
 
 
 def test_what_was_earned_can_be_spent_once() -> None:

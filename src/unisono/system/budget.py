@@ -1,4 +1,4 @@
-"""How much of the time guards may take that do more the more time they have. *Local.*"""
+"""Keeping optional work within a share of the time. *Local.*"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class Credit:
-    """Seconds that may be spent: a share of those that pass. All workers can reckon alike, if they are told alike.
+    """Seconds that may be spent: a share of those that pass. Workers that are told the same compute the same.
 
     Args:
         share: Of the time that passes.
@@ -22,36 +22,35 @@ class Credit:
         self._left_s += self._share * elapsed_s
 
     def affords(self, cost_s: float) -> bool:
-        """Whether there is as much."""
+        """Whether that much is left."""
         return self._left_s >= cost_s
 
     def missing(self, cost_s: float) -> float:
-        """How many seconds must pass until there is as much."""
+        """Seconds that must pass until that much is left."""
         return max(0.0, cost_s - self._left_s) / self._share
 
     def spend(self, cost_s: float) -> None:
-        """Takes it, or all there is if that is less: what must be done is done, and nobody is in debt for it."""
+        """Takes that much, or all that is left: work that had to be done leaves no debt."""
         self._left_s = max(0.0, self._left_s - cost_s)
 
 
 class Dose:
-    """How much to do each time, so that it takes a share of the time, by this worker's own clock: at least 1.
+    """How much to do each time, at least 1, so that it takes a share of the time by this worker's own clock.
 
     Args:
-        share: Of the time from one time to the next.
-        most: Not more than this.
+        share: Of the time from one ``adjust`` to the next.
+        most: The largest amount.
         clock: Gives seconds; only differences are used.
     """
 
     def __init__(self, share: float, most: int, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self.amount = 1
-        self._share, self._most = share, most
-        self._clock = clock
+        self._share, self._most, self._clock = share, most, clock
         self._spent_s = 0.0
         self._began_s: float | None = None
 
     def begin(self) -> float:
-        """A part of what is done each time begins: the time, for ``end``."""
+        """Part of the work begins: the time, for ``end``."""
         return self._clock()
 
     def end(self, began_s: float) -> None:
@@ -59,13 +58,12 @@ class Dose:
         self._spent_s += self._clock() - began_s
 
     def adjust(self) -> None:
-        """The next time begins: with twice as much, if all of the last time took less than half of what it may; with half as
-        much if it took more than it may."""
+        """Halves the amount if the last round took more than its share, doubles it if it took less than half of that."""
         now_s = self._clock()
         if self._began_s is not None:
-            may_s = self._share * (now_s - self._began_s)
-            if self._spent_s > may_s:
+            share_s = self._share * (now_s - self._began_s)
+            if self._spent_s > share_s:
                 self.amount = max(1, self.amount // 2)
-            elif 2 * self._spent_s < may_s:
+            elif 2 * self._spent_s < share_s:
                 self.amount = min(self._most, 2 * self.amount)
         self._began_s, self._spent_s = now_s, 0.0
