@@ -1,4 +1,4 @@
-"""Who takes part, read from a launcher's environment, or one process alone; and how many cores there are to use."""
+"""Rank and world size, read from a launcher's environment, or one process alone; and how many cores there are to use."""
 
 from __future__ import annotations
 
@@ -49,26 +49,26 @@ class World:
     master_port: int | None = None
     """Port on which the workers meet; None when alone."""
     size_defaulted: bool = False
-    """Whether `unisono run` chose the number of workers, because nobody named one."""
+    """Whether the number of workers is a default of `unisono run`."""
     store: str | None = None
-    """HOST:PORT of the store (a `torch.distributed.TCPStore`) by which `unisono run` and its workers tell each other who is
-    there, who has died and who shall leave; None where nobody serves one: then a worker that dies ends the run."""
+    """HOST:PORT of the store (a `torch.distributed.TCPStore`) through which `unisono run` and its workers coordinate membership;
+    None under other launchers: then a worker that dies ends the run."""
     session: str | None = None
     """The kind of session that the launcher serves, as "module:class"; None: one whose workers stay the same."""
     attempt: int = 0
-    """How often all workers have been started anew so far: an attempt has the part "unisono/ATTEMPT" of the store."""
+    """How often all workers have been restarted so far; keys of an attempt have the prefix "unisono/ATTEMPT" in the store."""
     uid: str = ""
     """Name of this process in the attempt, never used again: "0.3" is the fourth that host 0 has started."""
     founders: tuple[str, ...] = ()
-    """Names of the workers that the attempt starts with, in order of rank; empty for one that joins them later."""
+    """Uids of the workers that the attempt starts with, in order of rank; empty for a worker that joins later."""
     joins: bool = False
-    """Whether this worker was started later than the founders: its rank and size say only which of its host's it is."""
+    """Whether this worker was started later than the founders: its rank and size are those on its host."""
     minimum: int = 1
-    """Fewest workers that go on."""
+    """Smallest world size with which training goes on."""
     wait_s: float = 300.0
-    """How long fewer workers than that wait for more, in seconds."""
+    """How long fewer workers than the minimum wait for more, in seconds."""
     terminal: tuple[int, int] | None = None
-    """Descriptors of the launcher's standard output and error, for whoever speaks to the person; None if it has none."""
+    """Descriptors of the launcher's standard output and error, for the worker that prints; None if it has none."""
 
     @property
     def is_main(self) -> bool:
@@ -82,7 +82,7 @@ class World:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] | None = None) -> World:
-        """Read who takes part from the variables of torchrun, `unisono run` or srun; without any: alone. *local*
+        """Read rank and world size from the variables of torchrun, `unisono run` or srun; without any: alone. *local*
 
         Args:
             env: The variables; None means those of this process. Nothing is changed.

@@ -124,7 +124,7 @@ def _launch_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 class Command(click.Command):
-    """A command for which settings that cannot be used are mistakes of the person who typed it."""
+    """A command that reports a setting it cannot use as a usage error."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -134,7 +134,7 @@ class Command(click.Command):
 
 
 class Commands(click.Group):
-    """Commands that end as a shell expects it when Ctrl-C strikes before one of them listens for it. Click would say 1."""
+    """Commands that exit with 130 on a Ctrl-C that arrives before they handle it themselves; click would exit with 1."""
 
     command_class = Command
 
@@ -163,8 +163,8 @@ def main() -> None:
 
 
 def _open_closed_streams() -> None:
-    """What is written to a stream that was closed (`>&-`) goes to /dev/null. Else the next file that anyone opens would take its
-    number, and Python has no object for it."""
+    """Redirect closed streams (`>&-`) to /dev/null: otherwise the next file to be opened would get the number, and Python would
+    have no stream object for it."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             descriptor = os.open(os.devnull, os.O_RDWR)
@@ -194,7 +194,7 @@ def run(context: click.Context, /, script: str, args: tuple[str, ...], **options
 
 
 def _options_astray(context: click.Context, script: str, args: tuple[str, ...]) -> list[str]:
-    """Options of ours that stand behind a script which does not seem to have such options."""
+    """Options of ours after the script, where the script does not seem to have such options itself."""
     ours = {
         word: param.name
         for param in context.command.params
@@ -211,7 +211,7 @@ def _options_astray(context: click.Context, script: str, args: tuple[str, ...]) 
     return [
         name
         for name in found
-        # Who gives it in its place as well, or wrote a script that knows it, means the script's.
+        # Given before the script as well, or known to the script, it is meant for the script.
         if context.get_parameter_source(ours[name] or "") is default and not re.search(rf"""(["']){name}\1""", text)
     ]
 
@@ -231,7 +231,7 @@ def _options_astray(context: click.Context, script: str, args: tuple[str, ...]) 
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def demo(context: click.Context, /, name: str | None, args: tuple[str, ...], copy: bool, asks: bool, **options: Any) -> None:
-    """Its help, which names the examples, stands above."""
+    """Run or copy an example (the help text is given to the decorator, because it names the examples)."""
     if name is None and asks:
         click.echo(context.get_help())
         return

@@ -17,21 +17,21 @@ class LaunchConfig:
     workers: int
     """How many workers."""
     workers_defaulted: bool
-    """Whether nobody named that number: then the Trainer may use fewer."""
+    """Whether that number is a default, so that the Trainer may use fewer."""
     threads: int
     """Threads per worker."""
     grace_s: float
-    """How long workers may take to save their work and leave after a stop, in seconds."""
+    """How long workers may take to save their work and exit after a stop, in seconds."""
     minimum: int = 1
-    """Fewest workers that go on when others are lost."""
+    """Smallest world size with which training goes on when workers are lost."""
     max_restarts: int = 3
     """How often in the whole run a worker is replaced, or all start again from a checkpoint."""
     wait_s: float = 300.0
-    """How long fewer workers than the minimum wait for more, and hosts for each other, in seconds."""
+    """How long to wait for missing workers (fewer than the minimum) or hosts, in seconds."""
     meet: tuple[str, int] | None = None
-    """Host and port where the launchers of several hosts meet; None if there is only this one."""
+    """Host and port of the rendezvous of several hosts; None if there is only this one."""
     hosts: int = 1
-    """How many hosts begin the run together."""
+    """Number of hosts that begin the run together."""
 
     @property
     def environment(self) -> dict[str, str]:

@@ -1,24 +1,24 @@
-"""What launchers and workers tell each other through the store while a run goes on: the launchers' side.
+"""The keys by which launchers and workers coordinate a run through its store: the launchers' side.
 
-Each attempt has a part of the store to itself, "unisono/ATTEMPT". There a launcher writes
+Each attempt has the prefix "unisono/ATTEMPT". Launchers write for the workers
 
 - ``dead/UID``: this process has ended, and how;
-- ``standing/UID``: "1" while SIGSTOP holds this process, "0" once it goes on: on other hosts nobody can see it;
-- ``stop``: the number of the signal that it is about to pass on to all workers. A worker that gets SIGTERM without finding
-  this was told to leave alone;
+- ``standing/UID``: "1" while SIGSTOP holds this process, "0" once it continues: other hosts cannot see that themselves;
+- ``stop``: the number of the signal that is about to be passed on to all workers. A worker that receives SIGTERM without this
+  key was asked to leave on its own;
 
-the workers
+workers write
 
-- ``elastic``: they train with a Trainer, which can go on without one of them. Without it a worker that dies ends the run;
-- ``whole`` = "0": they cannot go on without one of them after all (on GPUs): all have to start again from a checkpoint;
-- ``over``: the run is finished, nobody needs to be replaced any more;
-- ``members``: the uids of those who take part, as a JSON list (of those who begin a later attempt the launchers say it, too);
-- ``outside/UID``: the others go on without this worker, which did not answer: its launcher is to kill it;
+- ``elastic``: they train with a Trainer, which can go on without one of them. Without this key a dead worker ends the run;
+- ``whole`` = "0": they cannot go on without one of them after all (on GPUs): all have to restart from a checkpoint;
+- ``over``: the run is finished, dead workers need not be replaced any more;
+- ``members``: the uids of the present members, as a JSON list (at the start of a later attempt launchers write it, too);
+- ``outside/UID``: the others have gone on without this worker, which did not answer: its launcher must kill it;
 
-and launchers for each other
+and launchers write for each other
 
-- ``again``: all workers of all hosts start again, in the next attempt;
-- ``failed``: the run has failed, and of what.
+- ``again``: all workers of all hosts restart, in the next attempt;
+- ``failed``: the run has failed, and why.
 """
 
 from __future__ import annotations
@@ -111,14 +111,14 @@ class RemoteStore:
 
 @dataclass(frozen=True, kw_only=True)
 class Decisions:
-    """What other hosts' launchers have decided."""
+    """What the launchers of other hosts have decided."""
 
     failed: str | None
-    """Of what the run has failed."""
+    """Why the run has failed; None if it has not."""
     again: bool
-    """Whether all start again."""
+    """Whether all workers restart."""
     stop: signal.Signals | None
-    """What asked the run to stop."""
+    """The signal that asked the run to stop."""
 
 
 class ControlStore:
@@ -135,7 +135,7 @@ class ControlStore:
         self._standing: frozenset[str] = frozenset()
 
     def tell_founders(self, uids: Sequence[str]) -> None:
-        """Tell workers that come later for whom they wait: the founders may all die before one of them could say so."""
+        """Tell later workers which members to wait for: the founders may all die before one of them could write it."""
         self._store.compare_set(f"{self._attempt}/members", "", json.dumps(uids))
 
     def tell_dead(self, uid: str, how: str) -> None:
@@ -143,13 +143,13 @@ class ControlStore:
         self._store.set(f"{self._attempt}/dead/{uid}", how)
 
     def tell_lost(self, hosts: Collection[int]) -> None:
-        """Tell the workers that the members on all other hosts than these have ended: nobody else can say so."""
+        """Tell the workers that the members on hosts other than these have ended: the lost hosts cannot do so themselves."""
         for uid in self._members():
             if int(uid.partition(".")[0]) not in hosts and not self._has(f"dead/{uid}"):
                 self.tell_dead(uid, _LOST)
 
     def tell_standing(self, uids: Iterable[str]) -> None:
-        """Tell the workers which of this host's stand still; the others go on."""
+        """Tell the workers which of this host's processes SIGSTOP holds; all others run."""
         before, self._standing = self._standing, frozenset(uids)
         for uid in before ^ self._standing:
             self._store.set(f"{self._attempt}/standing/{uid}", "1" if uid in self._standing else "0")
@@ -183,8 +183,8 @@ class ControlStore:
 
     @property
     def loose_end(self) -> str | None:
-        """What has become of a run that nobody goes on with: who took part to the last and did not come to its end; None if it is
-        finished."""
+        """Why a run that no host continues is not finished: the last members that did not end well, and how they ended.
+        None if it is finished."""
         if self.is_over:
             return None
         ends = {uid: self._read(f"dead/{uid}") or _LOST for uid in self._members()}

@@ -1,4 +1,4 @@
-"""The files that hold what workers say which nobody sees: kept short, since a run may last for weeks. *Local*."""
+"""Log files of workers without a terminal: kept short, since a run may last for weeks. *Local*."""
 
 from __future__ import annotations
 
@@ -39,6 +39,6 @@ def _cut(log: Path) -> None:
     with log.open("rb") as file:
         file.seek(-KEPT_BYTES, os.SEEK_END)
         last = file.read().partition(b"\n")[2]
-    os.truncate(log, 0)  # what the worker says from now on may come before the rest
+    os.truncate(log, 0)  # what the worker prints from now on may come before the rest
     with log.open("ab") as file:
         file.write(b"[unisono: what the worker said before was dropped: the file had grown too long]\n" + last)

@@ -50,9 +50,9 @@ class WorkerProcess:
     ended_s: float = 0.0
     """When it was seen to have ended, in seconds since the epoch."""
     told_to_end_s: float = float("inf")
-    """When it was told to end, in seconds since the epoch: what fails later comes of that."""
+    """When it was told to end, in seconds since the epoch: a later failure is a consequence."""
     sent: set[int] = field(default_factory=set)
-    """Signals that we have sent it: that it died of one is not its failure."""
+    """Signals that we have sent it: dying of one of them is not a failure."""
     record: FailureRecord | None = None
     """What it wrote down about its failure."""
 
@@ -120,7 +120,7 @@ class WorkerProcesses:
         error_file = self._folder / f"error-{uid or rank}.json"
         error_file.unlink(missing_ok=True)  # its predecessor's
         log = None if rank == 0 and not joins else self._folder / f"worker-{rank}.log"
-        # What we tell our workers is not what an outer `unisono run` told us.
+        # Our own variables of this kind, if any, come from an outer `unisono run`.
         env = overlaid({TERMINAL: "", **env, ERROR_FILE: str(error_file), LAUNCHER_PID: str(os.getpid())})
         with contextlib.ExitStack() as files:
             streams = standard_streams()
@@ -139,7 +139,7 @@ class WorkerProcesses:
         self._by_rank[rank] = WorkerProcess(rank, uid, child, error_file, log, joins=joins)
 
     def forget_ended(self) -> None:
-        """Before another attempt: in it the workers of this host may have other numbers."""
+        """Call it before another attempt, in which the workers of this host may have other numbers."""
         self._by_rank = {rank: process for rank, process in self._by_rank.items() if process.status is None}
 
     def wait(self, limit_s: float) -> None:
@@ -148,7 +148,11 @@ class WorkerProcesses:
         wait_for_end([process.child for process in self.running], limit_s)
 
     def poll(self) -> list[WorkerProcess]:
-        """See who has ended or failed since the last time; begin to end what the dead left running. Those who have ended."""
+        """Find the workers that have ended or failed since the last call, and begin to end what the dead left running.
+
+        Returns:
+            Those that have ended.
+        """
         for process in self._by_rank.values():
             if process.record is None:
                 process.record = read_record(process.error_file)
@@ -163,7 +167,7 @@ class WorkerProcesses:
 
     @property
     def lost(self) -> WorkerFailure | None:
-        """Why nobody can tell how the workers end, if the fork server has ended before them."""
+        """The failure of the fork server, if it has ended before the workers: how they end is unknown then."""
         return self._fork_server.failure
 
     @property
@@ -202,14 +206,14 @@ class WorkerProcesses:
                 process.send(signal.SIGKILL)
 
     def end_stopped(self) -> None:
-        """Kill the workers that run, if SIGSTOP holds every one of them: nobody is left to let them go on."""
+        """Kill the workers that run, if SIGSTOP holds every one of them: nothing would continue them."""
         if all(process.is_stopped for process in self.running):
             self.send(signal.SIGKILL)
 
     def end(self, *, grace_s: float, signum: signal.Signals = signal.SIGTERM) -> None:
         """End all workers and whatever they started: a signal, then SIGKILL for what still runs after the grace.
 
-        A worker that has failed is on its way out already and only gets the grace, for its own last words.
+        A worker that has failed is exiting already and only gets the grace, to finish its cleanup.
         """
         now_s = time.time()
         for process in self._by_rank.values():

@@ -1,11 +1,11 @@
 """Where the launchers of a run meet, and the store that one of them serves.
 
-PyTorch's c10d rendezvous does not serve us: as soon as another host comes it has all workers restarted, before each meeting it
-waits a random part of 0.3 s, and who serves its store is guessed from names. In this one
+PyTorch's c10d rendezvous does not fit: as soon as another host arrives it restarts all workers, it waits up to 0.3 s (at random)
+before each rendezvous, and it guesses from names which host serves the store. In this one
 
 - the launcher that can listen at the agreed address serves the store, and is host 0; the others connect to it;
-- host 0 says which hosts begin an attempt: for the first those that are there when enough are, for a later one those that live;
-- a host that comes later joins the running attempt with its workers, and nobody is restarted.
+- host 0 decides which hosts begin an attempt: the first begins once enough have arrived, a later one with those still alive;
+- a host that arrives later joins the running attempt with its workers, and no worker is restarted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _STORE_TIMEOUT = timedelta(seconds=60)
 _ANSWER_S = 10.0
 """How long the store may take to answer a launcher on another host, in seconds."""
 _BEAT_S = 0.5
-"""How often a host tells that it is there, in seconds."""
+"""Time between two heartbeats of a host, in seconds."""
 _SILENCE_S = 10.0
 """How long a host may be silent before it counts as gone, in seconds."""
 _REUNION_S = 10.0
@@ -45,7 +45,7 @@ class Stopped(Exception):
 
 
 class BrokenOff(Exception):
-    """An attempt was over before all of its workers had started: the hosts have to meet again."""
+    """An attempt ended before all of its workers had started: the hosts have to meet again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Rendezvous:
     Args:
         place: Where the store is served: a name or address of one of the hosts, and a port. None: on this host alone.
         hosts: How many hosts begin the run together.
-        wait_s: How long to wait for the one that serves the store, and for the other hosts, in seconds.
+        wait_s: How long to wait for the host that serves the store, and for the others, in seconds.
         stops: Whether a person has asked to stop.
 
     Raises:
@@ -99,7 +99,7 @@ class Rendezvous:
         self.host = 0 if self.serves else self.store.add("unisono/hosts", 1)
         """Number of this host."""
         self.attempt: Attempt | None = None
-        """The one that `next_attempt` began or joined last."""
+        """The attempt that `next_attempt` began or joined last."""
         self._has_begun = False
         self._leaves = threading.Event()
         self._heart: threading.Thread | None = None
@@ -137,7 +137,7 @@ class Rendezvous:
         """
         number = 0 if self.attempt is None else self.attempt.number + 1
         if self.serves:
-            # Workers of an attempt meet in a store of their own: what an earlier one left behind must not mislead them.
+            # Each attempt has a store of its own for its workers: keys that an earlier one left behind must not mislead them.
             self._workers_store = _serve(self.place, 0)
             self.store.set(f"hosts/{number}/port", str(self._workers_store.port))
             hosts = self._gather(number)
@@ -154,7 +154,10 @@ class Rendezvous:
         return self.attempt
 
     def exchange(self, mine: str) -> list[str]:
-        """*collective*: every host that begins the attempt calls it. What each of them says, in order of rank.
+        """Exchange a text with the other hosts. *collective*: every host that begins the attempt calls it.
+
+        Returns:
+            The text of each host, in order of rank.
 
         Raises:
             BrokenOff: One of them was lost before it could say it.
@@ -173,7 +176,7 @@ class Rendezvous:
         return [self.store.get(f"{said}/{host}").decode() for host in self.attempt.hosts]
 
     def _gather(self, attempt: int) -> list[int]:
-        """Host 0: who begins this attempt."""
+        """Host 0: the hosts that begin this attempt."""
         deadline_s = time.monotonic() + (_REUNION_S if self._has_begun else self._wait_s)
         while True:
             arrived = self.store.add(f"hosts/{attempt}/arrived", 0)
@@ -204,17 +207,17 @@ class Rendezvous:
         return [int(host) for host in self.store.get(f"hosts/{attempt}/members").decode().split(",")]
 
     def _beat(self, store: TCPStore) -> None:
-        """Tell host 0 that this one is there, until it leaves: in a thread of its own, for the launcher may be busy for long. Its
-        first worker waits until PyTorch is imported, which takes half a minute from a slow disk."""
+        """Send heartbeats to host 0 until this host leaves: in a thread of its own, because the launcher may be busy for long.
+        Its first worker waits until PyTorch is imported, which takes half a minute from a slow disk."""
         key = f"hosts/beat/{self.host}"
-        with contextlib.suppress(RuntimeError):  # the store is gone: whoever asks it something finds out, too
+        with contextlib.suppress(RuntimeError):  # the store is gone, as its next user will find
             store.set(key, str(time.monotonic()))
             while not self._leaves.wait(_BEAT_S):
                 store.set(key, str(time.monotonic()))
-            store.set(key, "gone")  # by the same way as the beats, so that none comes after it
+            store.set(key, "gone")  # through the same client as the heartbeats, so that none comes after it
 
     def others(self) -> list[int]:
-        """Host 0: the other hosts that are there, by number."""
+        """Host 0: the numbers of the other hosts that are alive."""
         now_s = time.monotonic()
         there = []
         for host in range(1, self.store.add("unisono/hosts", 0) + 1):
@@ -255,7 +258,7 @@ class Rendezvous:
         time.sleep(_POLL_S)
 
     def leave(self) -> None:
-        """Leave the run; host 0 lets the others hear its end first."""
+        """Leave the run; host 0 waits until the others have seen its end."""
         self._leaves.set()
         if self._heart is not None:
             self._heart.join(_ANSWER_S)

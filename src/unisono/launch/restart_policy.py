@@ -3,10 +3,10 @@
 - A worker that dies is replaced, while restarts are left (`--max-restarts`); without them the others go on.
 - An error that comes a second time, from another worker or from the replacement, is the program's and not the machine's: it
   ends the run. So does one that all workers raise.
-- Workers that have waited too long for others, since they are too few, give the run up.
-- If the living cannot go on without what the dead held, or nobody lives, all start again from the last checkpoint: the next
-  attempt.
-- Once the run is stopping or over, nobody is replaced.
+- Workers that are fewer than the minimum give the run up once they have waited too long for others.
+- If the survivors cannot go on without the state of the dead, or there are no survivors, all restart from the last checkpoint:
+  the next attempt.
+- Once the run is stopping or over, dead workers are not replaced.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:  # it imports torch, and the command must not wait for that
     from unisono.launch.control_store import ControlStore
 
 REPLACE_S = 0.1
-"""How long a dead worker's place stays empty, in seconds: the others first get the processor to recover with, and if all of
-them were killed one after the other, no newcomer is sent to meet nobody."""
+"""How long to wait before a dead worker is replaced, in seconds: the survivors first get the processor to recover with, and if
+all are killed one after the other, no replacement starts that would find no members."""
 _CAUSE_S = 1.0
-"""How long a worker that lost contact may be the first sign of something that ends all of them, in seconds."""
+"""The same for a worker that lost contact, which may be the first sign of something that ends all of them, in seconds."""
 _NEWCOMER_S = 5.0
 """How long after its start a worker may still be on its way to the others, in seconds."""
 
@@ -44,7 +44,7 @@ class Course(Enum):
     FAILED = auto()
     """The run has failed."""
     OUT = auto()
-    """Nobody runs on this host any more, nor will. Other hosts may go on."""
+    """No worker runs on this host any more, nor will one start. Other hosts may go on."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class RestartPolicy:
 
     @property
     def applies(self) -> bool:
-        """Whether the run can go on without one of its workers: that says the first Trainer, and it holds for later attempts."""
+        """Whether the run can go on without one of its workers: the first Trainer says so, and it holds for later attempts."""
         self._is_elastic = self._is_elastic or self._control.is_elastic
         return self._is_elastic
 
@@ -102,7 +102,7 @@ class RestartPolicy:
         """Judge what has happened since the last look.
 
         Args:
-            ended: Those who have ended since then.
+            ended: The processes that have ended since then.
             everyone: The latest process of each worker.
             stops: Whether the run was asked to stop.
             now_s: The time, in seconds, of a clock that never goes back.
@@ -130,7 +130,7 @@ class RestartPolicy:
         self._fail(failures)
 
     def due(self, running: int, now_s: float) -> list[int]:
-        """The workers whose place is to be taken now, by number.
+        """The numbers of the workers to replace now.
 
         Args:
             running: How many workers run.
@@ -168,15 +168,15 @@ class RestartPolicy:
             self._vacancies[process.rank] = _Vacancy(failure, now_s + (_CAUSE_S if failure.lost_contact else REPLACE_S))
 
     def _are_helpless(self, everyone: Sequence[WorkerProcess], now_s: float) -> bool:
-        """Whether a worker has ended because it lost contact, and nobody who was there with it goes on: only newcomers run. (On
-        several hosts those who were there may be elsewhere; if nobody is left, newcomers find that out.)"""
+        """Whether a worker has ended because it lost contact, and no other member of its time runs: only newcomers do. (With
+        several hosts such members may run elsewhere; if there are none, newcomers find that out.)"""
         return any(
             vacancy.failure.is_secondary and vacancy.due_s <= now_s and not any(_was_there(vacancy.failure, p) for p in everyone)
             for vacancy in self._vacancies.values()
         )
 
     def _end(self, statuses: Sequence[int | None], failures: Sequence[Failure], *, stops: bool) -> Course:
-        """Nobody runs any more."""
+        """No worker runs any more."""
         if not any(statuses) or self._control.is_over:
             return Course.DONE  # the script had come to its end, whatever struck afterwards
         if stops and any(status == 0 or status in STOP_CODES for status in statuses):
@@ -192,7 +192,7 @@ class RestartPolicy:
         if stops:
             return self._fail(failures)
         if not self._control.call_again():
-            return Course.AGAIN  # as another host has said, and counted
+            return Course.AGAIN  # another host has said so, and counted it
         number = self._control.take_restart()
         if number > self._max_restarts:
             self._say(f"unisono: no restarts left (--max-restarts {self._max_restarts})")
@@ -204,7 +204,7 @@ class RestartPolicy:
 
     def _fail(self, failures: Sequence[Failure]) -> Course:
         cause = root_cause(failures)
-        # What the last to live died of was the loss of another one, who may have died long before.
+        # The last worker may have died of the loss of another one, which may have died long before.
         self.cause = root_cause(self._deaths) if cause is None or cause.is_secondary else cause
         return Course.FAILED
 

@@ -24,13 +24,13 @@ from unisono.system.signals import StopRequest
 _WAIT_S = 0.05
 """How long to wait for a worker's end before looking whether a person asked to stop."""
 _LOOK_S = 0.25
-"""How often to hear what the workers and other hosts' launchers say, in seconds."""
+"""How often to read the store for news of workers and of other hosts, in seconds."""
 _FAILURE_GRACE_S = 1.0
 """How long the others may take to end after a failure: all must be gone within 5 seconds."""
 _CAUSE_S = 1.0
-"""How long to wait for the cause when workers have so far only lost contact with one that is still unwinding."""
+"""How long to wait for the cause while workers have only lost contact with another one, which may still be unwinding."""
 _ABANDONED_GRACE_S = 3.0
-"""How long workers may take to stop once another one has died of the stop, instead of taking part in it."""
+"""How long workers may take to stop once another one has simply died of the signal, in seconds."""
 
 
 class Supervisor:
@@ -147,8 +147,8 @@ class Supervisor:
     def _start(self, place: int, *, joins: bool) -> None:
         """Start a worker of this host, by its number here.
 
-        One that joins the others, perhaps in the place of one that died, has no rank among them yet: the variables say which
-        worker of this host it is, so that a script which asks them does as its predecessor did.
+        One that joins the others, perhaps to replace a dead one, has no rank among them yet: RANK is its number on this host, so
+        that a script which reads it behaves as before.
         """
         uid = self._next_uid() if joins else self._founders[self._ranks[place]]
         rank, size = (place, self._config.workers) if joins else (self._ranks[place], len(self._founders))
@@ -193,7 +193,7 @@ class Supervisor:
                 self._control.tell_dead(process.uid, _end_of(process))
             course = Course.FAILED if self._processes.lost else self._shared_course(self._course(ended))
         if course is Course.AGAIN:
-            # They have nothing to save, or nothing to save it with. One that still ran would disturb those that come.
+            # They have nothing to save. One that still ran would disturb the next attempt.
             self._processes.end(grace_s=0.0, signum=signal.SIGKILL)
         return course
 
@@ -215,8 +215,8 @@ class Supervisor:
         return Course.FAILED if overdue else Course.GO_ON
 
     def _end_outsiders(self, now_s: float) -> None:
-        """Kill those of our workers that the others have given up, and tell the others which stand still: where all who take part
-        do, they are given up by those who wait to join."""
+        """Kill our workers that the others have gone on without, and tell the others which of ours SIGSTOP holds: if it holds all
+        members, those that wait to join go on without them."""
         if now_s - self._looked_s > _LOOK_S:
             self._looked_s = now_s
             self._control.tell_standing(process.uid for process in self._processes.running if process.is_stopped)
@@ -259,14 +259,14 @@ class Supervisor:
             self._stopped_elsewhere = decisions.stop
         if course in (Course.DONE, Course.OUT) and self._rendezvous.serves:
             if self._rendezvous.others():
-                return Course.GO_ON  # without the store the others could not
+                return Course.GO_ON  # the others need the store
             course = self._last_course(course)
         if course is Course.OUT:
             self._policy.give_up(self._processes.failures())
         return course
 
     def _last_course(self, course: Course) -> Course:
-        """The same, now that no other host is there: what they have said before they left counts."""
+        """The same, once no other host is left: what they wrote before they left counts."""
         if course is Course.OUT:
             return Course.DONE if self._control.is_over else Course.OUT
         if (loose_end := self._control.loose_end) is None:
@@ -294,7 +294,7 @@ class Supervisor:
             self._stop_deadline_s = time.monotonic() + self._grace_s
         died = any(status is not None and status < 0 for status in self._processes.statuses)
         if died and not self._policy.applies:
-            # Plain scripts die of the signal where it finds them. The others may then wait for them for ever.
+            # A plain script dies of the signal at once. Its peers may then wait for it for ever.
             self._grace_s = min(self._grace_s, _ABANDONED_GRACE_S)
             self._stop_deadline_s = min(self._stop_deadline_s, time.monotonic() + self._grace_s)
         if time.monotonic() < self._stop_deadline_s or not self._processes.running:
@@ -309,12 +309,12 @@ class Supervisor:
 
     @property
     def _outlasts(self) -> bool:
-        """Whether this launcher stays without workers, for those of other hosts: then it passes a person's stop on to them."""
+        """Whether this launcher stays after its own workers, for those of other hosts: then it passes a stop on to them."""
         return self._is_shared and self._rendezvous.serves and self._policy.applies and self._stop.requested is not None
 
 
 def _end_of(process: WorkerProcess) -> str:
-    """How a process ended, for the other workers to tell."""
+    """How a process ended, for the other workers to report."""
     if process.status == 0:
         return FINE
     failure = process.failure

@@ -36,7 +36,7 @@ def main() -> None:
     """Run the script named by the arguments, in an interpreter of its own, then end with its status."""
     for descriptor in filter(None, os.environ.get(TERMINAL, "").split(",")):
         os.set_inheritable(int(descriptor), False)  # for this process, and not for what it starts
-    # If the launcher was killed before its reaper heard of this process, nobody would ever end it.
+    # If the launcher was killed before its reaper heard of this process, nothing would ever end it.
     if os.getppid() != int(os.environ[LAUNCHER_PID]):
         sys.exit(1)
     _work(sys.argv[1:])
@@ -87,7 +87,7 @@ def _run(script: str) -> None:
 
 
 def _say_over(*, early: bool = False) -> None:
-    """The script has come to its end, so nobody needs to be replaced any more."""
+    """The script has come to its end: dead workers need not be replaced any more."""
     link = sys.modules.get("unisono.elastic.link")
     if link is not None:  # else no Trainer was made
         link.say_over(early=early)
@@ -101,18 +101,18 @@ def _is_from_a_module(trace: TracebackType | None) -> bool:
 
 
 def _say_if_all_did_the_same(script: str) -> None:
-    """A person who made no Trainer would not notice: each of several workers has done all of the work, and only one is heard."""
+    """Warn about a script without a Trainer: each worker has done all of the work, and only one is heard."""
     size = os.environ.get("WORLD_SIZE", "1")
     if os.environ.get("RANK") == "0" and size != "1" and not _knows_of_others(script):
         say(f"unisono: the script made no unisono.Trainer: each of the {size} workers ran all of it", error=True)
 
 
 def _knows_of_others(script: str) -> bool:
-    """Whether the script made a Trainer, used torch.distributed, or asked who it is among the workers."""
+    """Whether the script made a Trainer, used torch.distributed, or asked for its rank."""
     link, unisono = sys.modules.get("unisono.elastic.link"), sys.modules.get("unisono")
-    if (link is not None and link._links) or "World" in vars(unisono):  # there once it was asked for
+    if (link is not None and link._links) or "World" in vars(unisono):  # an attribute only once it was used
         return True
-    # Alone of what init_process_group() leaves behind, the name of the backend outlives destroy_process_group().
+    # The name of the backend is all of init_process_group() that outlives destroy_process_group().
     groups = sys.modules.get("torch.distributed.distributed_c10d")
     if groups is not None and getattr(groups, "_backend", "unknown") is not None:
         return True

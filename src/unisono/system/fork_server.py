@@ -170,7 +170,7 @@ class ForkServer:
         self._answers: list[Child | Refusal] = []
         self._lock = threading.RLock()
         self.failure: WorkerFailure | None = None
-        """How it ended, if it did while it was needed: from then on nobody hears how forked children end."""
+        """How it ended, if it did while it was needed: from then on it is unknown how forked children end."""
         self.status: int | None = None
         """Its exit status, -N if signal N killed it, None if it runs."""
 
@@ -320,7 +320,7 @@ class ForkServer:
                     break
                 self._take_in(received[0])
                 limit_s = 0.0
-            if self.status is not None:  # nobody will tell how they end, but the kernel tells that they do
+            if self.status is not None:  # how they end is unknown, but the kernel tells that they do
                 for child in list(self._children.values()):
                     if not child.runs:
                         self._children.pop(child.pid).bury(-signal.SIGKILL)
@@ -352,7 +352,7 @@ class ForkServer:
         assert self.status is not None
         self.failure = self.failure or WorkerFailure(
             f"unisono: the process from which workers start (pid {self.pid}) {ending(self.status)}. "
-            "Without it nobody hears how workers end, so they were ended too: start the run again"
+            "Without it nothing reports how workers end, so they were ended too: start the run again"
         )
         return self.failure
 

@@ -1,6 +1,6 @@
-"""What a run says, on streams that may go away: their reader may end, their disk be full, their terminal be closed.
+"""Printing to streams that may fail: their reader may end, their disk be full, their terminal be closed.
 
-Nothing of that may end a training. What cannot be written is dropped, and said once, where that is still possible.
+None of that may end a training. Text that cannot be written is dropped, and that is said once, where still possible.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class _Lasting:
 
     def _fails(self, error: OSError) -> None:
         if isinstance(error, BlockingIOError):
-            return  # the reader is slow, and whoever made the stream wanted no waiting
+            return  # the reader is slow, and the stream was made not to wait
         assert self._stream is not None
         # Python writes what is left in the buffer when it ends, and would end with another status if it could not.
         with contextlib.suppress(OSError, ValueError):

@@ -45,7 +45,7 @@ class _Parent:
         self._children: dict[int, int] = {}
         """Number of each living child, by the descriptor that tells its end."""
         self._broken: str | None = None
-        """Why this process is no parent for anyone."""
+        """Why this process must not fork."""
 
     def serve(self) -> Callable[[], object] | None:
         """Obeys orders until the asking end is gone: None. In a forked child: what it is to do."""
@@ -81,7 +81,7 @@ class _Parent:
             for name in modules:
                 try:
                     importlib.import_module(name)
-                except Exception as error:  # the script shall see the whole error itself, from its first half on
+                except Exception as error:  # the script must see the whole error itself, from its beginning
                     if not optional:
                         self._broken = f"{name} could not be imported: {type(error).__name__}: {error}"
                         return
@@ -117,7 +117,7 @@ class _Parent:
 
     def _become(self, order: Mapping[str, Any], descriptors: list[int]) -> Callable[[], object]:
         """Makes this new child what a new interpreter would be."""
-        os.setsid()  # before anybody hears of this process: whoever knows it may end its group
+        os.setsid()  # before its number is known: from then on its group may be ended
         self._tell({"started": os.getpid()})
         self._channel.close()
         for ended in self._children:
@@ -125,7 +125,7 @@ class _Parent:
         *given, go = descriptors
         streams, handed = given[: len(order["streams"])], iter(given[len(order["streams"]) :])
         if not os.read(go, 1):
-            os._exit(1)  # the asking end is gone, and may not have told anyone of this process
+            os._exit(1)  # the asking end is gone, and its reaper may not know of this process
         os.close(go)
         os.environ.clear()
         os.environ.update(order["environment"])
@@ -145,7 +145,7 @@ class _Parent:
         self._tell({"ended": pid, "status": os.waitstatus_to_exitcode(status)})
 
     def _tell(self, message: Mapping[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # nobody listens any more, which the next poll will find
+        with contextlib.suppress(OSError):  # the asking end is gone, as the next poll will find
             send(self._channel, message)
 
 

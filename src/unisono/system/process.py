@@ -1,4 +1,4 @@
-"""Processes of this machine, told apart also when numbers are used again. Everything here is *local*."""
+"""Identities of processes, which hold even if the system uses a process number again. Everything here is *local*."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Process:
-    """Which process something is."""
+    """The identity of a process."""
 
     place: str
     """The machine since its last start, and the process namespace: where ``pid`` means this process; "" if that is not known."""
@@ -22,7 +22,7 @@ class Process:
 
     @classmethod
     def this(cls) -> Process:
-        """The one that asks."""
+        """The calling process."""
         with contextlib.suppress(OSError):
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
             return cls(place=f"{boot} {Path('/proc/self/ns/pid').readlink()}", pid=os.getpid(), started=state_of(os.getpid())[1])

@@ -31,7 +31,7 @@ class StopRequest:
       every process of its foreground group, and a launcher passes the same stop on to its workers once more.
     - A SIGINT after that raises KeyboardInterrupt at once, so a person can always get out. Any later one of the others
       changes nothing: the stop is already under way.
-    - SIGHUP, which a terminal sends as it is closed, counts as SIGTERM: nobody is there any more to insist. Where it was
+    - SIGHUP, which a terminal sends as it is closed, counts as SIGTERM: no second Ctrl-C can follow. Where it was
       ignored (``nohup``) it stays so.
     - Processes forked within the context (loader workers) inherit the handlers but have nothing to save: there SIGINT
       and SIGHUP, which a terminal sends to them too, are ignored, because their parent still needs them for its last
