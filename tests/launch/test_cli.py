@@ -238,6 +238,7 @@ NOTE = "unisono: the script made no unisono.Trainer: each of the 2 workers ran a
 GROUP = """
 import os, torch.distributed as dist
 dist.init_process_group("gloo", store=dist.FileStore(__file__ + ".store", 2), rank=int(os.environ["RANK"]), world_size=2)
+dist.barrier()  # else one may be gone before the other has connected to it
 dist.destroy_process_group()
 """
 
