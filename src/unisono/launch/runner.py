@@ -40,7 +40,7 @@ _PRELOADED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class Supervision:
     """How supervision ended, beside what became of this host's workers."""
 
     failure: str | None = None
@@ -84,7 +84,7 @@ def _conclude(
     processes: WorkerProcesses,
     policy: RestartPolicy,
     requested: signal.Signals | None,
-    outcome: Outcome,
+    outcome: Supervision,
 ) -> tuple[int, str | None]:
     """The exit status, and what a person is to see."""
     if outcome.failure and not requested:
@@ -126,7 +126,7 @@ def _terminal() -> Iterator[tuple[int, ...]]:
         yield tuple(copies)
 
 
-def _supervise(config: LaunchConfig, processes: WorkerProcesses, policy: RestartPolicy, stop: StopRequest) -> Outcome:
+def _supervise(config: LaunchConfig, processes: WorkerProcesses, policy: RestartPolicy, stop: StopRequest) -> Supervision:
     """Until no worker runs on this host.
 
     Raises:
@@ -140,7 +140,7 @@ def _supervise(config: LaunchConfig, processes: WorkerProcesses, policy: Restart
         env = config.environment | _network(config, rendezvous)
         supervisor = Supervisor(config, env=env, rendezvous=rendezvous, processes=processes, policy=policy, stop=stop, say=_say)
         if stop.requested:
-            return Outcome()
+            return Supervision()
         try:
             supervisor.run()
         except Stopped:
@@ -148,10 +148,10 @@ def _supervise(config: LaunchConfig, processes: WorkerProcesses, policy: Restart
         finally:
             rendezvous.leave()
     except (Stopped, KeyboardInterrupt):
-        return Outcome()  # where a person insisted, the supervisor has ended the workers on its way out
+        return Supervision()  # where a person insisted, the supervisor has ended the workers on its way out
     except WorkerFailure as failure:
-        return Outcome(failure=None if processes.lost or stop.requested else str(failure))
-    return Outcome(failure=supervisor.failed_elsewhere, leaves=supervisor.leaves)
+        return Supervision(failure=None if processes.lost or stop.requested else str(failure))
+    return Supervision(failure=supervisor.failed_elsewhere, leaves=supervisor.leaves)
 
 
 def _network(config: LaunchConfig, rendezvous: Rendezvous) -> dict[str, str]:
