@@ -77,8 +77,6 @@ class Job:
     threads: int = 1
     environment: tuple[tuple[str, str], ...] = ()
     """Variables that must be set before PyTorch is imported."""
-    inspect: bool = False
-    """Whether the reference looks at how the loss treats single samples."""
     keep: bool = False
     """Whether the tensors after each step are kept."""
     teacher: Job | None = None

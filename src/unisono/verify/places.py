@@ -7,6 +7,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import pickle
 import random
 import sys
 import types
@@ -21,7 +22,19 @@ from torch.optim import Optimizer
 from unisono.verify.watch import is_users, users_modules
 
 _MODULE = set(nn.Module().__dict__)
-_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+_GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
+    torch.Generator: (
+        lambda generator: generator.get_state().numpy(),
+        lambda generator, state: generator.set_state(torch.from_numpy(state)),
+    ),
+    random.Random: (random.Random.getstate, random.Random.setstate),
+    np.random.Generator: (
+        lambda generator: generator.bit_generator.state,
+        lambda generator, state: setattr(generator.bit_generator, "state", state),
+    ),
+    np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
+}
+"""How to read and set the state of each kind."""
 _CONTAINERS = (list, dict, set, bytearray, collections.deque)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), tuple)
 _LARGEST_ARRAY = 4 << 20
@@ -179,25 +192,6 @@ def _has_state(value: Any) -> bool:
     )
 
 
-def _content(value: Any, largest: int = 4 << 20) -> Any:
-    if isinstance(value, torch.Generator):
-        return value.get_state()
-    if isinstance(value, random.Random):
-        return value.getstate()
-    if isinstance(value, np.random.Generator):
-        return copy.deepcopy(value.bit_generator.state)
-    if isinstance(value, np.random.RandomState):
-        return value.get_state()
-    if isinstance(value, Tensor):
-        small = value.nbytes <= largest and value.layout == torch.strided and not value.is_meta
-        return [value._version, value.detach().clone() if small else None]
-    if isinstance(value, np.ndarray):
-        return value.copy() if value.nbytes <= _LARGEST_ARRAY and value.dtype != object else None
-    if isinstance(value, _CONTAINERS):
-        return copy.copy(value) if len(value) <= _LONGEST else None
-    return None
-
-
 def _now(holder: Any, key: Any) -> Any:
     if isinstance(holder, types.CellType):
         return holder.cell_contents
@@ -209,55 +203,28 @@ def _now(holder: Any, key: Any) -> Any:
 def _differs(holder: Any, key: Any, value: Any, content: Any) -> bool:
     now = _now(holder, key)
     if now is not value:
-        return not (isinstance(value, _PLAIN) and type(now) is type(value) and _same(now, value))
-    if isinstance(value, Tensor):
-        return bool(value._version != content[0])
+        return not (isinstance(value, _PLAIN) and type(now) is type(value) and _equal(now, value))
     if content is None:
         return False
-    if isinstance(value, (*_GENERATORS, np.ndarray)):
-        return not _same(_content(value), content)
+    if isinstance(value, Tensor):
+        return bool(value._version != content[0])
     if isinstance(value, _CONTAINERS):
         return len(value) != len(content) or any(
             left is not right for left, right in zip(_flat(value), _flat(content), strict=True)
         )
-    return False
+    return bool(_content(value) != content)
 
 
-def _flat(container: Any) -> list[Any]:
-    return [item for pair in container.items() for item in pair] if isinstance(container, dict) else list(container)
-
-
-def _flat_plain(container: Any) -> bool:
-    return all(isinstance(item, (bool, int, float, complex, str, bytes, type(None))) for item in _flat(container))
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and torch.equal(one, other)
-    if isinstance(one, np.ndarray):
-        return isinstance(other, np.ndarray) and one.tobytes() == other.tobytes()
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, tuple):
-        return len(one) == len(other) and all(_same(left, right) for left, right in zip(one, other, strict=True))
-    try:
-        return bool(one == other)
-    except Exception:
-        return False
-
-
-_SETTERS: dict[type, Callable[[Any, Any], Any]] = {
-    torch.Generator: lambda generator, state: generator.set_state(state),
-    random.Random: lambda generator, state: generator.setstate(state),
-    np.random.Generator: lambda generator, state: setattr(generator.bit_generator, "state", state),
-    np.random.RandomState: lambda generator, state: generator.set_state(state),
-    np.ndarray: lambda array, values: array.__setitem__(..., values),
-    list: lambda items, values: items.__setitem__(slice(None), values),
-    bytearray: lambda items, values: items.__setitem__(slice(None), values),
-    dict: lambda items, values: (items.clear(), items.update(values)),
-    set: lambda items, values: (items.clear(), items.update(values)),
-    collections.deque: lambda items, values: (items.clear(), items.extend(values)),
-}
+def _content(value: Any, largest: int = 4 << 20) -> Any:
+    """What to compare a value with and to put back later; None if it is too large, or nothing that changes."""
+    if isinstance(value, Tensor):
+        small = value.nbytes <= largest and value.layout == torch.strided and not value.is_meta
+        return [value._version, value.detach().clone() if small else None]
+    if isinstance(value, np.ndarray):
+        return value.tobytes() if value.nbytes <= _LARGEST_ARRAY and value.dtype != object else None
+    if isinstance(value, _CONTAINERS):
+        return copy.copy(value) if len(value) <= _LONGEST else None
+    return next((pickle.dumps(get(value)) for kind, (get, _) in _GENERATORS.items() if isinstance(value, kind)), None)
 
 
 def _put_back(holder: Any, key: Any, value: Any, content: Any) -> None:
@@ -268,10 +235,32 @@ def _put_back(holder: Any, key: Any, value: Any, content: Any) -> None:
             in_modules = isinstance(holder, nn.Module) and key in holder._modules
             names: Any = holder if isinstance(holder, dict) else holder._modules if in_modules else holder.__dict__
             names[key] = value
+    if content is None:
+        return
     if isinstance(value, Tensor):
         if content[1] is not None and value._version != content[0]:
             with torch.no_grad():
                 value.copy_(content[1])
             content[0] = value._version
-    elif content is not None:
-        next(put for kind, put in _SETTERS.items() if isinstance(value, kind))(value, content)
+    elif isinstance(value, np.ndarray):
+        value[...] = np.frombuffer(content, value.dtype).reshape(value.shape)
+    elif isinstance(value, _CONTAINERS):
+        value.clear()
+        (value.update if isinstance(value, (dict, set)) else value.extend)(content)
+    else:
+        next(put for kind, (_, put) in _GENERATORS.items() if isinstance(value, kind))(value, pickle.loads(content))
+
+
+def _flat(container: Any) -> list[Any]:
+    return [item for pair in container.items() for item in pair] if isinstance(container, dict) else list(container)
+
+
+def _flat_plain(container: Any) -> bool:
+    return all(isinstance(item, (bool, int, float, complex, str, bytes, type(None))) for item in _flat(container))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except Exception:  # a tuple of arrays
+        return False

@@ -127,7 +127,7 @@ class PlainTrainer:
         self._learn(record.step)
         before = [parameter.detach().clone() for parameter in self.model.parameters()]
         self.optimizer.zero_grad()
-        if self.bench.spec.job.inspect and record.step == 1:
+        if self.variant is Variant.PLAIN and record.step == 1:
             self._record.findings = self._inspect(batch)
         total, count = self._in_parts(batch, record) if self.variant is Variant.PARTS else self._at_once(batch, record)
         for parameter in self.model.parameters():

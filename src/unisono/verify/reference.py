@@ -92,9 +92,9 @@ class _Compared:
 
 def _compare(runs: Runs, base: Job, variant: Variant = Variant.PLAIN) -> _Compared:
     """Trainer and plain loop, what rounding explains, and why not."""
-    jobs = [base, base.plain(variant, inspect=variant is Variant.PLAIN), base.plain(Variant.DOUBLE), base.plain(Variant.REVERSED)]
+    jobs = [base, base.plain(variant), base.plain(Variant.DOUBLE), base.plain(Variant.REVERSED)]
     run, plain, *others = runs.all(jobs)
-    whole = plain if variant is Variant.PLAIN else runs(base.plain(Variant.PLAIN, inspect=True))
+    whole = plain if variant is Variant.PLAIN else runs(base.plain(Variant.PLAIN))
     estimates = [distance(whole, other) for other in others if other.failure is None]
     problem = "" if estimates else "neither float64 nor another order of samples works for this model"
     for one, name in ((plain, "the reference"), (run, "the trainer")):
