@@ -1,4 +1,4 @@
-"""Fork servers are shared by whoever needs the same interpreter."""
+"""One fork server serves all runs that need the same interpreter."""
 
 from __future__ import annotations
 
