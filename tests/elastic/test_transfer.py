@@ -10,8 +10,9 @@ import torch
 from unisono.checkpoint import message
 from unisono.collective import Collective
 from unisono.elastic import transfer as module
+from unisono.elastic.held_state import Outcome
 from unisono.elastic.outside import Outsider
-from unisono.elastic.recovery_plan import Outcome, Progress, RecoveryPlan, WorkerReport
+from unisono.elastic.recovery_plan import RecoveryPlan, WorkerReport
 from unisono.elastic.transfer import StateTransfer
 from unisono.errors import CheckpointError, ConfigurationError
 from unisono.testing import run_threads
@@ -97,4 +98,3 @@ def test_the_source_is_the_worker_that_has_come_furthest() -> None:
     assert plan.source == 2
     assert plan.behind == {0, 3}
     assert plan.unlike == [0, 1, 3]
-    assert Progress().is_new

@@ -1,4 +1,4 @@
-"""How the workers of a new generation bring the run's state to one point.
+"""How the workers of a new generation bring the run's state to one point: agree, roll back, rebuild, transfer, replay.
 
 The state after the last operation is one of these:
 
@@ -10,77 +10,111 @@ The state after the last operation is one of these:
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 
 from unisono.collective import Collective
 from unisono.elastic.call_log import CallLog
+from unisono.elastic.held_state import HeldState, Outcome
 from unisono.elastic.link import Link
 from unisono.elastic.membership import StateLost
-from unisono.elastic.recovery_plan import Outcome, Progress, RecoveryPlan
-from unisono.elastic.replay_log import ReplayLog
-from unisono.elastic.shared_state import Point, SharedState
+from unisono.elastic.recovery_plan import RecoveryPlan, TrainerFinished, WorkerReport
+from unisono.elastic.shared_state import Point
 from unisono.elastic.transfer import StateTransfer
+from unisono.replica.optimizer import copied_hyperparameters, put_back_hyperparameters
 from unisono.training.participant import Participant
 from unisono.training.worker_group import WorkerGroup
 
 
 class Recovery:
-    """What this worker holds of the run's state, and how that is brought to one point with what others hold.
+    """Brings what this worker holds to one point with what the others hold.
 
     Args:
         link: How workers meet.
         participant: The trainer.
+        held: What this worker holds of the run.
         calls: The user's calls so far.
-
-    Attributes:
-        progress: How far this worker has come.
-        shared: The state in memory that the workers of this host share; None where each worker has all of it.
-        replay_log: The steps since the last copy of it.
+        rebuild: *collective*. Makes anew what depends on who the workers are.
     """
 
-    def __init__(self, link: Link, participant: Participant, calls: CallLog) -> None:
-        self._link = link
-        self._calls = calls
-        self._participant = participant
-        self._local = participant.local
-        self.progress = Progress()
-        self.shared: SharedState | None = None
-        self.replay_log = ReplayLog()
+    def __init__(
+        self,
+        link: Link,
+        participant: Participant,
+        held: HeldState,
+        calls: CallLog,
+        rebuild: Callable[[Collective], WorkerGroup],
+    ) -> None:
+        self._link, self._participant, self._held, self._calls, self._rebuild = link, participant, held, calls, rebuild
+        self._trainer = link.trainers
 
     def begin(self, step: int, group: WorkerGroup) -> None:
         """*collective*. The run begins after step ``step``, with these workers."""
-        self.progress.reached = self.progress.committed = step
-        self.progress.has_all = group.reduction.replicates
-        generation = self._link.generation
+        held, generation = self._held, self._link.generation
+        held.reached = held.committed = step
+        held.has_all = group.reduction.replicates
         if generation is None:
             return
-        if not group.reduction.replicates:
-            shared = self._new_shared_state()
-            if shared.bind(group.collective, group.reduction, generation.number, step):
-                self.shared = shared
-            elif group.collective.rank == 0:
-                self._link.tell("whole", "0")
-        self.progress.operations = 0
+        shares = held.has_all or held.share(group.collective, group.reduction, generation.number, step)
+        if not shares and group.collective.rank == 0:
+            self._link.tell("whole", "0")
+        held.operations = 0
 
-    def resume(self, plan: RecoveryPlan, collective: Collective, rebuild: Callable[[Collective], WorkerGroup]) -> None:
-        """*collective*. From what the workers have agreed on to one state that all of them share: roll back, rebuild, transfer,
-        hold. Taking steps again, up to the last one of the run, is all that is left to do."""
-        if plan.meeting_counts:
-            self.progress.outcome = Outcome()
+    def exchange_reports(self, collective: Collective, *, changing: bool) -> list[WorkerReport]:
+        """*collective*. What each worker says of itself, by rank.
+
+        Args:
+            changing: Whether the operation under way is to let others join or leave.
+        """
+        held = self._held
+        mine = WorkerReport(
+            trainer=self._trainer,
+            operations=held.operations,
+            confirmed=held.confirmed,
+            reached=held.reached,
+            committed=held.committed,
+            changing=changing,
+            has_all=held.has_all,
+            has_part=held.shared is not None,
+            may_share=held.local.weights.wanted,
+        )
+        told = collective.all_gather_bytes(json.dumps(dataclasses.asdict(mine)).encode())
+        return [WorkerReport(**json.loads(text)) for text in told]
+
+    def resume(self, reports: Sequence[WorkerReport], collective: Collective, announce: Callable[[], None]) -> None:
+        """*collective*. From what the workers have said of themselves to one state, that of the last step of the run.
+
+        Args:
+            announce: *local*. Says that they go on; called before steps are taken again.
+
+        Raises:
+            StateLost: It cannot be had any more.
+        """
+        held = self._held
+        plan = self._agree(reports, collective)
         step, needy = self._roll_back(plan, collective)
         collective.barrier()
-        group = rebuild(collective)
+        group = self._rebuild(collective)
         self._transfer(plan, group, needy, step)
-        self._hold(group, step)
-        replicates = group.reduction.replicates
-        self._local.weights.bind(collective, share=plan.may_share and not replicates)
-        self.progress.has_all = replicates  # only now: one that is lost before this leaves the state where it was
-        if replicates:
-            self.shared = None
-        self.progress.committed = plan.committed
+        self._share(plan, group, step)
+        held.committed = plan.committed
+        announce()
+        self._replay()
+        held.operations, held.confirmed = plan.operations, plan.confirmed
 
-    # ------------------------------------------------------------------ roll back
+    # ------------------------------------------------------------------ agree, roll back
+
+    def _agree(self, reports: Sequence[WorkerReport], collective: Collective) -> RecoveryPlan:
+        try:
+            plan = RecoveryPlan.of(reports, trainer=self._trainer)
+        except TrainerFinished:
+            collective.close()
+            raise
+        if plan.meeting_counts:
+            self._held.outcome = Outcome()
+        return plan
 
     def _roll_back(self, plan: RecoveryPlan, collective: Collective) -> tuple[int, Sequence[int]]:
         """*collective*. Brings what each host holds to where the host of the source can go on from.
@@ -88,15 +122,16 @@ class Recovery:
         Returns:
             The step that its state shows then, and the workers that have to be given all of the state.
         """
+        held = self._held
         if plan.ahead.has_all:
             # If a meeting was broken off, some hold the state as before it, and others as after it.
-            self.shared = None
+            held.shared = None
             return plan.ahead.reached, plan.unlike
         near = next(host for host in collective.hosts if collective.rank in host)
         survivors = [rank for rank in near if not plan.reports[rank].is_new]
         point: Point | None = None
-        if not self.progress.is_new and self.shared is not None:
-            point = self.shared.point(max(plan.reports[rank].reached for rank in survivors))
+        if not held.is_new and held.shared is not None:
+            point = held.shared.point(max(plan.reports[rank].reached for rank in survivors))
         mine = [] if point is None else [point.step, bool(point.parts)]
         points = [json.loads(text) for text in collective.all_gather_bytes(json.dumps(mine).encode())]
         if not points[plan.source]:
@@ -110,24 +145,12 @@ class Recovery:
         ]
         if collective.rank in needy:
             if len(near) > 1:  # another worker of this host may soon have overwritten the weights that they share
-                self.shared = None
+                held.shared = None
             return step, needy
         if point is not None:
-            self._go_to(point, step, main=collective.rank == survivors[0])
-        # A worker that is behind has yet to be given what it lacks.
-        self.progress.reached = min(self.progress.reached, step)
+            held.go_to(step, point.parts, main=collective.rank == survivors[0])
+        held.reached = min(held.reached, step)  # a worker that is behind has yet to be given what it lacks
         return step, needy
-
-    def _go_to(self, point: Point, step: int, *, main: bool) -> None:
-        assert self.shared is not None
-        if not point.parts:
-            self.shared.read_numbers()
-            return
-        self.shared.restore(point, main=main)
-        if step != self.progress.reached:
-            if not self.replay_log.begins_after(step):
-                raise StateLost(f"the buffers after step {step} are not known any more")
-            self._local.buffers.go_to(self.replay_log.buffers)
 
     # ------------------------------------------------------------------ transfer
 
@@ -140,46 +163,54 @@ class Recovery:
         receivers = plan.behind.union(needy)
         if not receivers:
             return
-        rank, progress = group.collective.rank, self.progress
+        held, rank = self._held, group.collective.rank
         given = None
         if rank == plan.source:
             state = plan.ahead.has_all or bool(needy)
             given = StateTransfer.of(
-                self._local,
-                outcome=progress.outcome,
-                weights=state or not self._local.weights.shared,
+                held,
+                weights=state or not held.local.weights.shared,
                 state=state,
-                replay_log=self.replay_log,
                 run={"run": self._participant.describe(), "calls": self._calls.describe()},
             )
         received = StateTransfer.deliver(given, group.collective, plan.source, receivers)
         if received is None:
             return
-        has_state = not (plan.ahead.has_all or rank in needy)  # then this worker's host has it
-        if not has_state:
-            self.shared = None
-        received.put_into(self._local, new=progress.is_new, state=not has_state)
+        needs_state = plan.ahead.has_all or rank in needy  # else this worker's host has it
+        if needs_state:
+            held.shared = None
+        received.put_into(held, state=needs_state)
         # A worker that has been helped stands where the source stands, also if this meeting is broken off.
-        progress.outcome, progress.reached = received.outcome, step
-        self.replay_log.adopt(received.replay_log)
-        if progress.is_new:
+        held.reached = step
+        if held.is_new:
             self._participant.adopt(received.run["run"])
             self._calls.adopt(received.run["calls"])
         elif rank not in needy:
-            progress.operations, progress.committed = plan.operations, plan.committed
+            held.operations, held.committed = plan.operations, plan.committed
 
-    # ------------------------------------------------------------------ hold
+    # ------------------------------------------------------------------ share, replay
 
-    def _hold(self, group: WorkerGroup, step: int) -> None:
+    def _share(self, plan: RecoveryPlan, group: WorkerGroup, step: int) -> None:
         """*collective*. From step ``step`` on the workers of each host share the state, unless each has all of it."""
-        if group.reduction.replicates:
-            return
+        held, replicates = self._held, group.reduction.replicates
         assert self._link.generation is not None
-        shared = self.shared or self._new_shared_state()
-        if not shared.bind(group.collective, group.reduction, self._link.generation.number, step):
+        if not replicates and not held.share(group.collective, group.reduction, self._link.generation.number, step):
             raise StateLost("the optimizer's state cannot be kept in memory that workers share")
-        shared.replay = self.replay_log.allowed
-        self.shared = shared
+        held.local.weights.bind(group.collective, share=plan.may_share and not replicates)
+        held.has_all = replicates  # only now: a worker that is lost before this leaves the state where it was
+        if replicates:
+            held.shared = None
 
-    def _new_shared_state(self) -> SharedState:
-        return SharedState(self._local.layout, self._local.weights, self._local.optimizer)
+    def _replay(self) -> None:
+        """*collective*. From where the state is to the last step of the run: the same bits as the first time."""
+        held, optimizer = self._held, self._held.local.optimizer
+        if held.reached == held.committed:
+            return
+        steps = held.replay_log.between(held.reached, held.committed)
+        now = copied_hyperparameters(optimizer)
+        try:
+            for past in steps:
+                put_back_hyperparameters(optimizer, past.groups)
+                held.run_step(past, functools.partial(self._participant.redo, past.key, held.grown))
+        finally:  # another worker may be lost meanwhile
+            put_back_hyperparameters(optimizer, now)

@@ -4,63 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
+from unisono.elastic.held_state import NEW
 from unisono.elastic.membership import StateLost
-
-NEW = -1
-"""Operations of a worker that has not been in the run before."""
 
 
 class TrainerFinished(Exception):
     """Another worker has come to the script's next trainer: nothing is left to do with this one."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What an operation has come to, the same on all workers."""
-
-    result: Any = None
-    workers: int = 0
-    """How many workers took part in it, if it was a step."""
-    leavers: Sequence[str] = ()
-    """uids of the workers that leave after it, if it was a step."""
-    admits: bool = False
-    """Whether others wait to join."""
-    groups: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """The optimizer's hyperparameters after it, by parameter group, if it was a step."""
-
-    @property
-    def everyone_leaves(self) -> bool:
-        """Whether all workers leave after it."""
-        return 0 < self.workers == len(self.leavers)
-
-
-@dataclasses.dataclass(kw_only=True)
-class Progress:
-    """How far a worker has come. What it says of itself is true at every moment."""
-
-    operations: int = NEW
-    """Operations that are done."""
-    confirmed: int = 0
-    """The last operation of which this worker knows that all have its result, where that matters."""
-    reached: int = 0
-    """The last step that the state which this worker holds has behind it."""
-    committed: int = 0
-    """The last step of the run. It is ahead of ``reached`` only while steps are taken again."""
-    outcome: Outcome = dataclasses.field(default_factory=Outcome)
-    """Of the last operation."""
-    has_all: bool = False
-    """Whether this worker has all of the state itself; else the workers of its host share it."""
-
-    @property
-    def is_new(self) -> bool:
-        """Whether this worker has not been in the run before."""
-        return self.operations == NEW
-
-    def done(self, operation: int, outcome: Outcome) -> None:
-        """That many operations are done, the last with this outcome."""
-        self.operations, self.outcome = operation, outcome
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

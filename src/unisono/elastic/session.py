@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import signal
@@ -22,25 +21,23 @@ import torch
 
 from unisono.collective import Collective, LostWorker
 from unisono.elastic.call_log import CallLog
+from unisono.elastic.held_state import ADMITS, LEAVES, HeldState, Outcome
 from unisono.elastic.identity import check_identity, tell_arguments, tell_identity
 from unisono.elastic.link import Link
 from unisono.elastic.membership import Generation, Member, TooFewWorkers, restarting
 from unisono.elastic.outside import Outsider
 from unisono.elastic.recovery import Recovery
-from unisono.elastic.recovery_plan import Outcome, RecoveryPlan, TrainerFinished, WorkerReport
+from unisono.elastic.recovery_plan import TrainerFinished, WorkerReport
 from unisono.elastic.replay_log import PastStep
 from unisono.guard.silence import SilenceWatch, StatusBoard
 from unisono.replica.optimizer import copied_hyperparameters, put_back_hyperparameters
 from unisono.training.participant import Participant
 from unisono.training.session import Call, Session, StepKey, check_size
-from unisono.training.worker_group import LocalState, WorkerGroup
+from unisono.training.worker_group import WorkerGroup
 from unisono.world import World
 
 T = TypeVar("T")
 logger = logging.getLogger("unisono")
-LEAVES, ADMITS, GROWN = 1, 2, 4
-"""Flags: this worker leaves after the step; others wait to join (worker 0 says so); its part of the optimizer's state has
-something new."""
 
 
 class ElasticSession(Session):
@@ -61,13 +58,11 @@ class ElasticSession(Session):
         self._trainer = link.trainers
         self._calls = CallLog(link)
         self._depth = 0
-        self._flags: Sequence[int] = ()
-        self._underway: PastStep | None = None
-        self._is_stepping = self._is_changing = False
+        self._is_changing = False
         self._next: Outcome | None = None  # the last step, until the workers have changed as it asks
         self._participant: Participant
         self._recovery: Recovery
-        self._local: LocalState
+        self._held: HeldState
         self._timeout_s = 0.0
         self._board: StatusBoard | None = None
 
@@ -108,9 +103,10 @@ class ElasticSession(Session):
     def begin(
         self, participant: Participant, *, identity: Mapping[str, Any], timeout_s: float, board: StatusBoard | None
     ) -> None:
-        self._participant, self._local = participant, participant.local
+        self._participant = participant
         self._timeout_s, self._board = timeout_s, board
-        self._recovery = Recovery(self._link, participant, self._calls)
+        self._held = HeldState(participant.local)
+        self._recovery = Recovery(self._link, participant, self._held, self._calls, self._rebuild)
         with restarting():
             if self.is_outside:
                 check_identity(self._link, identity)
@@ -127,7 +123,7 @@ class ElasticSession(Session):
                     logger.info("meeting again: %s", failure)
                     again = True
                     self._collective.close()
-                    self._collective = self._link.first(keep=self._local.weights.flats)
+                    self._collective = self._link.first(keep=self._held.local.weights.flats)
         self._link.finish_trainer = self._finish_trainer
 
     def _begin(self, *, again: bool) -> None:
@@ -174,15 +170,15 @@ class ElasticSession(Session):
         return result
 
     def _operate(self, body: Callable[[], Outcome], *, edits: bool) -> Outcome:
-        progress = self._recovery.progress
-        operation = progress.operations + 1
+        held = self._held
+        operation = held.operations + 1
         while True:
             try:
-                if progress.operations < operation:
-                    progress.done(operation, body())
+                if held.operations < operation:
+                    held.done(operation, body())
                 if edits:
                     self._confirm(operation)
-                return progress.outcome
+                return held.outcome
             except LostWorker as failure:
                 self._recover(failure)
 
@@ -191,20 +187,14 @@ class ElasticSession(Session):
         ahead, as the operation has left it, and must not find there what that one's script has done since then, which it is
         about to do itself. What is new in the optimizer's state is shared before that: without it nobody could go back to where
         the operation began."""
-        if self._recovery.progress.confirmed < operation:
-            self._settle()
-            self._recovery.progress.confirmed = operation
-
-    def _settle(self) -> None:
-        shared = self._recovery.shared
-        grown = self._collective.all_gather(torch.tensor([shared is not None and shared.grown]))
-        if shared is not None and any(map(bool, grown)):
-            shared.settle(self._recovery.progress.committed)
+        if self._held.confirmed < operation:
+            self._held.settle(self._collective)
+            self._held.confirmed = operation
 
     # ------------------------------------------------------------------ steps
 
     def _take(self, key: StepKey, body: Callable[[], Any]) -> Outcome:
-        optimizer = self._local.optimizer
+        held, optimizer = self._held, self._held.local.optimizer
         past = PastStep(key, copied_hyperparameters(optimizer))
         tries = 0
         computed = False
@@ -214,63 +204,32 @@ class ElasticSession(Session):
             tries += 1
             if tries > 1:
                 put_back_hyperparameters(optimizer, past.groups)  # some optimizers count their steps there
-            result = self._run_step(past, body)
-            self._recovery.progress.committed = key.step
+            result = held.run_step(past, body)
+            held.committed = key.step
             computed = True
             uids = self._link.uids
             return Outcome(
                 result=result,
-                workers=len(self._flags),
-                leavers=[uid for uid, flags in zip(uids, self._flags, strict=False) if flags & LEAVES],
-                admits=bool(self._flags and self._flags[0] & ADMITS),
+                workers=len(held.flags),
+                leavers=[uid for uid, flags in zip(uids, held.flags, strict=False) if flags & LEAVES],
+                admits=bool(held.flags and held.flags[0] & ADMITS),
                 groups=copied_hyperparameters(optimizer),
             )
 
-        outcome = self._operate(take, edits=not self._recovery.replay_log.allowed)
+        outcome = self._operate(take, edits=not held.replay_log.allowed)
         if not computed:  # another worker has, with the same result
             put_back_hyperparameters(optimizer, outcome.groups)
         self.everyone_leaves = outcome.everyone_leaves and not outcome.admits
         self._next = outcome
         return outcome
 
-    def _run_step(self, past: PastStep, body: Callable[[], T]) -> T:
-        shared = self._recovery.shared
-        if shared is not None and shared.replay:
-            self._recovery.replay_log.note(past)
-        self._underway = past
-        self._is_stepping = True
-        result = body()
-        self._is_stepping = False
-        self._recovery.progress.reached = past.step
-        return result
-
-    @contextlib.contextmanager
-    def updating(self, step: int, flags: Sequence[int], step_s: float, *, skips: bool = False) -> Iterator[None]:
-        self._flags = flags
-        shared = self._recovery.shared
-        if shared is None:
-            yield
-            return
-        grown = any(flag & GROWN for flag in flags)
-        if grown:
-            shared.settle(step - 1)
-        if skips:
-            shared.skip(step)
-            yield
-            return
-        shared.before_update(step, step_s, settles=grown)
-        if shared.replay and shared.copied == step - 1 and self._underway is not None:
-            # The buffers are those of the step's beginning until the update is done.
-            self._recovery.replay_log.copied(self._underway, self._local.buffers.start())
-        yield
-        shared.after_update(step)
-        if grown:  # a death meanwhile is one before the step's end, so that it is done again
-            shared.settle(step)
+    def updating(
+        self, step: int, flags: Sequence[int], step_s: float, *, skips: bool = False
+    ) -> contextlib.AbstractContextManager[None]:
+        return self._held.updating(step, flags, step_s, skips=skips)
 
     def begin_steps(self, arguments: Sequence[str], *, redoable: bool) -> None:
-        self._recovery.replay_log.begin(allowed=redoable)
-        if self._recovery.shared is not None:
-            self._recovery.shared.renew(self._recovery.progress.committed, replay=redoable)
+        self._held.begin_steps(redoable=redoable)
         self._calls.begin_loop(arguments, main=self._collective.rank == 0)
 
     def enter_steps(self) -> bool:
@@ -278,7 +237,7 @@ class ElasticSession(Session):
         return midway
 
     def end_steps(self) -> None:
-        self.perform("end the loop", self._settle, edits=False)
+        self.perform("end the loop", lambda: self._held.settle(self._collective), edits=False)
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
@@ -289,11 +248,7 @@ class ElasticSession(Session):
     def signals(self, stop: int) -> tuple[int, int]:
         # A worker that gets the signal alone is to leave; the launcher announces beforehand that all are to stop.
         leaves = stop == signal.SIGTERM and self._link.ask("stop") is None
-        return 0 if leaves else stop, LEAVES * leaves | ADMITS * self._has_applicants() | self._grown()
-
-    def _grown(self) -> int:
-        shared = self._recovery.shared
-        return GROWN * (shared is not None and (shared.grown or shared.will_grow))
+        return 0 if leaves else stop, LEAVES * leaves | ADMITS * self._has_applicants() | self._held.grown
 
     def _has_applicants(self) -> bool:
         if self._collective.rank or self._collective.size >= self._microbatches:
@@ -322,7 +277,7 @@ class ElasticSession(Session):
         link = self._link
         if link.generation is None:
             return
-        operation = self._recovery.progress.operations + 1
+        operation = self._held.operations + 1
 
         def change() -> Outcome:
             gone = [uid for uid in leavers if uid in link.uids]
@@ -331,8 +286,8 @@ class ElasticSession(Session):
             joiners = json.loads(self._collective.all_gather_bytes(json.dumps(waiting[:room]).encode())[0])
             if not (joiners or gone):
                 return Outcome()
-            if self._recovery.shared is not None:
-                self._recovery.shared.settle(self._recovery.progress.committed)
+            if self._held.shared is not None:
+                self._held.shared.settle(self._held.committed)
             if self._collective.rank == 0:
                 link.membership.admit(joiners, gone)
             self._collective.barrier()
@@ -342,7 +297,7 @@ class ElasticSession(Session):
                 raise SystemExit(0)
             reason = _changes(link, gone, joiners)
             self._regroup(leavers=gone, joiners=joiners, operation=operation, reason=reason)
-            return self._recovery.progress.outcome
+            return self._held.outcome
 
         self._is_changing = True
         try:
@@ -353,7 +308,7 @@ class ElasticSession(Session):
     def _join(self, over: Callable[[], bool]) -> bool:
         """*local* until the others meet this worker. Waits to be let in; False if ``over`` says that there is nothing to join."""
         try:
-            collective = self._link.join(over, keep=self._local.weights.flats)
+            collective = self._link.join(over, keep=self._held.local.weights.flats)
             if collective is None:
                 return False
             self._collective = collective
@@ -362,7 +317,7 @@ class ElasticSession(Session):
             self._recover(failure)
         while True:
             try:
-                self._confirm(self._recovery.progress.operations)  # to meet was an operation of theirs
+                self._confirm(self._held.operations)  # to meet was an operation of theirs
                 return True
             except LostWorker as failure:
                 self._recover(failure)
@@ -422,10 +377,10 @@ class ElasticSession(Session):
         """
         self._abandon()
         link = self._link
-        self._collective = link.meet(leavers=leavers, joiners=joiners, silent=silent, keep=self._local.weights.flats)
+        self._collective = link.meet(leavers=leavers, joiners=joiners, silent=silent, keep=self._held.local.weights.flats)
         silence = None
         if operation is not None:
-            self._recovery.progress.done(operation, Outcome())
+            self._held.done(operation, Outcome())
             self._is_changing = False
         if before is not None:
             gone = [member for member in before.members if member.uid not in link.uids]
@@ -440,9 +395,7 @@ class ElasticSession(Session):
     def _abandon(self) -> None:
         """*local*. Leaves the generation; workers that still wait for this one notice. The step under way is undone."""
         self._collective.close()
-        if self._is_stepping:
-            self._is_stepping = False
-            self._local.undo_step()
+        self._held.undo_step()
 
     def _come_together(self, reason: str, silence: str | None = None) -> None:
         """*collective*. Brings these workers, whose state may differ by one operation or be none at all, to one point."""
@@ -450,53 +403,17 @@ class ElasticSession(Session):
         self._resume(self._exchange_reports(), reason, silence)
 
     def _exchange_reports(self) -> list[WorkerReport]:
-        progress = self._recovery.progress
-        mine = WorkerReport(
-            trainer=self._trainer,
-            operations=progress.operations,
-            confirmed=progress.confirmed,
-            reached=progress.reached,
-            committed=progress.committed,
-            changing=self._is_changing,
-            has_all=progress.has_all,
-            has_part=self._recovery.shared is not None,
-            may_share=self._local.weights.wanted,
-        )
-        told = self._collective.all_gather_bytes(json.dumps(dataclasses.asdict(mine)).encode())
-        return [WorkerReport(**json.loads(text)) for text in told]
+        return self._recovery.exchange_reports(self._collective, changing=self._is_changing)
 
     def _resume(self, reports: Sequence[WorkerReport], reason: str = "", silence: str | None = None) -> None:
-        """*collective*. Agree, roll back, rebuild, transfer, replay: afterwards the run goes on."""
-        try:
-            plan = RecoveryPlan.of(reports, trainer=self._trainer)
-        except TrainerFinished:
-            self._collective.close()
-            raise
-        self._recovery.resume(plan, self._collective, self._rebuild)
-        self._announce(reason, silence)
-        self._replay()
-        self._recovery.progress.operations, self._recovery.progress.confirmed = plan.operations, plan.confirmed
-
-    def _replay(self) -> None:
-        """*collective*. From where the state is to the last step of the run: the same bits as the first time."""
-        progress, optimizer = self._recovery.progress, self._local.optimizer
-        if progress.reached == progress.committed:
-            return
-        steps = self._recovery.replay_log.between(progress.reached, progress.committed)
-        now = copied_hyperparameters(optimizer)
-        try:
-            for past in steps:
-                put_back_hyperparameters(optimizer, past.groups)
-                self._run_step(past, functools.partial(self._participant.redo, past.key, self._grown()))
-        finally:  # another worker may be lost meanwhile
-            put_back_hyperparameters(optimizer, now)
+        self._recovery.resume(reports, self._collective, lambda: self._announce(reason, silence))
 
     def _announce(self, reason: str, silence: str | None) -> None:
         main = self._collective.rank == 0
         self._calls.publish(main=main)
         if not main:
             return
-        link, workers, step = self._link, self._collective.size, self._recovery.progress.committed
+        link, workers, step = self._link, self._collective.size, self._held.committed
         assert link.generation is not None
         link.speak()
         on = f"worker{'s go' if workers > 1 else ' goes'} on after step {step}"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -344,20 +345,21 @@ class SharedState:
             return None
         return Point(step, tuple(range(len(marks))))
 
-    def restore(self, point: Point, *, main: bool) -> None:
-        """*local*. Goes back to ``point``.
+    def restore(self, step: int, parts: Sequence[int], *, main: bool) -> None:
+        """*local*. Goes back to the state after step ``step``.
 
         Args:
+            parts: Former places on this host whose parts must go back to their copies.
             main: Whether this worker does it for all workers of the host.
         """
-        parts = self._parts[self._table.generation]
-        for place in point.parts:
+        owned = self._parts[self._table.generation]
+        for place in parts:
             if main:
-                self._copy(parts[place], back=True, weights=self._weights.shared)
+                self._copy(owned[place], back=True, weights=self._weights.shared)
             if not self._weights.shared:
-                for flat, copy, (lo, hi) in zip(self._weights.flats, self._copies, parts[place].bounds, strict=True):
+                for flat, copy, (lo, hi) in zip(self._weights.flats, self._copies, owned[place].bounds, strict=True):
                     flat[lo:hi].copy_(copy[lo:hi])
-        self._arenas, self._places = [arena for arena in self._arenas if arena.born <= point.step], {}
+        self._arenas, self._places = [arena for arena in self._arenas if arena.born <= step], {}
         self._optimizer.state.clear()
         self._show(take=frozenset())
         self.grown = False

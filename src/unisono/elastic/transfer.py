@@ -11,14 +11,13 @@ from torch import Tensor
 
 from unisono.checkpoint.message import from_bytes, to_bytes
 from unisono.collective import Collective
-from unisono.elastic.recovery_plan import Outcome
-from unisono.elastic.replay_log import PastStep, ReplayLog
+from unisono.elastic.held_state import HeldState, Outcome
+from unisono.elastic.replay_log import PastStep
 from unisono.observe.summary import Summary
 from unisono.replica.optimizer import full_state, hyperparameters, set_full_state, set_hyperparameters
 from unisono.training.header import Signals
 from unisono.training.session import StepKey
 from unisono.training.step import StepResult
-from unisono.training.worker_group import LocalState
 
 _TYPES = (Outcome, PastStep, StepKey, StepResult, Signals, Summary)
 """What a message may hold beside plain values."""
@@ -43,23 +42,23 @@ class StateTransfer:
     """How far the run has come, for those who are new."""
 
     @classmethod
-    def of(
-        cls, local: LocalState, *, outcome: Outcome, weights: bool, state: bool, replay_log: ReplayLog, run: dict[str, Any]
-    ) -> StateTransfer:
+    def of(cls, held: HeldState, *, weights: bool, state: bool, run: dict[str, Any]) -> StateTransfer:
         """What this worker can give.
 
         Args:
             weights: Whether the weights are wanted.
             state: Whether the optimizer's state is.
+            run: How far the run has come.
         """
+        local = held.local
         return cls(
-            outcome=outcome,
+            outcome=held.outcome,
             buffers=[tensor.detach() for tensor in local.model.buffers()],
             weights=list(local.weights.flats) if weights else None,
             state=full_state(local.optimizer, local.layout) if state else None,
             groups=hyperparameters(local.optimizer),
             scheduler=None if local.scheduler is None else local.scheduler.state_dict(),
-            replay_log=replay_log.describe(),
+            replay_log=held.replay_log.describe(),
             run=run,
         )
 
@@ -86,13 +85,13 @@ class StateTransfer:
         message = data if collective.rank == source else received[source][0].numpy().tobytes()
         return cls(**from_bytes(message, _TYPES))
 
-    def put_into(self, local: LocalState, *, new: bool, state: bool) -> None:
+    def put_into(self, held: HeldState, *, state: bool) -> None:
         """Takes over what it holds.
 
         Args:
-            new: Whether this worker has not been in the run before.
-            state: Whether it needs the optimizer's state; else its host has that.
+            state: Whether this worker needs the optimizer's state; else its host has that.
         """
+        local = held.local
         with torch.no_grad():
             for tensor, value in zip(local.model.buffers(), self.buffers, strict=True):
                 tensor.copy_(value)
@@ -101,9 +100,11 @@ class StateTransfer:
                     flat.copy_(value)
         if state and self.state is not None:
             set_full_state(local.optimizer, local.layout, self.state)
-        if new:
+        if held.is_new:
             set_hyperparameters(local.optimizer, self.groups)
             if local.scheduler is not None:
                 local.scheduler.load_state_dict(self.scheduler)
         local.buffers.begin()
         vars(local.optimizer)["_opt_called"] = True  # by another worker; PyTorch's schedulers warn if nobody has
+        held.outcome = self.outcome
+        held.replay_log.adopt(self.replay_log)

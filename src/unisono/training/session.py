@@ -140,8 +140,9 @@ class Session:
         """
         return body()
 
-    @contextlib.contextmanager
-    def updating(self, step: int, flags: Sequence[int], step_s: float, *, skips: bool = False) -> Iterator[None]:
+    def updating(
+        self, step: int, flags: Sequence[int], step_s: float, *, skips: bool = False
+    ) -> contextlib.AbstractContextManager[None]:
         """*collective*. Around the update, in place, of what this worker updates in step ``step``.
 
         Args:
@@ -149,7 +150,7 @@ class Session:
             step_s: Seconds that the step before took, as all workers know it; 0 if they do not.
             skips: Whether the step updates nothing.
         """
-        yield
+        return contextlib.nullcontext()
 
     def between_steps(self, prepare: Callable[[], None]) -> None:
         """*collective*. The place where workers may leave and others may come.
