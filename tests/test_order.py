@@ -27,10 +27,10 @@ from torch.utils.data import (
 import unisono.order
 from unisono.errors import ConfigurationError
 from unisono.order import (
-    BatchSampled,
     Epoch,
     Listed,
     Order,
+    OrderLike,
     Permutation,
     Sampled,
     Shuffled,
@@ -445,7 +445,7 @@ def test_generators_are_restored_even_if_the_sampler_fails() -> None:
             raise RuntimeError("disk gone")
 
     before = random.getstate()
-    order = Sampled(Failing(), length=5, batch_size=2, seed=0)
+    order = Sampled(sampler=Failing(), is_batched=False, length=5, batch_size=2, seed=0)
     with pytest.raises(RuntimeError, match="disk gone"):
         order.epoch(0)
     assert random.getstate() == before
@@ -459,12 +459,20 @@ def test_a_sampler_is_told_the_epoch(wrapped: bool) -> None:
     assert batches(order.epoch(0)) == [[0, 0, 0]]
 
 
-def test_a_sampler_is_told_from_a_batch_sampler_by_what_it_yields() -> None:
-    assert isinstance(make_order(RandomSampler(range(9)), length=9, batch_size=3, seed=0), Sampled)
-    batch_sampler = BatchSampler(RandomSampler(range(9)), 3, drop_last=False)
-    assert isinstance(make_order(batch_sampler, length=9, batch_size=3, seed=0), BatchSampled)
-    assert isinstance(make_order([[0, 1], [2]], length=9, batch_size=3, seed=0), BatchSampled)
-    assert isinstance(make_order([torch.tensor([0, 1])], length=9, batch_size=3, seed=0), BatchSampled)
+@pytest.mark.parametrize(
+    ("order", "is_batched"),
+    [
+        (RandomSampler(range(9)), False),
+        (BatchSampler(RandomSampler(range(9)), 3, drop_last=False), True),
+        ([[0, 1], [2]], True),
+        ([torch.tensor([0, 1])], True),
+    ],
+    ids=["a sampler", "a batch sampler", "lists", "tensors"],
+)
+def test_a_sampler_is_told_from_a_batch_sampler_by_what_it_yields(order: OrderLike, is_batched: bool) -> None:
+    made = make_order(order, length=9, batch_size=3, seed=0)
+    assert isinstance(made, Sampled)
+    assert made.is_batched == is_batched
 
 
 def test_each_list_of_a_batch_sampler_is_one_global_batch() -> None:

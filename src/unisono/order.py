@@ -1,13 +1,11 @@
 """Which samples are in batch *k* of an epoch: a function of the seed, the epoch and *k*, and of nothing else.
 
-This module stands on NumPy and the standard library. It holds the seeds that all randomness of a run derives from, a
-seeded permutation that takes no memory, the split of a global batch into microbatches, and the orders a user can choose
-from. Everything here is *local* and gives the same answer on every worker, for any number of workers, and in whatever
-sequence it is asked.
+This module needs only NumPy and the standard library. It holds the seeds that all randomness of a run derives from, a seeded
+permutation in O(1) memory, the split of a global batch into microbatches, and the orders that a user can choose from. Everything
+here is *local* and gives the same answer on every worker, for any world size and in any sequence of calls.
 
-The values are part of the promise: a checkpoint stores only a position in the order, so a change of
-:func:`derive_seed`, :class:`Permutation` or :func:`microbatch_bounds` changes what resumed runs train on. Tests pin
-them.
+The values are part of the promise: a checkpoint stores only a position in the order, so a change of :func:`derive_seed`,
+:class:`Permutation` or :func:`microbatch_bounds` changes what resumed runs train on. Tests pin them.
 """
 
 from __future__ import annotations
@@ -36,17 +34,16 @@ _Words: TypeAlias = NDArray[np.uint64]
 _MAX_LENGTH = 2**62
 _SMALL_LENGTH = 1024
 _ROUNDS = 12
-# Halves of a few values mix slowly. Computed exactly for 7 elements, with ideal round functions: after 12 rounds the
-# permutation is 4 % from uniform in total variation, after 32 rounds 0.02 %.
+# Halves of a few values mix slowly. Computed exactly for 7 elements, with ideal round functions: after 12 rounds the permutation
+# is 4 % from uniform in total variation, after 32 rounds 0.02 %.
 _ROUNDS_SMALL = 32
 
 
 def derive_seed(*parts: int | str) -> int:
     """Return a 64-bit seed, ``0 <= seed < 2**64``, that depends on every part, its type and its place. *Local.*
 
-    The hash is BLAKE2b over an encoding in which no two different lists of parts look alike, so
-    ``derive_seed("ab", "c") != derive_seed("a", "bc")`` and ``derive_seed(1) != derive_seed("1")``.
-    It is the same in every process, on every machine and for every version of Python.
+    BLAKE2b over an encoding in which different lists of parts never look alike: ``derive_seed("ab", "c")`` differs from
+    ``derive_seed("a", "bc")``, and ``derive_seed(1)`` from ``derive_seed("1")``. The same on every machine and Python version.
 
     Raises:
         TypeError: If a part is neither an integer nor a string.
@@ -65,11 +62,10 @@ def derive_seed(*parts: int | str) -> int:
 class Permutation:
     """A seeded pseudo-random permutation of ``range(length)`` in O(1) memory. *Local.*
 
-    A cycle-walking Feistel network (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): a position is a
-    pair ``(left, right)`` with ``left < rows`` and ``right < columns``; each round adds to one of them a hash of the
-    other. Images beyond ``length`` are encrypted again until they fall inside. The domain has less than
-    ``length + sqrt(length) + 3`` and at most ``2 * length`` values, so that hardly any walk is needed. One side is
-    even: otherwise only even permutations could come out.
+    A cycle-walking Feistel network (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): a position is a pair
+    ``(left, right)`` with ``left < rows`` and ``right < columns``; each round adds to one of them a hash of the other. Images
+    beyond ``length`` are encrypted again until they fall inside. The domain has less than ``length + sqrt(length) + 3`` and at
+    most ``2 * length`` values, so hardly any walk is needed. One side is even: otherwise only even permutations could come out.
 
     Args:
         length: Number of elements, 0 to 2**62.
@@ -83,15 +79,12 @@ class Permutation:
         if not 0 <= length <= _MAX_LENGTH:
             raise ConfigurationError(f"a permutation has 0 to 2**62 elements, not {length}")
         rows = math.isqrt(max(length - 1, 0)) + 1
-        columns = _ceil_div(length, rows)
-        if rows % 2 and columns % 2:
+        if rows % 2 and _ceil_div(length, rows) % 2:
             rows += 1
-            columns = max(_ceil_div(length, rows), 1)
-        rounds = _ROUNDS if length >= _SMALL_LENGTH else _ROUNDS_SMALL
         self._length = length
-        self._rows = np.uint64(rows)
-        self._columns = np.uint64(max(columns, 1))
-        self._keys = [np.uint64(derive_seed("permutation", key, length, number)) for number in range(rounds)]
+        self._limits = np.uint64(rows), np.uint64(max(_ceil_div(length, rows), 1))  # rows and columns
+        rounds = range(_ROUNDS if length >= _SMALL_LENGTH else _ROUNDS_SMALL)
+        self._rounds = [(number, np.uint64(derive_seed("permutation", key, length, number))) for number in rounds]
 
     def __len__(self) -> int:
         return self._length
@@ -105,12 +98,12 @@ class Permutation:
         return self._walk(positions, self._encrypt)
 
     def inverse(self, indices: NDArray[np.integer[Any]]) -> Indices:
-        """Return the positions at which ``indices`` stand: an int64 array of the same shape; ``inverse(at(p)) == p``.
+        """Return the positions of ``indices``: an int64 array of the same shape; ``inverse(at(p)) == p``.
 
         Raises:
             IndexError: If an index is outside ``range(length)``.
         """
-        return self._walk(indices, self._decrypt)
+        return self._walk(indices, partial(self._encrypt, undo=True))
 
     def _walk(self, values: NDArray[np.integer[Any]], cipher: Callable[[_Words], _Words]) -> Indices:
         values = np.asarray(values)
@@ -127,23 +120,17 @@ class Permutation:
             outside = outside[again >= self._length]
         return out.astype(np.int64).reshape(values.shape)
 
-    def _encrypt(self, values: _Words) -> _Words:
-        left, right = np.divmod(values, self._columns)
-        for number, key in enumerate(self._keys):
-            if number % 2 == 0:
-                left = _wrap(left + _hash_below(right, key, self._rows), self._rows)
-            else:
-                right = _wrap(right + _hash_below(left, key, self._columns), self._columns)
-        return left * self._columns + right
-
-    def _decrypt(self, values: _Words) -> _Words:
-        left, right = np.divmod(values, self._columns)
-        for number, key in reversed(list(enumerate(self._keys))):
-            if number % 2 == 0:
-                left = _wrap(left + (self._rows - _hash_below(right, key, self._rows)), self._rows)
-            else:
-                right = _wrap(right + (self._columns - _hash_below(left, key, self._columns)), self._columns)
-        return left * self._columns + right
+    def _encrypt(self, values: _Words, *, undo: bool = False) -> _Words:
+        sides = list(np.divmod(values, self._limits[1]))
+        for number, key in reversed(self._rounds) if undo else self._rounds:
+            side = number % 2
+            limit = self._limits[side]
+            added = _hash_below(sides[1 - side], key, limit)
+            total = sides[side] + (limit - added if undo else added)
+            # Modulo the limit: below it, the difference wraps around to a huge number, so the minimum needs no branch.
+            sides[side] = np.minimum(total, total - limit)
+        encrypted: _Words = sides[0] * self._limits[1] + sides[1]
+        return encrypted
 
 
 def _hash_below(values: _Words, key: np.uint64, limit: np.uint64) -> _Words:
@@ -151,15 +138,8 @@ def _hash_below(values: _Words, key: np.uint64, limit: np.uint64) -> _Words:
     mixed = values * np.uint64(0x9E3779B97F4A7C15) + key
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    # The upper half, scaled: needs no division, and its bias of limit / 2**32 at most touches no bijection.
+    # Scaling the upper half needs no division, and its bias of at most limit / 2**32 leaves every round a bijection.
     return ((mixed >> np.uint64(32)) * limit) >> np.uint64(32)
-
-
-def _wrap(values: _Words, limit: np.uint64) -> _Words:
-    """Reduce ``values < 2 * limit`` modulo ``limit``."""
-    # Below the limit the difference wraps around to a huge number, so the minimum picks the right one without a branch.
-    wrapped: _Words = np.minimum(values, values - limit)
-    return wrapped
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -169,10 +149,9 @@ def _ceil_div(a: int, b: int) -> int:
 def microbatch_bounds(size: int, batch_size: int, microbatches: int) -> tuple[tuple[int, int], ...]:
     """Cut a global batch that holds ``size`` of at most ``batch_size`` samples into microbatches. *Local.*
 
-    A full batch is cut into ``microbatches`` parts whose sizes differ by at most one, larger ones first. A short batch
-    is cut as evenly, but into as few parts as keep each no larger than the largest part of a full one; the remaining
-    microbatches are empty. Spread over all of them it would give BatchNorm microbatches of a single sample. The number
-    of workers plays no role.
+    A full batch is cut into ``microbatches`` parts whose sizes differ by at most one, larger ones first. A short batch is cut as
+    evenly, but into as few parts as keep each no larger than the largest part of a full one; the other microbatches are empty.
+    Spread over all of them it would give BatchNorm microbatches of a single sample.
 
     Returns:
         ``microbatches`` pairs ``(lo, hi)`` of positions in the batch, contiguous and ascending; empty ones have
@@ -237,17 +216,18 @@ class Order(ABC):
 
 
 @final
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Shuffled(Order):
     """Every sample once an epoch, in an order drawn from ``(seed, epoch)``. Memory does not grow with ``length``."""
 
-    def __init__(self, *, length: int, batch_size: int, seed: int, drop_last: bool = False) -> None:
-        _check_at_least_one(batch_size=batch_size)
-        self._length, self._batch_size, self._seed, self._drop_last = length, batch_size, seed, drop_last
+    length: int
+    batch_size: int
+    seed: int
+    drop_last: bool = False
 
     def epoch(self, epoch: int) -> Epoch:
-        """Return the batches of epoch ``epoch``. *Local.*"""
-        permutation = Permutation(self._length, derive_seed("order", self._seed, epoch))
-        return _even_epoch(self._length, self._batch_size, self._drop_last, lambda lo, hi: permutation.at(np.arange(lo, hi)))
+        permutation = Permutation(self.length, derive_seed("order", self.seed, epoch))
+        return _even_epoch(self.length, self.batch_size, self.drop_last, lambda lo, hi: permutation.at(np.arange(lo, hi)))
 
 
 @final
@@ -259,64 +239,38 @@ class Listed(Order):
     """
 
     def __init__(self, indices: Sequence[int] | NDArray[Any], *, length: int, batch_size: int, drop_last: bool = False) -> None:
-        _check_at_least_one(batch_size=batch_size)
-        self._indices: range | Indices
-        if isinstance(indices, range):
-            _check_ends(indices, length, "the order")
-            self._indices = indices
-        else:
-            self._indices = _checked_indices(indices, length, "the order")
+        self._indices = _checked_indices(indices, length, "the order")
         self._batch_size, self._drop_last = batch_size, drop_last
 
     def epoch(self, epoch: int) -> Epoch:
-        """Return the batches, the same for every ``epoch``. *Local.*"""
         return _even_epoch(len(self._indices), self._batch_size, self._drop_last, _slicer(self._indices))
 
 
 @final
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Sampled(Order):
     """The dataset indices that a sampler in the style of ``torch.utils.data.Sampler`` yields, cut into global batches.
 
-    At each epoch the sampler's ``set_epoch`` is called if it has one, and while it is read, its own generators and the
-    global ones of torch, NumPy and ``random`` are seeded from ``(seed, epoch)``; afterwards they are as before. A
-    sampler that keeps other state from epoch to epoch cannot be resumed exactly: let it derive that in ``set_epoch``.
-    The indices of one epoch are held in memory.
-
-    Raises:
-        ConfigurationError: If the sampler is a one-shot iterator or splits the data between workers by itself.
+    In each epoch the sampler's ``set_epoch`` is called if it has one. While it is read, its own generators and the global ones of
+    torch, NumPy and ``random`` are seeded from ``(seed, epoch)``; afterwards they are as before. A sampler that keeps other state
+    across epochs cannot be resumed exactly: let it derive that state in ``set_epoch``. The indices of one epoch are in memory.
     """
 
-    def __init__(self, sampler: Iterable[int], *, length: int, batch_size: int, seed: int, drop_last: bool = False) -> None:
-        _check_at_least_one(batch_size=batch_size)
-        _check_sampler(sampler)
-        self._sampler, self._length, self._batch_size = sampler, length, batch_size
-        self._seed, self._drop_last = seed, drop_last
+    sampler: Iterable[int] | Iterable[Sequence[int]]
+    is_batched: bool
+    """A batch sampler: each list of dataset indices that it yields is one global batch, of at most ``batch_size``."""
+    length: int
+    batch_size: int
+    seed: int
+    drop_last: bool = False
 
     def epoch(self, epoch: int) -> Epoch:
-        """Draw the batches of epoch ``epoch``. *Local.*"""
-        with _seeded(self._sampler, self._seed, epoch):
-            drawn = list(self._sampler)
-        indices = _checked_indices(drawn, self._length, f"the sampler in epoch {epoch}")
-        return _even_epoch(len(indices), self._batch_size, self._drop_last, _slicer(indices))
-
-
-@final
-class BatchSampled(Order):
-    """The global batches that a batch sampler yields: each of its lists of dataset indices is one global batch.
-
-    Seeding, memory and errors are those of :class:`Sampled`. No list may hold more than ``batch_size`` indices.
-    """
-
-    def __init__(self, batch_sampler: Iterable[Sequence[int]], *, length: int, batch_size: int, seed: int) -> None:
-        _check_at_least_one(batch_size=batch_size)
-        _check_sampler(batch_sampler)
-        self._batch_sampler, self._length, self._batch_size, self._seed = batch_sampler, length, batch_size, seed
-
-    def epoch(self, epoch: int) -> Epoch:
-        """Draw the batches of epoch ``epoch``. *Local.*"""
-        with _seeded(self._batch_sampler, self._seed, epoch):
-            # A copy of each, because some batch samplers yield one list again and again and refill it.
-            drawn = [list(batch) if isinstance(batch, Iterable) else batch for batch in self._batch_sampler]
+        with _seeded(self.sampler, self.seed, epoch):
+            # A copy of each list, because some batch samplers refill and yield the same one.
+            drawn: list[Any] = [list(one) if self.is_batched and isinstance(one, Iterable) else one for one in self.sampler]
+        if not self.is_batched:
+            indices = _checked_indices(drawn, self.length, f"the sampler in epoch {epoch}")
+            return _even_epoch(len(indices), self.batch_size, self.drop_last, _slicer(indices))
         where = f"the batch sampler in epoch {epoch}"
         if not drawn:
             raise ConfigurationError(f"{where} gives no batch: check its length and drop_last")
@@ -324,32 +278,33 @@ class BatchSampled(Order):
         edges = np.cumsum([0, *map(len, batches)]).tolist()
         return Epoch(samples=edges[-1], starts=edges[:-1], take=_slicer(np.concatenate(batches)))
 
-    def _checked_batch(self, batch: Any, where: str) -> Indices:
+    def _checked_batch(self, batch: Any, where: str) -> Indices | range:
         if not isinstance(batch, list):
             raise ConfigurationError(f"{where} is {batch!r}: a batch sampler yields lists of dataset indices")
-        if len(batch) > self._batch_size:
+        if len(batch) > self.batch_size:
             raise ConfigurationError(
-                f"{where} holds {len(batch)} samples, more than batch_size {self._batch_size}: "
+                f"{where} holds {len(batch)} samples, more than batch_size {self.batch_size}: "
                 f"raise batch_size to the sampler's largest batch, or let the sampler make smaller ones"
             )
-        return _checked_indices(batch, self._length, where)
+        return _checked_indices(batch, self.length, where)
 
 
 def make_order(order: OrderLike, *, length: int, batch_size: int, seed: int, drop_last: bool = False) -> Order:
     """Make the order that a user asked for. *Local.*
 
     Args:
-        order: ``"shuffle"``; ``"sequential"``; a list or one-dimensional array of dataset indices; a sampler, which
-            yields indices; or a batch sampler, which yields lists of them. The two are told apart by the first element,
-            which is drawn once for that; random states are left as they were.
+        order: ``"shuffle"``; ``"sequential"``; a list or one-dimensional array of dataset indices; a sampler, which yields
+            indices; or a batch sampler, which yields lists of them. The two are told apart by their first element, which is drawn
+            once for that; random states are left as they were.
         length: Samples in the dataset.
         batch_size: Samples in a global batch, at most.
         seed: The run's seed.
         drop_last: Leave out the last batch of an epoch if it is short.
 
     Raises:
-        ConfigurationError: If ``order`` is none of these or cannot be iterated again (a generator), if it names a
-            sample that the dataset does not have, if the dataset is empty, or if ``drop_last`` meets a batch sampler.
+        ConfigurationError: If ``order`` is none of these, cannot be iterated again (a generator), or splits the data between
+            workers by itself; if it names a sample that the dataset does not have, if the dataset is empty, or if ``drop_last``
+            meets a batch sampler.
     """
     _check_at_least_one(batch_size=batch_size)
     if length < 1:
@@ -364,13 +319,12 @@ def make_order(order: OrderLike, *, length: int, batch_size: int, seed: int, dro
         return Listed(np.asarray(order), length=length, batch_size=batch_size, drop_last=drop_last)
     _check_sampler(order)
     given: Any = order
-    if _is_batch(_first_element(given, seed)):
-        if drop_last:
-            raise ConfigurationError("drop_last is set, but a batch sampler makes its own batches: set drop_last there")
-        return BatchSampled(given, length=length, batch_size=batch_size, seed=seed)
-    if isinstance(given, Sequence):
+    is_batched = _is_batch(_first_element(given, seed))
+    if is_batched and drop_last:
+        raise ConfigurationError("drop_last is set, but a batch sampler makes its own batches: set drop_last there")
+    if isinstance(given, Sequence) and not is_batched:
         return Listed(given, length=length, batch_size=batch_size, drop_last=drop_last)
-    return Sampled(given, length=length, batch_size=batch_size, seed=seed, drop_last=drop_last)
+    return Sampled(sampler=given, is_batched=is_batched, length=length, batch_size=batch_size, seed=seed, drop_last=drop_last)
 
 
 def _even_epoch(total: int, batch_size: int, drop_last: bool, take: Callable[[int, int], Indices]) -> Epoch:
@@ -393,47 +347,41 @@ def _check_at_least_one(**settings: int) -> None:
             raise ConfigurationError(f"{name} is {value}: it must be at least 1")
 
 
-def _bad_index(value: object, position: int, length: int, where: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"{where}: position {position} holds {reprlib.repr(value)}; expected an integer from 0 to {length - 1}, "
-        f"because the dataset has {length} samples"
-    )
+def _checked_indices(values: Sequence[Any] | NDArray[Any], length: int, where: str) -> range | Indices:
+    """Return a range as it is, or a copy of ``values`` as int64 ``[n]``; n is at least 1.
 
-
-def _check_ends(indices: range, length: int, where: str) -> None:
-    if not indices:
-        raise ConfigurationError(f"{where} is empty: give at least one dataset index")
-    for position in (0, len(indices) - 1):
-        if not 0 <= indices[position] < length:
-            raise _bad_index(indices[position], position, length, where)
-
-
-def _checked_indices(values: Sequence[Any] | NDArray[Any], length: int, where: str) -> Indices:
-    """Return a copy of ``values`` as int64 ``[n]``, n at least 1, or raise ConfigurationError if one is no index."""
+    Raises:
+        ConfigurationError: If a value is no index of the dataset.
+    """
     if isinstance(values, np.ndarray) and values.ndim != 1:
         raise ConfigurationError(f"{where} has shape {list(values.shape)}: dataset indices come as one dimension")
     if len(values) == 0:
         raise ConfigurationError(f"{where} is empty: give at least one dataset index")
+    if isinstance(values, range):
+        _check_each(values, (0, len(values) - 1), length, where)
+        return values
     try:
         array = np.asarray(values)
-    except ValueError:  # a list of lists of different lengths: the loop below names the first
+    except ValueError:  # a list of lists of different lengths
         array = np.empty(0, object)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        array = np.array([_checked_index(v, position, length, where) for position, v in enumerate(values)], np.int64)
-    outside = np.flatnonzero((array < 0) | (array >= length))
-    if outside.size:
-        position = int(outside[0])
-        raise _bad_index(array[position].item(), position, length, where)
-    return array.astype(np.int64)
+    if array.ndim == 1 and array.dtype.kind in "iu":
+        _check_each(array, np.flatnonzero((array < 0) | (array >= length)), length, where)
+        return array.astype(np.int64)
+    _check_each(values, range(len(values)), length, where)
+    return np.array([as_int(value) for value in values], np.int64)
 
 
-def _checked_index(value: Any, position: int, length: int, where: str) -> int:
-    try:
-        if not isinstance(value, bool) and 0 <= as_int(value) < length:
-            return as_int(value)
-    except TypeError:
-        pass
-    raise _bad_index(value, position, length, where)
+def _check_each(values: Sequence[Any] | NDArray[Any], positions: Iterable[int], length: int, where: str) -> None:
+    for position in positions:
+        value: Any = values[position]
+        value = value.item() if isinstance(value, np.generic) else value
+        with contextlib.suppress(TypeError):
+            if not isinstance(value, bool) and 0 <= as_int(value) < length:
+                continue
+        raise ConfigurationError(
+            f"{where}: position {position} holds {reprlib.repr(value)}; expected an integer from 0 to {length - 1}, "
+            f"because the dataset has {length} samples"
+        )
 
 
 def _is_batch(element: object) -> bool:
@@ -462,7 +410,7 @@ def _check_sampler(sampler: object) -> None:
         if getattr(part, "num_replicas", 1) not in (1, None):
             raise ConfigurationError(
                 f"{type(part).__name__} splits the data between {part.num_replicas} workers, but unisono splits each "
-                "global batch itself: leave it away, or give the sampler that you would use on one worker"
+                "global batch itself: remove it, or give the sampler that you would use on one worker"
             )
 
 
