@@ -12,7 +12,7 @@ from torch.distributed import HashStore, PrefixStore, Store
 
 from unisono.elastic.membership import TooFewWorkers
 from unisono.launch.control_store import ControlStore
-from unisono.launch.processes import WorkerProcess
+from unisono.launch.processes import SupervisedProcess
 from unisono.launch.report import FailureRecord, describe
 from unisono.launch.restart_policy import REPLACE_S, Course, RestartPolicy
 from unisono.system.fork_server import Child
@@ -51,10 +51,10 @@ class Run:
     def set(self, key: str, value: str = "1") -> None:
         PrefixStore(f"unisono/{self.attempt}", self._store).set(key, value)
 
-    def process(self, rank: int, *, joins: bool = False) -> WorkerProcess:
+    def process(self, rank: int, *, joins: bool = False) -> SupervisedProcess:
         self._pid += 1
         child = cast(Child, Numbered(self._pid))
-        return WorkerProcess(rank, f"0.{self._pid}", child, Path("none"), None, joins=joins)
+        return SupervisedProcess(rank, f"0.{self._pid}", child, Path("none"), None, joins=joins)
 
     def end(self, *ends: tuple[int, int | str], stops: bool = False, now_s: float = 0.0) -> Course:
         """Workers end: with a status, with the message of an error, or, after a question mark, for lost contact."""

@@ -29,7 +29,7 @@ _LEFTOVERS_S = 0.5
 
 
 @dataclass(eq=False)
-class WorkerProcess:
+class SupervisedProcess:
     """One process of a worker, from its start on. All methods are *local*."""
 
     rank: int
@@ -99,7 +99,7 @@ class WorkerProcesses:
         self._folder = folder
         self._fork_server = fork_server
         self._terminal = terminal
-        self._by_rank: dict[int, WorkerProcess] = {}
+        self._by_rank: dict[int, SupervisedProcess] = {}
         self._leftovers = Leftovers(reaper.remove, grace_s=_LEFTOVERS_S)
         self._logs = Logs()
 
@@ -136,7 +136,7 @@ class WorkerProcesses:
                 folder=None if env.get("PYTHONSAFEPATH") else Path(command[0]).resolve().parent,
                 fresh=["-m", "unisono.launch.worker", *command],
             )
-        self._by_rank[rank] = WorkerProcess(rank, uid, child, error_file, log, joins=joins)
+        self._by_rank[rank] = SupervisedProcess(rank, uid, child, error_file, log, joins=joins)
 
     def forget_ended(self) -> None:
         """Call it before another attempt, in which the workers of this host may have other numbers."""
@@ -147,7 +147,7 @@ class WorkerProcesses:
         limit_s = min(limit_s, _POLL_S) if self._leftovers else limit_s
         wait_for_end([process.child for process in self.running], limit_s)
 
-    def poll(self) -> list[WorkerProcess]:
+    def poll(self) -> list[SupervisedProcess]:
         """Find the workers that have ended or failed since the last call, and begin to end what the dead left running.
 
         Returns:
@@ -171,12 +171,12 @@ class WorkerProcesses:
         return self._fork_server.failure
 
     @property
-    def latest(self) -> list[WorkerProcess]:
+    def latest(self) -> list[SupervisedProcess]:
         """The latest process of each worker, in order of rank."""
         return [process for _, process in sorted(self._by_rank.items())]
 
     @property
-    def running(self) -> list[WorkerProcess]:
+    def running(self) -> list[SupervisedProcess]:
         """Those that run."""
         return [process for process in self._by_rank.values() if process.status is None]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from unisono.launch.processes import WorkerProcess
+from unisono.launch.processes import SupervisedProcess
 from unisono.launch.report import Failure, brief, root_cause
 from unisono.system.signals import RESTART, STOP_CODES
 
@@ -98,7 +98,9 @@ class RestartPolicy:
         """Whether `applies` has ever been true."""
         return self._is_elastic
 
-    def look(self, ended: Sequence[WorkerProcess], everyone: Sequence[WorkerProcess], *, stops: bool, now_s: float) -> Course:
+    def look(
+        self, ended: Sequence[SupervisedProcess], everyone: Sequence[SupervisedProcess], *, stops: bool, now_s: float
+    ) -> Course:
         """Judge what has happened since the last look.
 
         Args:
@@ -151,7 +153,7 @@ class RestartPolicy:
         self._say(f"{_who(failure)} {brief(failure)}; a new one starts (restart {number} of {self._max_restarts})")
         return True
 
-    def _note(self, process: WorkerProcess, failure: Failure, *, stops: bool, now_s: float) -> None:
+    def _note(self, process: SupervisedProcess, failure: Failure, *, stops: bool, now_s: float) -> None:
         self._deaths.append(failure)
         if process.joins and failure.record is not None and failure.record.kind == "FingerprintMismatch":
             self._say(f"{_who(failure)} was turned away: {failure.record.message}")
@@ -167,7 +169,7 @@ class RestartPolicy:
             self._all_needed = self._all_needed or failure.status == RESTART or self._control.needs_all
             self._vacancies[process.rank] = _Vacancy(failure, now_s + (_CAUSE_S if failure.lost_contact else REPLACE_S))
 
-    def _are_helpless(self, everyone: Sequence[WorkerProcess], now_s: float) -> bool:
+    def _are_helpless(self, everyone: Sequence[SupervisedProcess], now_s: float) -> bool:
         """Whether a worker has ended because it lost contact, and no other member of its time runs: only newcomers do. (With
         several hosts such members may run elsewhere; if there are none, newcomers find that out.)"""
         return any(
@@ -213,7 +215,7 @@ def _who(failure: Failure) -> str:
     return f"unisono: worker {failure.rank} (pid {failure.pid})"
 
 
-def _was_there(failure: Failure, process: WorkerProcess) -> bool:
+def _was_there(failure: Failure, process: SupervisedProcess) -> bool:
     """Whether a process runs and took part when another one failed."""
     has_joined = not process.joins or failure.time_s - process.started_s > _NEWCOMER_S
     return process.status is None and has_joined

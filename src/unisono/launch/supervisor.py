@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from unisono.errors import WorkerFailure
 from unisono.launch.config import LaunchConfig
 from unisono.launch.control_store import FINE, ControlStore
-from unisono.launch.processes import WorkerProcess, WorkerProcesses
+from unisono.launch.processes import SupervisedProcess, WorkerProcesses
 from unisono.launch.rendezvous import Attempt, BrokenOff, Rendezvous, Stopped
 from unisono.launch.report import brief
 from unisono.launch.restart_policy import Course, RestartPolicy
@@ -197,7 +197,7 @@ class Supervisor:
             self._processes.end(grace_s=0.0, signum=signal.SIGKILL)
         return course
 
-    def _course(self, ended: Sequence[WorkerProcess]) -> Course:
+    def _course(self, ended: Sequence[SupervisedProcess]) -> Course:
         overdue = self._stop_is_overdue()
         if not self._policy.applies:
             return self._plain_course(overdue=overdue)
@@ -313,7 +313,7 @@ class Supervisor:
         return self._is_shared and self._rendezvous.serves and self._policy.applies and self._stop.requested is not None
 
 
-def _end_of(process: WorkerProcess) -> str:
+def _end_of(process: SupervisedProcess) -> str:
     """How a process ended, for the other workers to report."""
     if process.status == 0:
         return FINE
