@@ -39,6 +39,14 @@ SHORT = {
 FILES = {"vision": "clothes", "language": "text.txt", "recommendation": "ratings.csv", "fraud": "pay.csv", "forecast": "fly.csv"}
 
 
+TRAINED: dict[str, list[str]] = {}
+"""What a prediction of each demo needs, once it has been trained by one worker."""
+
+
+def prediction(data: Path, run_dir: Path) -> list[str]:
+    return ["--data", str(data), "--run-dir", str(run_dir), "--predict"]
+
+
 def evaluations(run_dir: Path) -> list[dict[str, float]]:
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line.get("event") == "evaluation"]
@@ -63,6 +71,7 @@ def test_a_demo_has_one_digest_on_1_2_and_3_workers_and_reports_beside_baselines
         digests.add(digest(run_dir))
         measured.append(evaluations(run_dir))
     assert len(digests) == 1
+    TRAINED[name] = prediction(data, tmp_path / "1")
     assert measured[0] == measured[1] == measured[2]
     steps = json.loads((tmp_path / "1" / "summary.json").read_text())["steps"]
     assert {steps * 2 // 3, steps} <= {line["step"] for line in measured[0]}
@@ -88,10 +97,12 @@ def test_language_has_one_digest_in_bf16_too_and_another_than_in_fp32(tmp_path: 
 
 
 def trained(name: str, tmp_path: Path, patch: pytest.MonkeyPatch) -> list[str]:
-    """Trains briefly; the options that a prediction needs."""
-    data = DATA[name](tmp_path / FILES[name])
-    small.run_demo(name, ["--data", str(data), "--run-dir", str(tmp_path / "run"), *SHORT[name]], 1, patch)
-    return ["--data", str(data), "--run-dir", str(tmp_path / "run"), "--predict"]
+    """Trains briefly, if no test has yet; the options that a prediction needs."""
+    if name not in TRAINED:
+        data, run_dir = DATA[name](tmp_path / FILES[name]), tmp_path / "run"
+        small.run_demo(name, ["--data", str(data), "--run-dir", str(run_dir), *SHORT[name]], 1, patch)
+        TRAINED[name] = prediction(data, run_dir)
+    return TRAINED[name]
 
 
 def test_an_image_file_is_classified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
