@@ -206,7 +206,7 @@ def _unisono_step(trainer: Any, workload: Workload, place: Place) -> Step:
 
     from unisono import Batch
     from unisono.order import microbatch_bounds
-    from unisono.training.step import Microbatch
+    from unisono.replica.base import Microbatch
 
     inputs, targets = workload.batch()
     stream = trainer.batches(torch.utils.data.TensorDataset(inputs, targets), epochs=1)

@@ -11,24 +11,28 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from unisono.errors import ConfigurationError
-from unisono.layout import ALIGNMENT_BYTES, Block, Layout, allocate
+from unisono.layout import ALIGNMENT_BYTES, FlatBlock, Layout, allocate
+from unisono.replica.parameters import adopt, in_slot_order, layout_of, trainable
 
 SIZES = st.lists(st.integers(0, 100), min_size=1, max_size=9)
 
 
-def layout_of(*tensors: Tensor) -> Layout:
-    return Layout((f"p{number}", nn.Parameter(tensor)) for number, tensor in enumerate(tensors))
+def of(*tensors: Tensor) -> tuple[Layout, list[nn.Parameter]]:
+    named = [(f"p{number}", nn.Parameter(tensor)) for number, tensor in enumerate(tensors)]
+    layout = layout_of(named)
+    return layout, in_slot_order(layout, named)
+
+
+def of_model(model: nn.Module) -> tuple[Layout, list[nn.Parameter]]:
+    layout = layout_of(trainable(model))
+    return layout, in_slot_order(layout, trainable(model))
 
 
 def of_sizes(sizes: list[int]) -> Layout:
-    return layout_of(*(torch.randn(size) for size in sizes))
+    return of(*(torch.randn(size) for size in sizes))[0]
 
 
-def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def rooms(block: Block) -> list[int]:
+def rooms(block: FlatBlock) -> list[int]:
     return [hi - slot.offset for slot, hi in zip(block.slots, block.ends, strict=True)]
 
 
@@ -38,7 +42,7 @@ def rooms(block: Block) -> list[int]:
 @settings(deadline=None)
 @given(SIZES, st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.complex128]))
 def test_every_parameter_starts_at_64_bytes_and_none_overlap(sizes: list[int], dtype: torch.dtype) -> None:
-    (block,) = layout_of(*(torch.zeros(size, dtype=dtype) for size in sizes)).blocks
+    (block,) = of(*(torch.zeros(size, dtype=dtype) for size in sizes))[0].blocks
 
     assert all(slot.offset * dtype.itemsize % ALIGNMENT_BYTES == 0 for slot in block.slots)
     assert all(slot.offset + slot.numel <= end for slot, end in zip(block.slots, block.ends, strict=True))
@@ -51,9 +55,9 @@ def test_adopted_parameters_are_aligned_views_of_the_flat_tensor() -> None:
     model = nn.Sequential(nn.Linear(10, 100), nn.Linear(257, 513), nn.Conv2d(3, 5, 3))
     before = [parameter.detach().clone() for parameter in model.parameters()]
     same_objects = list(model.parameters())
-    layout = Layout(trainable(model))
+    layout, parameters = of_model(model)
 
-    (flat,) = layout.adopt(allocate)
+    (flat,) = adopt(layout, parameters, allocate)
 
     for parameter, old, value in zip(model.parameters(), same_objects, before, strict=True):
         assert parameter is old
@@ -66,9 +70,9 @@ def test_adopted_parameters_are_aligned_views_of_the_flat_tensor() -> None:
 
 
 def test_padding_is_zero() -> None:
-    layout = layout_of(torch.ones(3), torch.ones(17))
+    layout, parameters = of(torch.ones(3), torch.ones(17))
 
-    (flat,) = layout.adopt(lambda numel, dtype, device: torch.full((numel,), torch.nan, dtype=dtype))
+    (flat,) = adopt(layout, parameters, lambda numel, dtype, device: torch.full((numel,), torch.nan, dtype=dtype))
 
     assert flat.tolist() == [1.0] * 3 + [0.0] * 13 + [1.0] * 17 + [0.0] * 15
 
@@ -76,9 +80,9 @@ def test_padding_is_zero() -> None:
 def test_a_tied_weight_has_one_place_and_stays_tied() -> None:
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
     model[1].weight = model[0].weight
-    layout = Layout(trainable(model))
+    layout, parameters = of_model(model)
 
-    layout.adopt(allocate)
+    adopt(layout, parameters, allocate)
 
     assert layout.names == ["0.weight"]
     assert model[1].weight is model[0].weight
@@ -88,9 +92,9 @@ def test_a_tied_weight_has_one_place_and_stays_tied() -> None:
 def test_channels_last_weights_keep_their_strides() -> None:
     model = nn.Conv2d(8, 16, 3).to(memory_format=torch.channels_last)
     value, strides = model.weight.detach().clone(), model.weight.stride()
-    layout = Layout(trainable(model))
+    layout, parameters = of_model(model)
 
-    layout.adopt(allocate)
+    adopt(layout, parameters, allocate)
 
     assert model.weight.stride() == strides == layout.blocks[0].slots[0].stride
     assert model.weight.is_contiguous(memory_format=torch.channels_last)
@@ -99,31 +103,31 @@ def test_channels_last_weights_keep_their_strides() -> None:
 
 def test_a_transposed_weight_keeps_its_strides_and_value() -> None:
     weight = torch.randn(5, 7).t()
-    layout = layout_of(weight)
+    layout, parameters = of(weight)
 
-    layout.adopt(allocate)
+    adopt(layout, parameters, allocate)
 
-    assert layout.parameters[0].stride() == (1, 7)
-    assert torch.equal(layout.parameters[0], weight)
+    assert parameters[0].stride() == (1, 7)
+    assert torch.equal(parameters[0], weight)
 
 
 def test_a_slice_of_a_larger_tensor_becomes_dense() -> None:
     weight = torch.randn(5, 14)[:, ::2]
-    layout = layout_of(weight)
+    layout, parameters = of(weight)
 
-    layout.adopt(allocate)
+    adopt(layout, parameters, allocate)
 
     assert layout.blocks[0].slots[0].stride == (7, 1)
-    assert torch.equal(layout.parameters[0], weight)
+    assert torch.equal(parameters[0], weight)
 
 
 def test_each_dtype_has_a_block_in_order_of_appearance() -> None:
-    layout = layout_of(torch.ones(3), torch.ones(4, dtype=torch.float64), torch.ones(5), torch.ones(6, dtype=torch.bfloat16))
+    layout, parameters = of(torch.ones(3), torch.ones(4, dtype=torch.float64), torch.ones(5), torch.ones(6, dtype=torch.bfloat16))
 
     assert [block.dtype for block in layout.blocks] == [torch.float32, torch.float64, torch.bfloat16]
     assert layout.names == ["p0", "p2", "p1", "p3"]
     assert [slot.index for block in layout.blocks for slot in block.slots] == [0, 1, 2, 3]
-    assert [parameter.numel() for parameter in layout.parameters] == [3, 5, 4, 6]
+    assert [parameter.numel() for parameter in parameters] == [3, 5, 4, 6]
     assert layout.nbytes == sum(block.nbytes for block in layout.blocks) == 4 * 32 + 8 * 8 + 2 * 32
 
 
@@ -177,7 +181,7 @@ def test_workers_beyond_the_number_of_parameters_own_nothing() -> None:
 
 def test_the_number_of_workers_moves_no_parameter() -> None:
     model = nn.Sequential(nn.Linear(10, 100), nn.Linear(257, 513))
-    layout = Layout(trainable(model))
+    layout, _ = of_model(model)
     places = {slot.name: slot.offset for slot in layout.blocks[0].slots}
 
     for workers in range(1, 9):
@@ -197,23 +201,23 @@ def test_a_lazy_parameter_is_refused_by_name() -> None:
     model = nn.LazyLinear(3)
 
     with pytest.raises(ConfigurationError, match="'weight' is lazy"):
-        Layout(trainable(model))
+        layout_of(trainable(model))
 
 
 def test_a_parameter_on_the_meta_device_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
 
     with pytest.raises(ConfigurationError, match=r"'1\.weight' is on the meta device"):
-        Layout(trainable(model))
+        layout_of(trainable(model))
 
 
 def test_a_sparse_parameter_is_refused_by_name() -> None:
     with pytest.raises(ConfigurationError, match=r"'p0' has layout torch\.sparse_coo"):
-        layout_of(torch.eye(3).to_sparse())
+        of(torch.eye(3).to_sparse())
 
 
 def test_memory_that_is_not_aligned_is_refused() -> None:
-    layout = layout_of(torch.ones(8))
+    layout, parameters = of(torch.ones(8))
 
     with pytest.raises(ConfigurationError, match="not aligned to 64 bytes"):
-        layout.adopt(lambda numel, dtype, device: torch.empty(numel + 1, dtype=dtype)[1:])
+        adopt(layout, parameters, lambda numel, dtype, device: torch.empty(numel + 1, dtype=dtype)[1:])

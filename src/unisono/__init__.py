@@ -18,19 +18,20 @@ from unisono.errors import (
 from unisono.version import __version__
 
 if TYPE_CHECKING:
+    from unisono.data.batch import Batch
     from unisono.data.loader import Loader
     from unisono.integrations.prometheus import Prometheus
     from unisono.integrations.tensorboard import TensorBoard
     from unisono.observe.summary import Summary
     from unisono.sync.exact import Exact
     from unisono.training.callbacks import Callback
-    from unisono.training.step import Batch, StepResult
+    from unisono.training.step import StepResult
     from unisono.training.trainer import Trainer
     from unisono.world import World
 
 # Imported on first use: the command must not wait for torch before it can say anything.
 _HOMES = {
-    "Batch": "unisono.training.step",
+    "Batch": "unisono.data.batch",
     "Callback": "unisono.training.callbacks",
     "Exact": "unisono.sync.exact",
     "Loader": "unisono.data.loader",

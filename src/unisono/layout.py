@@ -10,16 +10,36 @@ Everything here is *local*.
 from __future__ import annotations
 
 import dataclasses
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unisono.errors import ConfigurationError
 
 ALIGNMENT_BYTES = 64
+Allocate = Callable[[int, torch.dtype, torch.device], Tensor]
+"""Gives flat memory: number of elements, dtype, device."""
+
+
+class ParameterSpec(NamedTuple):
+    """A trainable parameter, in whatever framework: what its memory must look like."""
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    """Dense, but in any order of dimensions: kernels choose by it."""
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +49,8 @@ class Slot:
     name: str
     index: int
     """Position among all slots of the layout."""
+    block: int
+    """Position of its block."""
     offset: int
     numel: int
     shape: tuple[int, ...]
@@ -40,7 +62,7 @@ class Slot:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Block:
+class FlatBlock:
     """All slots of one dtype, one after the other: a flat tensor of ``numel`` elements, each slot at 64 bytes."""
 
     dtype: torch.dtype
@@ -75,54 +97,48 @@ class Layout:
     """Places trainable parameters into one flat block per dtype.
 
     Args:
-        parameters: ``(name, parameter)`` pairs in model order; each parameter once, floating point (or complex), dense,
-            all on one device.
+        parameters: In model order, each once, all on one device.
 
     Attributes:
         blocks: One block per dtype, in order of first appearance.
-        parameters: The parameters, in slot order (block after block).
+        slots: All slots, block after block.
         names: Their names, in the same order.
+
+    Raises:
+        ConfigurationError: There is no parameter, or they lie on several devices.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        named = list(parameters)
-        _check(named)
-        by_dtype: dict[torch.dtype, list[tuple[str, nn.Parameter]]] = {}
-        for name, parameter in named:
-            by_dtype.setdefault(parameter.dtype, []).append((name, parameter))
-        self.parameters: list[nn.Parameter] = []
-        self.names: list[str] = []
-        blocks: list[Block] = []
-        for dtype, members in by_dtype.items():
-            blocks.append(_place(dtype, members, first=len(self.parameters)))
-            self.parameters.extend(parameter for _, parameter in members)
-            self.names.extend(name for name, _ in members)
+    def __init__(self, parameters: Iterable[ParameterSpec]) -> None:
+        specs = list(parameters)
+        _check(specs)
+        by_dtype: dict[torch.dtype, list[ParameterSpec]] = {}
+        for spec in specs:
+            by_dtype.setdefault(spec.dtype, []).append(spec)
+        blocks: list[FlatBlock] = []
+        self.slots: list[Slot] = []
+        for members in by_dtype.values():
+            blocks.append(_place(members, number=len(blocks), first=len(self.slots)))
+            self.slots.extend(blocks[-1].slots)
         self.blocks = tuple(blocks)
+        self.names = [slot.name for slot in self.slots]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all parameters, hence of one full gradient, padding included."""
         return sum(block.nbytes for block in self.blocks)
 
-    def adopt(self, allocate: Callable[[int, torch.dtype, torch.device], Tensor]) -> list[Tensor]:
-        """Moves the parameters into flat memory; the ``Parameter`` objects stay the same.
-
-        Returns:
-            The flat tensors, one per block, of which the parameters are now views.
-        """
+    def flats(self, allocate: Allocate) -> list[Tensor]:
+        """Zeroed memory for all parameters: one flat tensor per block."""
         flats: list[Tensor] = []
-        with torch.no_grad():
-            for block in self.blocks:
-                flat = allocate(block.numel, block.dtype, block.device)
-                check_alignment(flat)
-                flat.zero_()
-                for slot in block.slots:
-                    view = slot.view(flat)
-                    parameter = self.parameters[slot.index]
-                    view.copy_(parameter.data)
-                    parameter.data = view
-                flats.append(flat)
+        for block in self.blocks:
+            flat = allocate(block.numel, block.dtype, block.device)
+            check_alignment(flat)
+            flats.append(flat.zero_())
         return flats
+
+    def views(self, flats: Sequence[Tensor]) -> list[Tensor]:
+        """Every slot's view into ``flats``, in slot order."""
+        return [view for block, flat in zip(self.blocks, flats, strict=True) for view in block.views(flat)]
 
     def segments(self, workers: int) -> list[tuple[Segment, ...]]:
         """For each block, the segment of each worker: contiguous whole slots, the largest as small as it can be."""
@@ -143,55 +159,32 @@ def check_alignment(flat: Tensor) -> None:
         )
 
 
-def _check(named: Sequence[tuple[str, nn.Parameter]]) -> None:
-    if not named:
+def _check(specs: Sequence[ParameterSpec]) -> None:
+    if not specs:
         raise ConfigurationError("the model has no trainable parameter: nothing to train (is requires_grad off everywhere?)")
-    for name, parameter in named:
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ConfigurationError(f"parameter {name!r} is lazy and has no shape yet: run the model once before Trainer(...)")
-        if parameter.is_meta:
-            raise ConfigurationError(f"parameter {name!r} is on the meta device: materialise the model before Trainer(...)")
-        if parameter.layout != torch.strided:
-            raise ConfigurationError(f"parameter {name!r} has layout {parameter.layout}: only dense parameters can be trained")
-    first_at: dict[int, str] = {}
-    for name, parameter in named:
-        other = first_at.setdefault(parameter.data_ptr(), name) if parameter.numel() else name
-        if other != name:
+    first = specs[0]
+    for spec in specs:
+        if spec.device != first.device:
             raise ConfigurationError(
-                f"parameters {other!r} and {name!r} share memory, but are two Parameter objects, which would be torn apart. Tie "
-                "them by assigning the Parameter itself (decoder.weight = encoder.weight), not its .data"
-            )
-    first_name, first = named[0]
-    for name, parameter in named:
-        if parameter.device != first.device:
-            raise ConfigurationError(
-                f"parameters lie on two devices: {first_name!r} on {first.device}, {name!r} on {parameter.device}. "
+                f"parameters lie on two devices: {first.name!r} on {first.device}, {spec.name!r} on {spec.device}. "
                 "Data parallelism needs the whole model on each worker's one device: move it with model.to(device)"
             )
 
 
-def _place(dtype: torch.dtype, members: Sequence[tuple[str, nn.Parameter]], first: int) -> Block:
+def _place(members: Sequence[ParameterSpec], *, number: int, first: int) -> FlatBlock:
+    dtype, device = members[0].dtype, members[0].device
     step = max(1, ALIGNMENT_BYTES // dtype.itemsize)
     slots: list[Slot] = []
     offset = 0
-    for index, (name, parameter) in enumerate(members, start=first):
-        # The shape's own dense strides (channels_last, say) are kept: kernels choose by them.
-        dense = torch.empty_like(parameter, device="meta")
+    for index, (spec, numel) in enumerate(((spec, spec.numel) for spec in members), start=first):
         slots.append(
-            Slot(
-                name=name,
-                index=index,
-                offset=offset,
-                numel=parameter.numel(),
-                shape=tuple(parameter.shape),
-                stride=dense.stride(),
-            )
+            Slot(name=spec.name, index=index, block=number, offset=offset, numel=numel, shape=spec.shape, stride=spec.stride)
         )
-        offset += -(-parameter.numel() // step) * step
-    return Block(dtype=dtype, device=members[0][1].device, slots=tuple(slots), numel=offset)
+        offset += -(-numel // step) * step
+    return FlatBlock(dtype=dtype, device=device, slots=tuple(slots), numel=offset)
 
 
-def _divide(block: Block, workers: int) -> tuple[Segment, ...]:
+def _divide(block: FlatBlock, workers: int) -> tuple[Segment, ...]:
     """The contiguous partition at slot boundaries with the smallest maximum: bisection over that maximum."""
     ends = block.ends
     sizes = [end - slot.offset for slot, end in zip(block.slots, ends, strict=True)]

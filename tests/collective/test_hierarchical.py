@@ -20,7 +20,7 @@ from tests.training.test_promise import alone, differing
 from tests.training.test_weights import Looks, digests, fit
 from unisono.collective import Collective, InProcess
 from unisono.collective.hierarchical import Hierarchical, come_near
-from unisono.collective.hosts import Hosts
+from unisono.collective.hosts import HostMap
 from unisono.collective.shared_memory import host_identity
 from unisono.collective.torch_distributed import TorchDistributed
 from unisono.errors import WorkerFailure
@@ -38,18 +38,18 @@ def on_hosts(collective: Collective, hosts: Sequence[int], work: Callable[..., A
 # ---- who stands in for whom ----
 
 
-def test_a_deputy_has_the_same_place_on_its_host() -> None:
-    hosts = Hosts([[0, 1, 2], [3, 4]], rank=3)
+def test_a_relay_has_the_same_place_on_its_host() -> None:
+    hosts = HostMap([[0, 1, 2], [3, 4]], rank=3)
 
-    assert [hosts.deputy(worker, (3, 4)) for worker in range(5)] == [3, 4, 3, 3, 4]
-    assert [hosts.deputy(worker, (0, 1, 2)) for worker in range(5)] == [0, 1, 2, 0, 1]
-    assert (hosts.near, hosts.clients, hosts.deputies) == ((3, 4), [0, 2], [0])
+    assert [hosts.relay(worker, (3, 4)) for worker in range(5)] == [3, 4, 3, 3, 4]
+    assert [hosts.relay(worker, (0, 1, 2)) for worker in range(5)] == [0, 1, 2, 0, 1]
+    assert (hosts.near, hosts.clients, hosts.relays) == ((3, 4), [0, 2], [0])
     assert [hosts.clients_of(worker) for worker in range(5)] == [[3], [4], [], [0, 2], [1]]
 
 
 @pytest.mark.parametrize(("groups", "levels"), [([[0, 1]], False), ([[0], [1]], False), ([[0, 1], [2]], True)])
 def test_there_are_two_levels_where_one_of_several_hosts_has_several_workers(groups: list[list[int]], levels: bool) -> None:
-    assert Hosts(groups, 0).two_levels == levels
+    assert HostMap(groups, 0).two_levels == levels
 
 
 # ---- the interface ----

@@ -10,7 +10,7 @@ from torch import nn
 from unisono.collective.regions import Memory, make_file
 from unisono.collective.shared_memory import SharedMemory
 from unisono.elastic.shared_state import SharedState
-from unisono.layout import Layout
+from unisono.replica.torch_replica import TorchReplica
 from unisono.replica.weights import Weights
 from unisono.sync import Exact
 
@@ -39,12 +39,12 @@ def test_holdings_that_are_given_up_leave_no_memory_behind() -> None:
     optimizer.step()
     memory = Memory()
     collective = SharedMemory(0, [None], memory=memory)
-    layout = Layout(list(model.named_parameters()))
-    weights = Weights(layout, collective)
+    replica = TorchReplica(model, optimizer, lambda model, batch: model(batch), device=torch.device("cpu"))
+    weights = Weights(replica, collective)
     seen = []
     for generation in range(1, 6):
-        reduction = Exact(replicate_kib=0).bind(layout, collective, 8, per_host=True)
-        assert SharedState(layout, weights, optimizer).bind(collective, reduction, generation, 1)
+        reduction = Exact(replicate_kib=0).bind(replica.layout, collective, 8, per_host=True)
+        assert SharedState(replica, weights).bind(collective, reduction, generation, 1)
         memory.recycle(weights.flats)
         collective = SharedMemory(0, [None], memory=memory)
         seen.append(open_files())

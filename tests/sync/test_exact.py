@@ -12,19 +12,20 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 from unisono import Batch, ConfigurationError, Exact, Trainer
+from unisono.assignment import assignment
 from unisono.collective import Collective
 from unisono.layout import Layout
-from unisono.sync import finish
-from unisono.sync.exact import ExactReduction
+from unisono.replica.parameters import layout_of
+from unisono.sync import Reduction, finish
 from unisono.testing import run_threads
-from unisono.tree import assignment, pieces
+from unisono.tree import pieces
 
 SHAPES = {"odd": (10, 100), "scalar": (), "row": (37,), "wide": (33, 65), "tiny": (1,), "float64": (5, 7), "empty": (0, 3)}
 DOUBLES = {"float64"}
-EVERYWHERE = [(leaves, workers) for leaves in (1, 2, 6, 7, 8) for workers in range(1, leaves + 1)]
+EVERYWHERE = [(microbatches, workers) for microbatches in (1, 2, 6, 7, 8) for workers in range(1, microbatches + 1)]
 
 Gradients = list[dict[str, Tensor]]
-"""For each leaf, the gradients of the parameters that have one."""
+"""For each microbatch, the gradients of the parameters that have one."""
 
 
 class Parameters(nn.Module):
@@ -35,21 +36,48 @@ class Parameters(nn.Module):
         for name, shape in SHAPES.items():
             self.register_parameter(name, nn.Parameter(torch.ones(shape, dtype=dtype_of(name))))
 
-    def backward(self, gradients: dict[str, Tensor]) -> None:
+    def backward(self, layout: Layout, gradients: dict[str, Tensor]) -> list[Tensor | None]:
+        """What a replica would give to the reduction, by slot."""
         named = dict(self.named_parameters())
         if gradients:
             torch.stack([(named[name] * gradient).sum().double() for name, gradient in gradients.items()]).sum().backward()
+        found = [named[name].grad for name in layout.names]
+        for parameter in named.values():
+            parameter.grad = None
+        return found
+
+
+NOTHING = torch.empty(0, dtype=torch.float64)
+
+
+def exchanged(reduction: Reduction, workers: int) -> None:
+    """Sends the pieces, and checks the notes that went along."""
+    reduction.launch(b"header", NOTHING, [0] * workers)
+    for header, message in reduction.notes():
+        assert header[:6] == b"header"
+        assert message.numel() == 0
+    assert not reduction.must_repeat
+
+
+def give(reduction: Reduction, microbatch: int, gradients: list[Tensor | None]) -> None:
+    """Some of the gradients early, from the last layer to the first, if they are wanted so."""
+    if reduction.takes_early(microbatch):
+        for slot in reversed(range(len(gradients))):
+            gradient, gradients[slot] = gradients[slot], None
+            if gradient is not None:
+                reduction.early(slot, gradient)
+    reduction.add(microbatch, gradients)
 
 
 def dtype_of(name: str) -> torch.dtype:
     return torch.float64 if name in DOUBLES else torch.float32
 
 
-def drawn(leaves: int, seed: int) -> Gradients:
-    """Gradients of very different sizes, zeros of both signs among them; a third of all are absent, leaf by leaf."""
+def drawn(microbatches: int, seed: int) -> Gradients:
+    """Gradients of very different sizes, zeros of both signs among them; a third of all are absent, microbatch by microbatch."""
     generator = torch.Generator().manual_seed(seed)
     found: Gradients = []
-    for _ in range(leaves):
+    for _ in range(microbatches):
         gradients: dict[str, Tensor] = {}
         for name, shape in SHAPES.items():
             value = torch.randn(shape, generator=generator, dtype=torch.float64) * 10 ** torch.randn((), generator=generator)
@@ -61,7 +89,7 @@ def drawn(leaves: int, seed: int) -> Gradients:
 
 
 def tree_sum(values: Sequence[Tensor | None]) -> Tensor | None:
-    """By the definition of the tree; an absent leaf adds nothing, not even a zero."""
+    """By the definition of the tree; an absent microbatch adds nothing, not even a zero."""
     if len(values) == 1:
         return values[0]
     split = 1
@@ -73,7 +101,7 @@ def tree_sum(values: Sequence[Tensor | None]) -> Tensor | None:
 
 def wanted(gradients: Gradients, filled: int) -> dict[str, Tensor]:
     padded: Gradients = [*gradients[:filled], *({} for _ in gradients[filled:])]
-    sums = {name: tree_sum([leaf.get(name) for leaf in padded]) for name in SHAPES}
+    sums = {name: tree_sum([microbatch.get(name) for microbatch in padded]) for name in SHAPES}
     return {name: value for name, value in sums.items() if value is not None}
 
 
@@ -95,32 +123,25 @@ def reduced(
     Args:
         per_host: The number of hosts, each of which updates everything; 0: all workers do so among them.
     """
-    settings = Exact(bucket_mib=bucket_mib, replicate_kib=256 if replicated else 0)
+    settings = Exact(bucket_mib=bucket_mib, replicate_kib=256 if replicated else 0, overlap=overlap)
 
     def work(collective: Collective) -> list[tuple[dict[str, Tensor], set[str]]]:
         model = Parameters()
-        layout = Layout(model.named_parameters())
-        layout.adopt(collective.allocate)
+        layout = layout_of(list(model.named_parameters()))
         reduction = settings.bind(layout, collective, len(steps[0][0]), per_host=per_host > 0)
-        assert reduction.replicated == (1 < workers in (per_host, workers * replicated))
-        assert reduction.relays == (per_host > 2 and not replicated)
+        assert reduction.replicates == (replicated or workers == per_host)
         lo, hi = reduction.ranges[collective.rank]
         results = []
         for gradients, filled in steps:
-            reduction.begin(filled, overlap=overlap)
-            for leaf in range(lo, min(hi, filled)):
-                reduction.before_backward(leaf)
-                model.backward(gradients[leaf])
-                reduction.add(leaf)
-                assert all(parameter.grad is None for parameter in model.parameters())
-            reduction.launch()
-            assert reduction.notes() == [[]] * workers
-            everything = bytes([1] * len(layout.names))
-            found = reduction.deliver(reduction.finish(1.0, everything), everything)
+            reduction.begin(filled)
+            present: set[str] = set()
+            for microbatch in range(lo, min(hi, filled)):
+                present |= set(gradients[microbatch])
+                give(reduction, microbatch, model.backward(layout, gradients[microbatch]))
+            exchanged(reduction, workers)
+            found = reduction.finish(1.0)
             sums = {slot.name: value.clone() for slot, value in zip(found.slots, found.gradients, strict=True)}
-            assert not reduction.torn
             collective.barrier()
-            present = {name for name, there in zip(layout.names, reduction.present, strict=True) if there}
             results.append((sums, present))
         return results
 
@@ -129,7 +150,7 @@ def reduced(
     for number in range(len(steps)):
         present = set().union(*(results[number][1] for results in everybodys))
         owned = [name for results in everybodys for name in results[number][0]]
-        assert set(owned) >= set(SHAPES) - {"empty"}, "every parameter that holds anything has an owner"
+        assert set(owned) >= present - {"empty"}, "every parameter that has a gradient, and holds anything, has an owner"
         holders = workers if replicated else per_host or 1
         assert len(owned) == len(set(owned)) * holders, "one alone, or one on each host, or every worker"
         for name in set(owned) & present:
@@ -155,9 +176,9 @@ def stretches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.usefixtures("stretches")
 @pytest.mark.parametrize("replicated", [False, True])
-@pytest.mark.parametrize(("leaves", "workers"), EVERYWHERE)
-def test_the_reduction_is_the_naive_tree_sum_in_full_and_short_batches(leaves: int, workers: int, replicated: bool) -> None:
-    steps = [(drawn(leaves, seed=filled), filled) for filled in [*range(leaves, 0, -1), leaves]]
+@pytest.mark.parametrize(("microbatches", "workers"), EVERYWHERE)
+def test_the_reduction_is_the_naive_tree_sum_in_full_and_short_batches(microbatches: int, workers: int, replicated: bool) -> None:
+    steps = [(drawn(microbatches, seed=filled), filled) for filled in [*range(microbatches, 0, -1), microbatches]]
 
     for found, (gradients, filled) in zip(reduced(workers, steps, replicated=replicated), steps, strict=True):
         assert_same_bits(found, wanted(gradients, filled))
@@ -166,11 +187,11 @@ def test_the_reduction_is_the_naive_tree_sum_in_full_and_short_batches(leaves: i
 @pytest.mark.usefixtures("stretches")
 @pytest.mark.parametrize("replicated", [False, True])
 @pytest.mark.parametrize("bucket_mib", [1e-6, 0.004, 25.0])
-@pytest.mark.parametrize(("leaves", "workers"), [(8, 1), (8, 3), (8, 8), (7, 4), (6, 2), (1, 1)])
+@pytest.mark.parametrize(("microbatches", "workers"), [(8, 1), (8, 3), (8, 8), (7, 4), (6, 2), (1, 1)])
 def test_gradients_that_leave_during_backward_have_the_same_sum(
-    leaves: int, workers: int, bucket_mib: float, replicated: bool
+    microbatches: int, workers: int, bucket_mib: float, replicated: bool
 ) -> None:
-    steps = [(drawn(leaves, seed=filled), filled) for filled in range(leaves, 0, -1)]
+    steps = [(drawn(microbatches, seed=filled), filled) for filled in range(microbatches, 0, -1)]
 
     for found, (gradients, filled) in zip(
         reduced(workers, steps, bucket_mib=bucket_mib, overlap=True, replicated=replicated), steps, strict=True
@@ -179,10 +200,10 @@ def test_gradients_that_leave_during_backward_have_the_same_sum(
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("leaf", range(8))
-def test_a_gradient_that_one_microbatch_alone_has_keeps_its_bits(leaf: int, workers: int) -> None:
+@pytest.mark.parametrize("microbatch", range(8))
+def test_a_gradient_that_one_microbatch_alone_has_keeps_its_bits(microbatch: int, workers: int) -> None:
     gradients: Gradients = [{} for _ in range(8)]
-    gradients[leaf] = {"row": torch.full((37,), -0.0)}
+    gradients[microbatch] = {"row": torch.full((37,), -0.0)}
 
     (found,) = reduced(workers, [(gradients, 8)])
 
@@ -350,11 +371,11 @@ def test_a_gradient_that_arrives_in_several_goes_is_noticed_and_the_step_done_ag
     assert computed == [16]
 
     for workers in (1, 2, 3):
-        torn, computed = trained(
+        repeated, computed = trained(
             workers, deep, inputs, forward=in_several_goes, epochs=1, settings=Exact(overlap=True, bucket_mib=bucket_mib)
         )
-        assert torn == plain
-        # The first step twice, the second once: from the first tear on nothing leaves early.
+        assert repeated == plain
+        # The first step twice, the second once: from the first late gradient on nothing microbatches early.
         assert sum(computed) == 24
 
 
@@ -432,20 +453,16 @@ def test_the_sums_are_the_owners_to_change(replicate_kib: float) -> None:
 
     def work(collective: Collective) -> list[dict[str, bytes]]:
         model = Parameters()
-        layout = Layout(model.named_parameters())
-        layout.adopt(collective.allocate)
-        reduction = ExactReduction(Exact(replicate_kib=replicate_kib), layout, collective, 6)
+        layout = layout_of(list(model.named_parameters()))
+        reduction = Exact(replicate_kib=replicate_kib).bind(layout, collective, 6)
         lo, hi = reduction.ranges[collective.rank]
         seen = []
         for _ in range(3):
-            reduction.begin(6, overlap=False)
-            for leaf in range(lo, hi):
-                reduction.before_backward(leaf)
-                model.backward(gradients[leaf])
-                reduction.add(leaf)
-            reduction.launch()
-            reduction.notes()
-            found = reduction.finish(3.0, reduction.present)
+            reduction.begin(6)
+            for microbatch in range(lo, hi):
+                reduction.add(microbatch, model.backward(layout, gradients[microbatch]))
+            exchanged(reduction, collective.size)
+            found = reduction.finish(3.0)
             seen.append({slot.name: bits(value) for slot, value in zip(found.slots, found.gradients, strict=True)})
             for value in found.gradients:
                 value.mul_(7)

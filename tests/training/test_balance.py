@@ -18,6 +18,7 @@ from torch.utils.data import TensorDataset
 
 from tests.guard.test_stragglers import Clocks
 from unisono import Trainer
+from unisono.assignment import assignment
 from unisono.collective import Collective
 from unisono.guard import stragglers
 from unisono.guard.stragglers import Stragglers
@@ -26,7 +27,6 @@ from unisono.testing import run_threads
 from unisono.training import balance
 from unisono.training.balance import TRUST, WINDOW_S, Balance
 from unisono.training.header import Signals
-from unisono.tree import assignment
 
 Times = Callable[[float, Sequence[int], random.Random], list[float]]
 """Seconds that each worker computes in a step, by the time of day, everybody's microbatches and chance."""

@@ -17,9 +17,7 @@ def header(signals: Signals) -> Header:
         digest=2**64 - 1,
         ledger=entry(np.arange(2**22, 2**22 + 50)),
         replica=2**63 + 1,
-        present=bytes([0, 1, 1]),
         changed=bytes([1, 0]),
-        torn=True,
         signals=signals,
     )
 
@@ -36,14 +34,19 @@ def test_a_header_arrives_as_it_was_sent() -> None:
             session=5,
         )
     )
-    form = HeaderFormat(leaves=4, slots=3, buffers=2)
+    form = HeaderFormat(microbatches=4, buffers=2)
 
     packed = form.pack(sent)
 
-    assert form.expected[:2] == (packed.numel(), packed.dtype)
     assert form.unpack(packed) == sent
+    assert form.unpack(memoryview(packed + b"something else")) == sent
+
+
+def test_all_headers_have_the_same_size() -> None:
+    form = HeaderFormat(microbatches=4, buffers=2)
+    assert len(form.pack(header(Signals()))) == len(form.pack(header(Signals(stop=15, written=10**12, work_s=86_400.1))))
 
 
 def test_time_that_was_not_told_is_not_taken_for_none() -> None:
-    form = HeaderFormat(leaves=4, slots=3, buffers=2)
+    form = HeaderFormat(microbatches=4, buffers=2)
     assert all(map(math.isnan, form.unpack(form.pack(header(Signals()))).signals.seconds))

@@ -17,13 +17,14 @@ from torch.utils.data import TensorDataset
 
 import unisono
 from unisono import Callback, Loader, StepResult, Trainer, World
+from unisono.assignment import assignment
 from unisono.checkpoint.fingerprint import fingerprint
 from unisono.collective import Collective, InProcess
 from unisono.layout import ALIGNMENT_BYTES
 from unisono.order import microbatch_bounds
-from unisono.replica.torch_replica import to_device
+from unisono.replica.loss import to_device
 from unisono.testing import run_threads
-from unisono.tree import assignment, fold_all
+from unisono.tree import fold_all
 
 SOURCE = Path(unisono.__file__).parent
 CPU = torch.device("cpu")
@@ -286,7 +287,7 @@ def test_nothing_is_ever_summed_by_a_backend() -> None:
     forbidden = {"all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "all_reduce_coalesced"}
     for path in SOURCE.rglob("*.py"):
         calls = called(ast.parse(path.read_text()))
-        allowed = {"reduce"} if path.name == "step.py" else set()  # NumPy's bitwise or of flags, where order is nothing
+        allowed = {"reduce"} if path.name == "stragglers.py" else set()  # NumPy's bitwise or of flags, where order is nothing
         assert not calls & (forbidden - allowed), path
 
 
@@ -296,7 +297,7 @@ def test_algorithms_talk_through_a_collective_alone() -> None:
             name.startswith("torch.distributed") and not name.startswith("torch.distributed.elastic")
             for name in imported(ast.parse(path.read_text()))
         )
-        assert not talks or path.parts[-2] in ("collective", "elastic", "launch"), path
+        assert not talks or path.parts[-2] in ("collective", "elastic", "launch") or path.name == "watch.py", path
 
 
 # ---- dropout, NumPy, random ----

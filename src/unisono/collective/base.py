@@ -26,8 +26,7 @@ PATIENCE_S = 300.0
 
 
 class LostWorker(WorkerFailure):
-    """Another worker is gone, or does not answer. Those who are left can go on without it, where there is a way to meet again
-    (``unisono.elastic``).
+    """Another worker does not answer, or its connection has ended. No further call of this collective can succeed.
 
     Attributes:
         silent: Whether it was given time to answer, and did not.
@@ -37,7 +36,7 @@ class LostWorker(WorkerFailure):
 
 
 class Lookout:
-    """What a worker notes while it waits for another one, and what it says when that was in vain. *Local.*
+    """What a worker notes while it waits for another one, and what it says if that one does not come. *Local.*
 
     ``unisono.guard.silence`` has one that goes and looks at the other worker.
     """
@@ -48,7 +47,7 @@ class Lookout:
     def silence(self, rank: int, peer: int, timeout_s: float) -> WorkerFailure:
         """The error to raise: worker ``rank`` has waited ``timeout_s`` seconds for worker ``peer``."""
         failure = LostWorker(
-            f"worker {rank} waited {timeout_s:g} s for worker {peer} in vain; look what that worker is doing", rank=peer
+            f"worker {rank} waited {timeout_s:g} s for worker {peer}, which did not arrive; look at what it is doing", rank=peer
         )
         failure.silent = True
         return failure

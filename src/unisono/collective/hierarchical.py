@@ -1,6 +1,6 @@
 """Workers on several hosts, several on a host: shared memory inside a host, torch.distributed between hosts.
 
-What goes to one worker of another host goes there directly. What goes to all of them goes to one, its sender's deputy
+What goes to one worker of another host goes there directly. What goes to all of them goes to one, its sender's relay
 there, who passes it on through shared memory: it crosses the wire once, and a worker sends one message to a host instead of
 one to each of its workers.
 """
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from unisono.collective.base import Collective, Expected, Lookout, Pending
-from unisono.collective.hosts import Hosts
+from unisono.collective.hosts import HostMap
 from unisono.collective.regions import Memory
 from unisono.collective.shared_memory import SharedMemory, host_identity
 from unisono.collective.torch_distributed import TorchDistributed
 from unisono.errors import WorkerFailure
 
 
-class _Exchange:
+class _HierarchicalExchange:
     """An exchange in two parts, one on each transport."""
 
     def __init__(self, near: Sequence[int], local: Pending, wide: Pending) -> None:
@@ -69,7 +69,7 @@ class Hierarchical(Collective):
         self.size = wide.size
         self._wide = wide
         self._local = local
-        self._hosts = Hosts(groups, wide.rank)
+        self._hosts = HostMap(groups, wide.rank)
         self._common: set[int] = set()  # addresses of memory that the workers of this host share
 
     def limit(self, timeout_s: float, lookout: Lookout) -> None:
@@ -83,7 +83,7 @@ class Hierarchical(Collective):
 
     def start_exchange(
         self, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Expected]], *, name: str = "exchange"
-    ) -> _Exchange:
+    ) -> _HierarchicalExchange:
         near = self._hosts.near
         local = self._local.start_exchange([outgoing[peer] for peer in near], [incoming[peer] for peer in near], name=name)
         wide = self._wide.start_exchange(
@@ -92,12 +92,12 @@ class Hierarchical(Collective):
             name=name,
         )
         self._count()
-        return _Exchange(near, local, wide)
+        return _HierarchicalExchange(near, local, wide)
 
     def all_gather_lists(self, tensors: Sequence[Tensor], expected: Sequence[Sequence[Expected]]) -> list[list[Tensor]]:
         hosts, everybody = self._hosts, range(self.size)
         arrived = self._wide.exchange(
-            [tensors if peer in hosts.deputies else () for peer in everybody],
+            [tensors if peer in hosts.relays else () for peer in everybody],
             [expected[peer] if peer in hosts.clients else () for peer in everybody],
             name="all gather",
         )
@@ -122,9 +122,7 @@ class Hierarchical(Collective):
             self._count()
             return
         parts = [flat[lo:hi] for lo, hi in bounds]
-        self._wide.transfer(
-            [(peer, parts[self.rank]) for peer in hosts.deputies], [(peer, parts[peer]) for peer in hosts.clients]
-        )
+        self._wide.transfer([(peer, parts[self.rank]) for peer in hosts.relays], [(peer, parts[peer]) for peer in hosts.clients])
         if flat.data_ptr() not in self._common:
             brought = [
                 [parts[worker] for worker in [peer, *hosts.clients_of(peer)] if parts[worker].numel()] for peer in hosts.near
@@ -144,10 +142,10 @@ class Hierarchical(Collective):
         hosts = self._hosts
         data = tensor.view(-1).view(torch.uint8)
         if self.rank == source:
-            self._wide.transfer([(peer, data) for peer in hosts.deputies], [])
+            self._wide.transfer([(peer, data) for peer in hosts.relays], [])
         elif source in hosts.clients:
             self._wide.transfer([], [(source, data)])
-        self._local.broadcast(tensor, hosts.near.index(hosts.deputy(source, hosts.near)))
+        self._local.broadcast(tensor, hosts.near.index(hosts.relay(source, hosts.near)))
         self._count()
 
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -8,11 +8,11 @@ Host = tuple[int, ...]
 """The ranks of one host's workers, in order."""
 
 
-class Hosts:
+class HostMap:
     """The workers by host, as one of them sees them.
 
-    What concerns a worker passes between its host and another one through its *deputy* there alone, so that it crosses the
-    wire once. The deputy has the same place on its host, modulo the number of workers there: so every worker is a deputy of
+    What concerns a worker passes between its host and another one through its *relay* there alone, so that it crosses the
+    wire once. The relay has the same place on its host, modulo the number of workers there: so every worker is a relay of
     about equally many.
 
     Args:
@@ -22,8 +22,8 @@ class Hosts:
     Attributes:
         groups: The ranks of each host.
         near: This worker's own host.
-        clients: The workers of other hosts whose deputy this one is, in order of rank.
-        deputies: This worker's deputy on each other host.
+        clients: The workers of other hosts whose relay this one is, in order of rank.
+        relays: This worker's relay on each other host.
     """
 
     def __init__(self, groups: Sequence[Sequence[int]], rank: int) -> None:
@@ -31,7 +31,7 @@ class Hosts:
         self._host_of = {worker: host for host in self.groups for worker in host}
         self.near = self._host_of[rank]
         self.clients = self.clients_of(rank)
-        self.deputies = [self.deputy(rank, host) for host in self.groups if host != self.near]
+        self.relays = [self.relay(rank, host) for host in self.groups if host != self.near]
 
     @property
     def two_levels(self) -> bool:
@@ -42,11 +42,11 @@ class Hosts:
         """The host of a worker."""
         return self._host_of[worker]
 
-    def deputy(self, worker: int, host: Host) -> int:
+    def relay(self, worker: int, host: Host) -> int:
         """Who stands in for ``worker`` on ``host``: on its own host, itself."""
         return worker if worker in host else host[self.of(worker).index(worker) % len(host)]
 
-    def clients_of(self, deputy: int) -> list[int]:
-        """The workers of other hosts for whom ``deputy`` stands in."""
-        host = self.of(deputy)
-        return [worker for worker in self._host_of if worker not in host and self.deputy(worker, host) == deputy]
+    def clients_of(self, relay: int) -> list[int]:
+        """The workers of other hosts for whom ``relay`` stands in."""
+        host = self.of(relay)
+        return [worker for worker in self._host_of if worker not in host and self.relay(worker, host) == relay]

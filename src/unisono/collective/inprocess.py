@@ -34,24 +34,18 @@ class Meeting:
         self._calls: dict[int, list[Any]] = {}
         self._left: dict[int, int] = {}
         self._gone: int | None = None
-        self.whispers: dict[int, int] = {}
-        """Calls in which someone's last word reaches this rank only: for tests of what a death in the middle of sending does."""
 
     def meet(self, rank: int, call: int, brought: Any) -> list[Any]:
         """*collective*. Waits until every worker has brought something to its call number ``call``; all of it, by rank."""
         if self.size == 1:
             return [brought]
         table = self.bring(rank, call, brought)
-
-        def complete() -> bool:
-            return all(table) and self.whispers.get(call, rank) == rank
-
-        here = self.baton.wait_for(lambda: self._gone is not None or complete(), timeout=self.timeout_s)
-        if not complete():
+        here = self.baton.wait_for(lambda: self._gone is not None or self.has_all(rank, call), timeout=self.timeout_s)
+        if not self.has_all(rank, call):
             raise LostWorker(
                 f"worker {self._gone} ended while worker {rank} was waiting for it"
                 if here
-                else f"worker {rank} waited {self.timeout_s} s for worker {table.index(None)} in vain",
+                else f"worker {rank} waited {self.timeout_s} s for worker {table.index(None)}, which did not come",
                 rank=self._gone if here else table.index(None),
             )
         self._left[call] = self._left.get(call, 0) + 1
@@ -65,6 +59,10 @@ class Meeting:
         table[rank] = (brought,)
         self.baton.notify_all()
         return table
+
+    def has_all(self, rank: int, call: int) -> bool:
+        """*local*. Whether everything that the workers bring to a call has reached worker ``rank``."""
+        return all(self._calls[call])
 
     def leave(self, rank: int) -> None:
         """*local*. Wakes the others, who cannot meet any more."""

@@ -52,7 +52,7 @@ _MEETING_S = 20.0
 _CHECK_S = 0.05
 
 
-class _Exchange:
+class _RegionExchange:
     """An exchange whose packets from the other workers may not all be here yet."""
 
     def __init__(self, owner: SharedMemory, number: int, kept: list[Tensor], incoming: Sequence[Sequence[Expected]]) -> None:
@@ -145,13 +145,13 @@ class SharedMemory(Collective):
 
     def start_exchange(
         self, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Expected]], *, name: str = "exchange"
-    ) -> _Exchange:
+    ) -> _RegionExchange:
         self._number += 1
         for peer, tensors in enumerate(outgoing):
             if peer != self.rank:
                 self._send(peer, tensors)
                 self.bytes_sent += sum(tensor.nbytes for tensor in tensors)
-        return _Exchange(self, self._number, list(outgoing[self.rank]), incoming)
+        return _RegionExchange(self, self._number, list(outgoing[self.rank]), incoming)
 
     def publish(self, flat: Tensor, bounds: Sequence[tuple[int, int]]) -> None:
         if self.memory.is_common(flat):

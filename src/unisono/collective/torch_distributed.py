@@ -49,7 +49,7 @@ _Started = tuple[Any, int | None]
 """What torch.distributed has begun, and the worker that it is to be begun with; None: several, on a device of its own."""
 
 
-class _Exchange:
+class _GroupExchange:
     """Receives under way, and what is kept alive for the sends."""
 
     def __init__(self, owner: TorchDistributed, works: list[_Started], received: list[list[Tensor]], sent: Any) -> None:
@@ -214,7 +214,7 @@ class TorchDistributed(Collective):
 
     def start_exchange(
         self, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Expected]], *, name: str = "exchange"
-    ) -> _Exchange:
+    ) -> _GroupExchange:
         received: list[list[Tensor]] = []
         operations: list[dist.P2POp] = []
         for peer, expected in enumerate(incoming):
@@ -228,7 +228,7 @@ class TorchDistributed(Collective):
             if peer != self.rank:
                 operations += [dist.P2POp(dist.isend, _real(t), peer) for t in sent if t.numel()]
                 self.bytes_sent += sum(t.nbytes for t in sent)
-        return _Exchange(self, self._start(operations), received, outgoing)
+        return _GroupExchange(self, self._start(operations), received, outgoing)
 
     def publish(self, flat: Tensor, bounds: Sequence[tuple[int, int]]) -> None:
         others = [peer for peer in range(self.size) if peer != self.rank]

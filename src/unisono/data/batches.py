@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from unisono.data.batch import Batch
 from unisono.data.loader import Loader, Request, load
 from unisono.guard.ledger import Entry, entries, order_sums
 from unisono.observe.timing import StepClock
 from unisono.order import Epoch, Indices, Order, Permutation, derive_seed, microbatch_bounds
+from unisono.replica.base import Microbatch
 from unisono.replica.randomness import seed_generators
-from unisono.training.step import Batch, Microbatch
 from unisono.tree import Span
 
 _BLOCK = 4096

@@ -19,7 +19,7 @@ from unisono.report.attachments import attach
 from unisono.training.callbacks import Callback
 
 if TYPE_CHECKING:
-    from unisono.training.evaluation import MetricFunction
+    from unisono.replica.base import MetricFunction
     from unisono.training.trainer import Trainer
 
 SETTINGS_FILE = "application.json"

@@ -14,7 +14,7 @@ from unisono.elastic.membership import StateLost
 from unisono.elastic.replay_log import PastStep, ReplayLog
 from unisono.elastic.shared_state import SharedState
 from unisono.sync import Reduction
-from unisono.training.worker_group import LocalState
+from unisono.training.state import LocalState
 
 T = TypeVar("T")
 LEAVES, ADMITS, GROWN = 1, 2, 4
@@ -92,7 +92,7 @@ class HeldState:
         Returns:
             Whether they can; the same on all workers.
         """
-        shared = self.shared or SharedState(self.local.layout, self.local.weights, self.local.optimizer)
+        shared = self.shared or SharedState(self.local.replica, self.local.weights)
         if not shared.bind(collective, reduction, generation, step):
             return False
         shared.replay = self.replay_log.allowed
@@ -117,7 +117,7 @@ class HeldState:
         if step != self.reached:
             if not self.replay_log.begins_after(step):
                 raise StateLost(f"the buffers after step {step} are not known any more")
-            self.local.buffers.go_to(self.replay_log.buffers)
+            self.local.replica.buffers.go_to(self.replay_log.buffers)
 
     # ------------------------------------------------------------------ a step
 
@@ -162,7 +162,7 @@ class HeldState:
         shared.before_update(step, step_s, settles=grown)
         if shared.replay and shared.copied == step - 1 and self._underway is not None:
             # The buffers are those of the step's beginning until the update is done.
-            self.replay_log.copied(self._underway, self.local.buffers.start())
+            self.replay_log.copied(self._underway, self.local.replica.buffers.values())
         yield
         shared.after_update(step)
         if grown:  # a death meanwhile is one before the step's end, so that it is done again

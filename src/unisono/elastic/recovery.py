@@ -23,7 +23,6 @@ from unisono.elastic.membership import StateLost
 from unisono.elastic.recovery_plan import RecoveryPlan, TrainerFinished, WorkerReport
 from unisono.elastic.shared_state import Point
 from unisono.elastic.transfer import StateTransfer
-from unisono.replica.optimizer import copied_hyperparameters, put_back_hyperparameters
 from unisono.training.participant import Participant
 from unisono.training.worker_group import WorkerGroup
 
@@ -203,14 +202,14 @@ class Recovery:
 
     def _replay(self) -> None:
         """*collective*. From where the state is to the last step of the run: the same bits as the first time."""
-        held, optimizer = self._held, self._held.local.optimizer
+        held, replica = self._held, self._held.local.replica
         if held.reached == held.committed:
             return
         steps = held.replay_log.between(held.reached, held.committed)
-        now = copied_hyperparameters(optimizer)
+        now = replica.hyperparameters()
         try:
             for past in steps:
-                put_back_hyperparameters(optimizer, past.groups)
+                replica.set_hyperparameters(past.groups, exactly=True)
                 held.run_step(past, functools.partial(self._participant.redo, past.key, held.grown))
         finally:  # another worker may be lost meanwhile
-            put_back_hyperparameters(optimizer, now)
+            replica.set_hyperparameters(now, exactly=True)

@@ -30,7 +30,6 @@ from unisono.elastic.recovery import Recovery
 from unisono.elastic.recovery_plan import TrainerFinished, WorkerReport
 from unisono.elastic.replay_log import PastStep
 from unisono.guard.silence import SilenceWatch, StatusBoard
-from unisono.replica.optimizer import copied_hyperparameters, put_back_hyperparameters
 from unisono.training.participant import Participant
 from unisono.training.session import Call, Session, StepKey, check_size
 from unisono.training.worker_group import WorkerGroup
@@ -194,8 +193,8 @@ class ElasticSession(Session):
     # ------------------------------------------------------------------ steps
 
     def _take(self, key: StepKey, body: Callable[[], Any]) -> Outcome:
-        held, optimizer = self._held, self._held.local.optimizer
-        past = PastStep(key, copied_hyperparameters(optimizer))
+        held, replica = self._held, self._held.local.replica
+        past = PastStep(key, replica.hyperparameters())
         tries = 0
         computed = False
 
@@ -203,7 +202,7 @@ class ElasticSession(Session):
             nonlocal tries, computed
             tries += 1
             if tries > 1:
-                put_back_hyperparameters(optimizer, past.groups)  # some optimizers count their steps there
+                replica.set_hyperparameters(past.groups, exactly=True)  # some optimizers count their steps there
             result = held.run_step(past, body)
             held.committed = key.step
             computed = True
@@ -213,12 +212,12 @@ class ElasticSession(Session):
                 workers=len(held.flags),
                 leavers=[uid for uid, flags in zip(uids, held.flags, strict=False) if flags & LEAVES],
                 admits=bool(held.flags and held.flags[0] & ADMITS),
-                groups=copied_hyperparameters(optimizer),
+                groups=replica.hyperparameters(),
             )
 
         outcome = self._operate(take, edits=not held.replay_log.allowed)
         if not computed:  # another worker has, with the same result
-            put_back_hyperparameters(optimizer, outcome.groups)
+            replica.set_hyperparameters(outcome.groups, exactly=True)
         self.everyone_leaves = outcome.everyone_leaves and not outcome.admits
         self._next = outcome
         return outcome

@@ -20,12 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from unisono.collective import Collective
 from unisono.elastic.arena import Arena, Entry, new_arena
 from unisono.elastic.progress_table import BEGUN, COPIED, DONE, ProgressTable
-from unisono.layout import Layout
+from unisono.replica.base import Replica
 from unisono.replica.weights import Weights
 from unisono.sync import Reduction
 
@@ -72,9 +71,8 @@ class SharedState:
     """The optimizer's state in common memory, and the copy of state and weights.
 
     Args:
-        layout: Where parameters lie.
-        weights: Their memory.
-        optimizer: Whose state it is.
+        replica: Whose state it is.
+        weights: The memory of its parameters.
 
     Attributes:
         replay: Whether steps that are done may be done again: nobody but the trainer changes weights between them.
@@ -83,10 +81,9 @@ class SharedState:
         will_grow: Whether the next step is the first one, which makes the state.
     """
 
-    def __init__(self, layout: Layout, weights: Weights, optimizer: Optimizer) -> None:
-        self._layout = layout
+    def __init__(self, replica: Replica, weights: Weights) -> None:
+        self._replica = replica
         self._weights = weights
-        self._optimizer = optimizer
         self._arenas: list[Arena] = []
         self._places: dict[int, dict[str, _Place]] = {}  # by slot and key: where each value lies now
         self._known_table: ProgressTable | None = None  # of an earlier generation, too
@@ -156,7 +153,7 @@ class SharedState:
             arena.copy = self._collective.common(arena.nbytes, torch.uint8, arena.copy)
         self._places = {}
         alone = len(self._near) == 1  # and what it owned may lie elsewhere, if it was alone before
-        self._show(take=(self._updated if alone else frozenset()) if here else frozenset(range(len(self._layout.parameters))))
+        self._show(take=(self._updated if alone else frozenset()) if here else frozenset(range(len(self._replica.layout.slots))))
         self._updated = self._mine.slots
 
     def settle(self, step: int) -> bool:
@@ -194,7 +191,7 @@ class SharedState:
         """What this worker owns of the state and is not in common memory; None if some of it cannot be there."""
         found: list[Entry] = []
         for slot in sorted(self._mine.slots):
-            known, state = self._places.get(slot, {}), self._optimizer.state.get(self._layout.parameters[slot], {})
+            known, state = self._places.get(slot, {}), self._replica.slot_state(slot)
             if known.keys() - state.keys():
                 return None  # what is gone would come back with whoever joins
             for key, value in state.items():
@@ -213,7 +210,7 @@ class SharedState:
             for entry in arena.entries:
                 self._places.setdefault(entry.slot, {})[entry.key] = _Place(entry, entry.view(arena.memory))
         for slot, places in self._places.items():
-            state = self._optimizer.state[self._layout.parameters[slot]]
+            state = self._replica.slot_state(slot)
             for key, (entry, view) in places.items():
                 known = before.get(slot, {}).get(key)
                 if known is not None and known.entry is entry:
@@ -224,7 +221,7 @@ class SharedState:
                         continue  # it is not so any more, which is yet to be said
                     if view is not None:
                         _put(view, state[key])  # where several workers have it, it is the same
-                state[key] = entry.shown(view)
+                self._replica.place_state(slot, key, entry.shown(view))
 
     # ------------------------------------------------------------------ a step
 
@@ -279,7 +276,7 @@ class SharedState:
         """
         whole = True
         for slot in self._mine.slots:
-            state, places = self._optimizer.state.get(self._layout.parameters[slot], {}), self._places.get(slot, {})
+            state, places = self._replica.slot_state(slot), self._places.get(slot, {})
             whole = whole and state.keys() == places.keys()
             for key, value in state.items():
                 entry, view = places.get(key, _NOWHERE)
@@ -290,7 +287,7 @@ class SharedState:
                 elif view is not None:
                     _put(view, value)
                     if not entry.number:
-                        state[key] = view
+                        self._replica.place_state(slot, key, view)
         return whole
 
     def _copy(self, part: _Part, *, back: bool, weights: bool = True) -> None:
@@ -360,7 +357,7 @@ class SharedState:
                 for flat, copy, (lo, hi) in zip(self._weights.flats, self._copies, owned[place].bounds, strict=True):
                     flat[lo:hi].copy_(copy[lo:hi])
         self._arenas, self._places = [arena for arena in self._arenas if arena.born <= step], {}
-        self._optimizer.state.clear()
+        self._replica.clear_state()
         self._show(take=frozenset())
         self.grown = False
 
@@ -368,10 +365,10 @@ class SharedState:
         """*local*, once nobody of the generation writes any more. Numbers that others have updated: tensors show that by
         themselves."""
         for slot, places in self._places.items():
-            state = self._optimizer.state.get(self._layout.parameters[slot], {})
+            state = self._replica.slot_state(slot)
             for key, (entry, view) in places.items():
                 if entry.number and slot not in self._updated and key in state:
-                    state[key] = entry.shown(view)
+                    self._replica.place_state(slot, key, entry.shown(view))
 
     @property
     def _table(self) -> ProgressTable:

@@ -14,7 +14,6 @@ from unisono.collective import Collective
 from unisono.elastic.held_state import HeldState, Outcome
 from unisono.elastic.replay_log import PastStep
 from unisono.observe.summary import Summary
-from unisono.replica.optimizer import full_state, hyperparameters, set_full_state, set_hyperparameters
 from unisono.training.header import Signals
 from unisono.training.session import StepKey
 from unisono.training.step import StepResult
@@ -50,14 +49,15 @@ class StateTransfer:
             state: Whether the optimizer's state is.
             run: How far the run has come.
         """
-        local = held.local
+        local, replica = held.local, held.local.replica
+        states = ((slot.index, dict(replica.slot_state(slot.index))) for slot in local.layout.slots)
         return cls(
             outcome=held.outcome,
-            buffers=[tensor.detach() for tensor in local.model.buffers()],
+            buffers=replica.buffers.values(),
             weights=list(local.weights.flats) if weights else None,
-            state=full_state(local.optimizer, local.layout) if state else None,
-            groups=hyperparameters(local.optimizer),
-            scheduler=None if local.scheduler is None else local.scheduler.state_dict(),
+            state={slot: found for slot, found in states if found} if state else None,
+            groups=replica.hyperparameters(),
+            scheduler=replica.schedule_state(),
             replay_log=held.replay_log.describe(),
             run=run,
         )
@@ -91,20 +91,18 @@ class StateTransfer:
         Args:
             state: Whether this worker needs the optimizer's state; else its host has that.
         """
-        local = held.local
-        with torch.no_grad():
-            for tensor, value in zip(local.model.buffers(), self.buffers, strict=True):
-                tensor.copy_(value)
-            if self.weights is not None:
-                for flat, value in zip(local.weights.flats, self.weights, strict=True):
-                    flat.copy_(value)
+        local, replica = held.local, held.local.replica
+        replica.buffers.go_to(self.buffers)
+        for flat, value in zip(local.weights.flats, self.weights or (), strict=self.weights is not None):
+            flat.copy_(value)
         if state and self.state is not None:
-            set_full_state(local.optimizer, local.layout, self.state)
+            replica.clear_state()
+            for slot, values in self.state.items():
+                replica.set_slot_state(slot, values)
         if held.is_new:
-            set_hyperparameters(local.optimizer, self.groups)
-            if local.scheduler is not None:
-                local.scheduler.load_state_dict(self.scheduler)
+            replica.set_hyperparameters(self.groups)
+            replica.set_schedule_state(self.scheduler)
         local.buffers.begin()
-        vars(local.optimizer)["_opt_called"] = True  # by another worker; PyTorch's schedulers warn if nobody has
+        replica.skip_update()
         held.outcome = self.outcome
         held.replay_log.adopt(self.replay_log)

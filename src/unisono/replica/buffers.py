@@ -10,136 +10,155 @@ same seeds, same start, same result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unisono.errors import ConfigurationError
 from unisono.tree import Fold, Span, combine, pieces
 
 
 class Buffers:
-    """The buffers of a model over the steps of a run.
+    """The buffers of a model, and what they were when the step began. Everything here is *local*.
+
+    A framework that counts writes, or lets a buffer be replaced, says so in a subclass.
 
     Args:
-        model: The model; its buffers are followed by name, so a module may rebind them.
-        leaves: Number of microbatches a step.
+        names: Of each buffer.
+        tensors: Their memory: forward leaves its changes there, and starts from what is written there.
 
     Attributes:
+        names: As given.
+        tensors: As given.
+        start: Their values when the step began.
+    """
+
+    def __init__(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+        self.names = list(names)
+        self.tensors = list(tensors)
+        self.start = [tensor.detach().clone() for tensor in self.tensors]
+        self._floating = [index for index, tensor in enumerate(self.tensors) if tensor.is_floating_point()]
+
+    def named(self) -> dict[str, Tensor]:
+        """By name, as they are now."""
+        self.collect()
+        return dict(zip(self.names, self.tensors, strict=True))
+
+    def values(self) -> list[Tensor]:
+        """Copies of the values of now."""
+        return [tensor.detach().clone() for tensor in self.named().values()]
+
+    def go_to(self, values: Sequence[Tensor]) -> None:
+        """Makes the ``values`` of some moment those of now."""
+        with torch.no_grad():
+            for tensor, value in zip(self.tensors, values, strict=True):
+                tensor.copy_(value)
+
+    def begin(self) -> None:
+        """The values of now are the step's start."""
+        self.collect()
+        self._copy(self.start, self.tensors, sorted({*self._floating, *self.written()}))
+
+    def restore(self, changed: Collection[int] | None = None) -> None:
+        """Puts the step's start back.
+
+        Args:
+            changed: Buffers (by index) that have changed, besides those that were ``written``; None: any may have.
+        """
+        moved = range(len(self.tensors)) if changed is None else sorted({*changed, *self.written()})
+        self._copy(self.tensors, self.start, moved)
+
+    def settle(self, index: int, value: Tensor) -> None:
+        """Gives a buffer a value, from which the next step starts."""
+        self.tensors[index].copy_(value)
+        self._copy(self.start, self.tensors, [index])
+
+    def _copy(self, to: Sequence[Tensor], source: Sequence[Tensor], moved: Sequence[int]) -> None:
+        if moved:
+            with torch.no_grad():
+                torch._foreach_copy_([to[i] for i in moved], [source[i] for i in moved])
+            self.settled(moved)
+
+    def collect(self) -> None:
+        """What forward, or someone else, has made of the buffers is in ``tensors`` now."""
+
+    def changes(self, known: Sequence[bool]) -> list[int]:
+        """Buffers (by index) that are unlike the step's start, or ``known`` to be."""
+        return [i for i, tensor in enumerate(self.tensors) if known[i] or not torch.equal(tensor, self.start[i])]
+
+    def written(self) -> Collection[int]:
+        """Buffers (by index) that may have been written to since they were ``settled``."""
+        return range(len(self.tensors))
+
+    def settled(self, indices: Sequence[int]) -> None:
+        """These buffers are as the step began."""
+
+
+class BufferFold:
+    """What the microbatches of a step, of all workers, make of the buffers.
+
+    Args:
+        buffers: Of this worker's replica.
+        microbatches: M, microbatches a step.
+
+    Attributes:
+        buffers: As given.
         changed: For each buffer, 1 if a microbatch of this worker changed it in this step (uint8).
     """
 
-    def __init__(self, model: nn.Module, leaves: int) -> None:
-        self._leaves = leaves
-        self._model = model
-        self._modules = list(model.modules())
-        self._places = list(_places(model))
-        self.names = [name for name, _, _ in self._places]
-        self._tensors = [tensor for _, module, key in self._places if (tensor := module._buffers[key]) is not None]
-        self._start = [tensor.detach().clone() for tensor in self._tensors]
-        self._versions = [tensor._version for tensor in self._tensors]
-        self._tracked = np.zeros(len(self._tensors), dtype=np.uint8)
-        self.changed = np.zeros(len(self._tensors), dtype=np.uint8)
-        self._known = self._count()
-        self._fold: Fold[Tensor] = Fold(leaves, Tensor.add_)
+    def __init__(self, buffers: Buffers, microbatches: int) -> None:
+        self.buffers = buffers
+        self._microbatches = microbatches
+        count = len(buffers.tensors)
+        self._tracked = np.zeros(count, dtype=np.uint8)
+        self.changed = np.zeros(count, dtype=np.uint8)
+        self._fold: Fold[Tensor] = Fold(microbatches, Tensor.add_)
         self._exact: Tensor | None = None
         self._select()
 
     def begin(self) -> None:
         """*local*. The values of now are the step's start."""
-        if not self._tensors:
-            return
-        self._rebind()
-        # Changed between steps: loaded, edited by a callback, or by a forward of the user's own, in which batch norm's kernels
-        # write statistics without counting a version.
-        moved = [
-            index
-            for index, tensor in enumerate(self._tensors)
-            if tensor.is_floating_point() or tensor._version != self._versions[index]
-        ]
-        if moved:
-            torch._foreach_copy_([self._start[i] for i in moved], [self._tensors[i].detach() for i in moved])
-            for i in moved:
-                self._versions[i] = self._tensors[i]._version
-        self.restart()
+        if self.buffers.tensors:
+            self.buffers.begin()
+            self.restart()
 
     def restart(self) -> None:
         """*local*. Forgets what this step's microbatches did; they will be computed again."""
-        if not self._tensors:
-            return
         self.changed[:] = 0
-        self._fold = Fold(self._leaves, Tensor.add_)
+        self._fold = Fold(self._microbatches, Tensor.add_)
         self._exact = None
 
-    def add(self, leaf: int) -> None:
-        """*local*. Takes what microbatch ``leaf`` made of the buffers and puts the step's start back."""
-        if not self._tensors:
+    def add(self, microbatch: int) -> None:
+        """*local*. Takes what a microbatch made of the buffers and puts the step's start back."""
+        tensors = self.buffers.tensors
+        if not tensors:
             return
-        self._find_changes()
+        self.buffers.collect()
+        for index in self.buffers.changes(self._silent):
+            if tensors[index].is_complex():
+                raise ConfigurationError(
+                    f"buffer {self.buffers.names[index]!r} is complex and changes in forward: use two real buffers"
+                )
+            self.changed[index] = 1
         if self._floats:
-            values = torch.empty(self._numel, dtype=torch.float64, device=self._tensors[self._floats[0]].device)
-            torch._foreach_copy_(self._views(values), [self._tensors[i] for i in self._floats])
-            self._fold.push(leaf, values)
+            values = torch.empty(self._numel, dtype=torch.float64, device=tensors[self._floats[0]].device)
+            torch._foreach_copy_(self._views(values, self._floats), [tensors[i] for i in self._floats])
+            self._fold.push(microbatch, values)
         if self._exacts:
-            self._take_exact(leaf)
+            self._take_exact()
         self.restore()
 
     def restore(self) -> None:
         """*local*. Puts the step's start back."""
-        moved = [
-            index
-            for index, tensor in enumerate(self._tensors)
-            if self.changed[index] or self._silent[index] or tensor._version != self._versions[index]
-        ]
-        if moved:
-            with torch.no_grad():
-                torch._foreach_copy_([self._tensors[i] for i in moved], [self._start[i] for i in moved])
-            for i in moved:
-                self._versions[i] = self._tensors[i]._version
+        if self.buffers.tensors:
+            self.buffers.restore([index for index, changed in enumerate(self.changed) if changed or self._silent[index]])
 
     @property
     def tracked(self) -> bytes:
         """*local*. For each buffer, 1 if some forward has changed it."""
         return self._tracked.tobytes()
-
-    def start(self) -> list[Tensor]:
-        """*local*. Copies of the values of now, for ``go_to``."""
-        return [tensor.detach().clone() for tensor in self._tensors]
-
-    def go_to(self, values: Sequence[Tensor]) -> None:
-        """*local*. Makes the values of ``start`` those of now."""
-        with torch.no_grad():
-            for tensor, value in zip(self._tensors, values, strict=True):
-                tensor.copy_(value)
-
-    def put_back(self) -> None:
-        """*local*. Undoes whatever happened to the buffers since ``begin``, outside a step."""
-        for tensor, (_, module, key) in zip(self._tensors, self._places, strict=True):
-            if key not in module._buffers or module._buffers[key] is not tensor:
-                module._buffers[key] = tensor
-        if self._tensors:
-            with torch.no_grad():
-                torch._foreach_copy_(self._tensors, self._start)
-            self._versions = [tensor._version for tensor in self._tensors]
-
-    def check_known(self) -> None:
-        """*local*. Whether the model has just the buffers that it had at the beginning.
-
-        Raises:
-            ConfigurationError: A forward has made another one, which nobody keeps equal on all workers.
-        """
-        if self._count() != self._known:
-            new = [name for name, _, _ in _places(self._model) if name not in self.names]
-            raise ConfigurationError(
-                f"buffers of the model came or went after the Trainer was made{': ' + ', '.join(new[:3]) if new else ''}. "
-                "Register them when the model is made (or run it once before Trainer(...)); keep a cache in a plain attribute"
-            )
-
-    def _count(self) -> int:
-        # Most modules have none: this is looked at after every microbatch.
-        return sum(tensor is not None for module in self._modules if module._buffers for tensor in module._buffers.values())
 
     def track(self, changed: bytes) -> bool:
         """*local*. Whether any buffer in ``changed`` (over all workers) was not followed in this step; it is from now on."""
@@ -155,28 +174,22 @@ class Buffers:
     def message(self, span: Span, filled: int) -> Tensor:
         """*local*. What the other workers need from this one, which has microbatches ``span``: its piece sums, then its
         integers as raw 8 bytes (float64)."""
-        if not self._tensors:
+        if not self.buffers.tensors:
             return _NOTHING
         for absent in range(max(filled, span[0]), span[1]):
             self._fold.push(absent, None)
         parts = [value.cpu() for value in self._fold.parts().values() if value is not None]
         if self._exact is not None:
             parts.append(self._exact.cpu().view(torch.float64))
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
+        return torch.cat(parts) if parts else _NOTHING
 
     def message_size(self, span: Span, filled: int) -> int:
         """*local*. Number of float64 elements that the worker with microbatches ``span`` sends."""
-        present = sum(1 for piece in pieces(*span, self._leaves) if piece[0] < filled) if self._floats else 0
+        present = sum(1 for piece in pieces(*span, self._microbatches) if piece[0] < filled) if self._floats else 0
         exact = self._exact_numel if span[0] < filled else 0
         return present * self._numel + exact
 
-    def finish(
-        self,
-        messages: list[Tensor],
-        ranges: Sequence[Span],
-        filled: int,
-        changed: bytes,
-    ) -> None:
+    def finish(self, messages: Sequence[Tensor], ranges: Sequence[Span], filled: int, changed: bytes) -> None:
         """*local*. Sets every buffer in ``changed`` to its result, given all workers' messages.
 
         Raises:
@@ -188,7 +201,7 @@ class Buffers:
         exact: list[Tensor] = []
         for span, message in zip(ranges, messages, strict=True):
             offset = 0
-            for piece in pieces(*span, self._leaves):
+            for piece in pieces(*span, self._microbatches):
                 if self._floats and piece[0] < filled:
                     parts[piece] = message[offset : offset + self._numel]
                     offset += self._numel
@@ -197,102 +210,53 @@ class Buffers:
             if message.numel() > offset:
                 exact.append(message[offset:].view(torch.int64))
         with torch.no_grad():
-            total = combine(parts, self._leaves, torch.add)
+            total = combine(parts, self._microbatches, torch.add)
             if total is not None:
-                mean = total / filled
-                for index, view in zip(self._floats, self._views(mean), strict=True):
-                    if changed[index]:
-                        self._settle(index, view)
+                self._settle(self._floats, total / filled, changed)
             for other in exact[1:]:
                 if not torch.equal(exact[0], other):
                     self._disagree(exact[0], other)
             if exact:
-                for index, view in zip(self._exacts, self._exact_views(exact[0]), strict=True):
-                    if changed[index]:
-                        self._settle(index, view)
+                self._settle(self._exacts, exact[0], changed)
 
-    def _settle(self, index: int, value: Tensor) -> None:
-        self._tensors[index].copy_(value)
-        self._start[index].copy_(self._tensors[index])
-        self._versions[index] = self._tensors[index]._version
+    def _settle(self, indices: Sequence[int], flat: Tensor, changed: bytes) -> None:
+        for index, view in zip(indices, self._views(flat, indices), strict=True):
+            if changed[index]:
+                self.buffers.settle(index, view)
 
     def _select(self) -> None:
-        tracked = [i for i, tensor in enumerate(self._tensors) if self._tracked[i] and tensor.numel()]
-        self._floats = [i for i in tracked if self._tensors[i].is_floating_point()]
-        self._exacts = [i for i in tracked if not self._tensors[i].is_floating_point()]
+        tensors = self.buffers.tensors
+        tracked = [i for i, tensor in enumerate(tensors) if self._tracked[i] and tensor.numel()]
+        self._floats = [i for i in tracked if tensors[i].is_floating_point()]
+        self._exacts = [i for i in tracked if not tensors[i].is_floating_point()]
         # These count as changed without a look: if one was not, the mean of equal values, in float64, is that value.
-        self._silent = np.zeros(len(self._tensors), dtype=bool)
-        self._silent[[i for i in self._floats if self._tensors[i].dtype != torch.float64]] = True
-        self._numel = sum(self._tensors[i].numel() for i in self._floats)
-        self._exact_numel = sum(self._tensors[i].numel() for i in self._exacts)
+        silent = {i for i in self._floats if tensors[i].dtype != torch.float64}
+        self._silent = [i in silent for i in range(len(tensors))]
+        self._numel = sum(tensors[i].numel() for i in self._floats)
+        self._exact_numel = sum(tensors[i].numel() for i in self._exacts)
 
-    def _views(self, flat: Tensor) -> list[Tensor]:
-        return _split(flat, [self._tensors[i] for i in self._floats])
+    def _views(self, flat: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        """Consecutive parts of ``flat``, shaped like these buffers."""
+        like = [self.buffers.tensors[i] for i in indices]
+        parts = torch.split(flat, [tensor.numel() for tensor in like])
+        return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
-    def _exact_views(self, flat: Tensor) -> list[Tensor]:
-        return _split(flat, [self._tensors[i] for i in self._exacts])
-
-    def _take_exact(self, leaf: int) -> None:
-        values = torch.cat([self._tensors[i].reshape(-1).to(torch.int64) for i in self._exacts])
+    def _take_exact(self) -> None:
+        values = torch.cat([self.buffers.tensors[i].reshape(-1).to(torch.int64) for i in self._exacts])
         if self._exact is None:
             self._exact = values
         elif not torch.equal(self._exact, values):
             self._disagree(self._exact, values)
 
     def _disagree(self, one: Tensor, other: Tensor) -> None:
-        for index, left, right in zip(self._exacts, self._exact_views(one), self._exact_views(other), strict=True):
+        views = zip(self._exacts, self._views(one, self._exacts), self._views(other, self._exacts), strict=True)
+        for index, left, right in views:
             if not torch.equal(left, right):
                 raise ConfigurationError(
-                    f"buffer {self.names[index]!r} ({self._tensors[index].dtype}) comes out differently from the "
+                    f"buffer {self.buffers.names[index]!r} ({self.buffers.tensors[index].dtype}) comes out differently from the "
                     "microbatches of one step, so no single value is right for all: make it floating point (it will be "
                     "averaged), or change it by the same amount in every forward"
                 )
 
-    def _rebind(self) -> None:
-        """Takes the values of buffers that were replaced, and puts the tensors that others may hold back in their places."""
-        for index, (name, module, key) in enumerate(self._places):
-            tensor = self._tensors[index]
-            now = module._buffers[key] if key in module._buffers else None  # noqa: SIM401 - a ScriptModule's have no get
-            if now is not tensor:
-                if now is None or now.shape != tensor.shape or now.dtype != tensor.dtype:
-                    raise ConfigurationError(
-                        f"buffer {name!r} was replaced by one of another shape or dtype: keep such a cache in a plain attribute, "
-                        "not in a buffer"
-                    )
-                with torch.no_grad():
-                    tensor.copy_(now)
-                module._buffers[key] = tensor
-
-    def _find_changes(self) -> None:
-        self._rebind()
-        for index, (name, _, _) in enumerate(self._places):
-            tensor = self._tensors[index]
-            if self._silent[index] or self._has_changed(index):
-                if tensor.is_complex():
-                    raise ConfigurationError(f"buffer {name!r} is complex and changes in forward: use two real buffers")
-                self.changed[index] = 1
-
-    def _has_changed(self, index: int) -> bool:
-        tensor = self._tensors[index]
-        if tensor._version != self._versions[index]:
-            return True
-        # Batch norm's kernels write statistics without counting a version.
-        return tensor.is_floating_point() and not torch.equal(tensor, self._start[index])
-
 
 _NOTHING = torch.empty(0, dtype=torch.float64)
-
-
-def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Name, module and key of every buffer, each once, non-persistent ones included."""
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        for key, tensor in module._buffers.items():
-            if tensor is not None and id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield (f"{prefix}.{key}" if prefix else key), module, key
-
-
-def _split(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
-    views = torch.split(flat, [tensor.numel() for tensor in like])
-    return [view.view(tensor.shape) for view, tensor in zip(views, like, strict=True)]

@@ -1,10 +1,8 @@
-"""The user's own optimizer: what it must be, and its state, of which each worker holds the part that it owns."""
+"""The user's own ``torch.optim`` optimizer: what it must be, and what belongs to it besides its parameters."""
 
 from __future__ import annotations
 
 import inspect
-import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
-from unisono.collective import Collective
 from unisono.errors import CheckpointError, ConfigurationError
-from unisono.layout import Layout
 
 
 def check_optimizer(optimizer: Any, trainable: Iterable[tuple[str, nn.Parameter]], model: nn.Module) -> None:
@@ -63,26 +59,30 @@ def check_optimizer(optimizer: Any, trainable: Iterable[tuple[str, nn.Parameter]
 
 
 def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """*local*. The parameter groups without their parameters."""
-    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-
-
-def copied_hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """*local*. ``hyperparameters`` that later steps do not change."""
+    """*local*. Copies of the parameter groups, without their parameters."""
     return [
-        {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()}
-        for group in hyperparameters(optimizer)
+        {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
     ]
 
 
-def set_hyperparameters(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
-    """*local*. Gives each parameter group its saved settings back."""
+def set_hyperparameters(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], *, exactly: bool) -> None:
+    """*local*. Gives each parameter group its saved settings back.
+
+    Args:
+        exactly: Whether settings that have been added since then go.
+
+    Raises:
+        CheckpointError: There is another number of groups.
+    """
     if len(groups) != len(optimizer.param_groups):
         raise CheckpointError(
             f"the checkpoint has {len(groups)} parameter groups, the optimizer {len(optimizer.param_groups)}: make the "
             "optimizer as it was made for this run, or choose another run_dir"
         )
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        for key in [key for key in group if exactly and key != "params" and key not in saved]:
+            del group[key]
         for key, value in saved.items():
             # A tensor learning rate may be captured in a graph or held by a scheduler: keep the object.
             if isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
@@ -91,85 +91,9 @@ def set_hyperparameters(optimizer: Optimizer, groups: list[dict[str, Any]]) -> N
                 group[key] = value
 
 
-def put_back_hyperparameters(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
-    """*local*. Each parameter group as ``copied_hyperparameters`` found it: what has been added since then goes."""
-    for group, saved in zip(optimizer.param_groups, groups, strict=True):
-        for key in [key for key in group if key != "params" and key not in saved]:
-            del group[key]
-    set_hyperparameters(optimizer, groups)
-
-
-def owned_state(optimizer: Optimizer, layout: Layout, owned: Iterable[int]) -> dict[str, Any]:
-    """*local*. The optimizer's state of the owned parameters (slot indices), by parameter name."""
-    return {
-        layout.names[index]: dict(optimizer.state[layout.parameters[index]])
-        for index in owned
-        if layout.parameters[index] in optimizer.state
-    }
-
-
-def full_state(optimizer: Optimizer, layout: Layout) -> dict[int, dict[str, Any]]:
-    """*local*. All state that this worker holds, by slot."""
-    return {
-        index: dict(optimizer.state[parameter])
-        for index, parameter in enumerate(layout.parameters)
-        if parameter in optimizer.state
-    }
-
-
-def set_full_state(optimizer: Optimizer, layout: Layout, state: Mapping[int, Mapping[str, Any]]) -> None:
-    """*local*. Takes over what ``full_state`` gave on another worker."""
-    named = {layout.names[index]: values for index, values in state.items()}
-    set_state(optimizer, layout, named, range(len(layout.parameters)))
-
-
-def settle_state(optimizer: Optimizer, layout: Layout, owners: Sequence[Sequence[int]], collective: Collective) -> None:
-    """*collective*. Leaves each worker with the state of the parameters that it owns, and of no other trainable one.
-
-    An optimizer may come with state: made for every parameter at once (Adagrad), loaded, or left by an earlier Trainer, whose
-    owners were others. An owner who holds some keeps it, else the first worker who does hands it over.
-
-    Args:
-        owners: For each rank, the slot indices that it owns.
-    """
-    mine = [index for index, parameter in enumerate(layout.parameters) if parameter in optimizer.state]
-    holders = [set(json.loads(text)) for text in collective.all_gather_bytes(json.dumps(mine).encode())]
-    source = {
-        index: next(rank for rank, held in enumerate(holders) if index in held)
-        for owner, owned in enumerate(owners)
-        for index in owned
-        if index not in holders[owner] and any(index in held for held in holders)
-    }
-    if source:
-        buffer = io.BytesIO()
-        sent = {index: dict(optimizer.state[layout.parameters[index]]) for index in mine if source.get(index) == collective.rank}
-        torch.save(sent, buffer)
-        received: dict[int, Any] = {}
-        for data in collective.all_gather_bytes(buffer.getvalue()):
-            received |= torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        for index in set(owners[collective.rank]) & received.keys():
-            parameter = layout.parameters[index]
-            group = groups[id(parameter)]
-            optimizer.state[parameter] = {key: _placed(value, parameter, key, group) for key, value in received[index].items()}
-    for index in set(mine) - set(owners[collective.rank]):
-        del optimizer.state[layout.parameters[index]]
-
-
-def set_state(optimizer: Optimizer, layout: Layout, state: Mapping[str, Mapping[str, Any]], owned: Iterable[int]) -> None:
-    """*local*. Gives the owned parameters (slot indices) their saved state; the others have none."""
-    optimizer.state.clear()
-    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    for index in owned:
-        parameter = layout.parameters[index]
-        saved = state.get(layout.names[index])
-        if saved is not None:
-            group = groups[id(parameter)]
-            optimizer.state[parameter] = {key: _placed(value, parameter, key, group) for key, value in saved.items()}
-
-
-def _placed(value: Any, parameter: nn.Parameter, key: str, group: Mapping[str, Any]) -> Any:
-    """A saved value where torch.optim keeps it: beside the parameter, but step counts on the CPU unless kernels read them."""
+def placed(value: Any, parameter: nn.Parameter, key: str, group: Mapping[str, Any]) -> Any:
+    """*local*. A saved value where torch.optim keeps it: beside the parameter, but step counts on the CPU unless kernels read
+    them."""
     if not isinstance(value, Tensor):
         return value
     if value.shape == parameter.shape and value.dim() > 0:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
-
-from unisono.layout import Layout
 
 _LARGE = 2**20
 """Elements from which a table is worth it."""
@@ -42,10 +40,10 @@ class Tables:
             elif type(module) is nn.Embedding and not compiled and uses[id(module.weight)] == 1 and _gains(module):
                 self._switched.append(module)
 
-    def slots(self, layout: Layout) -> set[int]:
-        """The slots (by index) that get gradients of few rows."""
+    def slots(self, parameters: Sequence[nn.Parameter]) -> frozenset[int]:
+        """Which of these, by position, get gradients of few rows."""
         weights = {id(module.weight) for module in (*self._asked, *self._switched)}
-        return {index for index, parameter in enumerate(layout.parameters) if id(parameter) in weights}
+        return frozenset(index for index, parameter in enumerate(parameters) if id(parameter) in weights)
 
     @contextlib.contextmanager
     def switched(self) -> Iterator[None]:

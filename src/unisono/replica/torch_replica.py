@@ -1,101 +1,195 @@
-"""One worker's copy of the model, behind the narrow seam through which the step sees it.
-
-A model of another framework, or a compiled or captured microbatch, can take the place of ``TorchReplica``: whatever computes
-the gradient, the loss sum and the count of one microbatch under a seed.
-"""
+"""A ``torch.nn.Module``, its ``torch.optim.Optimizer`` and its scheduler, behind the seam of ``replica/base.py``."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.hooks import RemovableHandle
 
-from unisono.errors import ConfigurationError, DataError
-from unisono.layout import ALIGNMENT_BYTES
-from unisono.replica.randomness import seed_generators
+from unisono.errors import ConfigurationError
+from unisono.layout import Allocate
+from unisono.replica import optimizer as optimizers
+from unisono.replica.base import LossFunction, LossPart, MetricFunction, Microbatch, Replica
+from unisono.replica.loss import sum_and_count, to_device
+from unisono.replica.parameters import adopt, check_model, in_slot_order, layout_of, trainable
 from unisono.replica.tables import Tables
-
-LossFunction = Callable[[Any, Any], Any]
-"""``loss(model, batch)``: the microbatch's loss *sum* (scalar tensor) and the *count* to divide by once, globally; or one
-scalar tensor, which is the mean over the microbatch's samples."""
+from unisono.replica.torch_buffers import TorchBuffers
+from unisono.sync.base import GradientSink
 
 Precision = Literal["fp32", "bf16"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """What a microbatch adds to the step besides its gradient."""
-
-    loss: Tensor
-    """Summed loss, 0-dim, detached, on the model's device."""
-    count: float
-
-
-class Replica(Protocol):
-    """What the step needs of a model."""
-
-    device: torch.device
-
-    def gradient(self, data: Any, *, samples: int, seed: int) -> Leaf:
-        """*local*. Computes one microbatch under ``seed``; its gradient is in the parameters' ``.grad`` afterwards."""
-        ...
-
-
-class TorchReplica:
-    """A ``torch.nn.Module`` and its loss.
+class TorchReplica(Replica):
+    """See the module.
 
     Args:
-        model: The bare model, on ``device``.
+        model: The bare model; moved to ``device``.
+        optimizer: Over its parameters.
         loss: See ``LossFunction``.
+        scheduler: Over the optimizer; None: learning rates stay.
         precision: "fp32" leaves dtypes alone; "bf16" runs the loss under autocast to bfloat16.
+
+    Raises:
+        ConfigurationError: Model or optimizer cannot be trained exactly.
     """
 
-    def __init__(self, model: nn.Module, loss: LossFunction, *, device: torch.device, precision: Precision) -> None:
+    buffers: TorchBuffers
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss: LossFunction,
+        *,
+        scheduler: Any = None,
+        device: torch.device,
+        precision: Precision = "fp32",
+    ) -> None:
+        check_model(model)
+        optimizers.check_optimizer(optimizer, trainable(model), model)
+        model.to(device)
         self.model = model
         self.loss = loss
         self.device = device
-        self.tables = Tables(model)
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        named = trainable(model)
+        self.layout = layout_of(named)
+        self.buffers = TorchBuffers(model)
+        self.parameters = in_slot_order(self.layout, named)
+        self._tables = Tables(model)
+        self.sparse = self._tables.slots(self.parameters)
         self._autocast = precision == "bf16"
-        self._parameters = list(model.named_parameters())
+        self._all = list(model.named_parameters())
+        self._held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._groups = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self._frozen = [parameter for parameter in self._held if not parameter.requires_grad]
+        self._addresses = [parameter.data_ptr() for parameter in self.parameters]
         self._is_first = True
+        self._hooks: list[RemovableHandle] = []
+        self._early: GradientSink | None = None  # takes the gradients of the backward that runs
 
-    def gradient(self, data: Any, *, samples: int, seed: int) -> Leaf:
-        versions = [parameter._version for _, parameter in self._parameters]
-        before = self._gradients() if self._is_first else []
-        with self.tables.switched():
-            total, count = self._evaluate(data, samples=samples, seed=seed)
+    # ------------------------------------------------------------------ the model
+
+    def adopt(self, allocate: Allocate) -> list[Tensor]:
+        flats = adopt(self.layout, self.parameters, allocate)
+        self._addresses = [parameter.data_ptr() for parameter in self.parameters]
+        return flats
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.model.named_parameters()), **self.buffers.named()}
+
+    def model_state(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.model.state_dict()
+        return found
+
+    def load_model_state(self, state: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(state)
+
+    def check_unchanged(self) -> None:
+        known = set(map(id, self.parameters))
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and id(parameter) not in known:
+                raise ConfigurationError(
+                    f"parameter {name!r} now requires a gradient, but was frozen or not there when the Trainer was made: make a "
+                    "new Trainer after unfreezing or replacing parameters"
+                )
+
+    def edits(self) -> list[int]:
+        return [parameter._version for parameter in self.parameters]
+
+    def describe(self) -> dict[str, Any]:
+        found = super().describe()
+        return {
+            "optimizer": type(self.optimizer).__name__,
+            "parameter_groups": found["parameter_groups"],
+            "scheduler": type(self.scheduler).__name__ if self.scheduler is not None else None,
+            "parameters": {name: found["parameters"][name] for name, p in self._all if name in found["parameters"]},
+        }
+
+    # ------------------------------------------------------------------ a step
+
+    def begin_step(self) -> None:
+        addresses = [parameter.data_ptr() for parameter in self.parameters]
+        if addresses != self._addresses:
+            moved = next(index for index, address in enumerate(addresses) if address != self._addresses[index])
+            raise ConfigurationError(
+                f"parameter {self.layout.names[moved]!r} was moved to other memory after the Trainer was made "
+                "(model.to(), .half(), or an assignment to .data): change the model before Trainer(...), and change "
+                "values in place"
+            )
+        if self._frozen and any(parameter.requires_grad for parameter in self._frozen):
+            raise ConfigurationError(
+                "a parameter that was frozen when the Trainer was made now requires a gradient: make a new Trainer after "
+                "unfreezing"
+            )
+        for parameter in self._held:
+            parameter.grad = None  # what a backward of the user's own may have left behind
+
+    def gradients(self, microbatches: Sequence[Microbatch], seeds: Sequence[int], sink: GradientSink) -> list[LossPart]:
+        parts: list[LossPart] = []
+        try:
+            for microbatch, seed in zip(microbatches, seeds, strict=True):
+                parts.append(self._backward(microbatch, seed, sink))
+                gradients = [parameter.grad for parameter in self.parameters]
+                for parameter in self.parameters:
+                    parameter.grad = None
+                sink.add(microbatch.number, gradients)
+        except BaseException:
+            self._early = None
+            for parameter in self.parameters:
+                parameter.grad = None
+            raise
+        self.buffers.check_known()
+        return parts
+
+    def _backward(self, microbatch: Microbatch, seed: int, sink: GradientSink) -> LossPart:
+        versions = [parameter._version for _, parameter in self._all]
+        before = self._known_gradients() if self._is_first else []
+        samples = len(microbatch.indices)
+        with self._tables.switched():
+            batch = to_device(microbatch.data, self.device)
+            self.seed(seed)
+            with self._precision():
+                returned = self.loss(self.model, batch)
+            total, count = sum_and_count(returned, samples, what="loss")
             if self._is_first:
                 self._check_no_backward(before)
+            if sink.takes_early(microbatch.number):
+                self._install_hooks()
+                self._early = sink
             if total.requires_grad:
                 total.backward()  # type: ignore[no-untyped-call]
+            self._early = None
         if count and not total.requires_grad:
             raise ConfigurationError(
                 "the loss does not depend on any trainable parameter: return it as computed from the model's output, "
                 "without .detach(), .item() or torch.no_grad()"
             )
         self._check_parameters(versions)
-        return Leaf(total.detach(), count)
+        return LossPart(total.detach(), count)
 
-    def _gradients(self) -> list[tuple[int, int] | None]:
+    def _known_gradients(self) -> list[tuple[int, int] | None]:
         """What tells whether a gradient has changed: identity and version."""
-        gradients = [parameter.grad for _, parameter in self._parameters]
+        gradients = [parameter.grad for _, parameter in self._all]
         return [None if gradient is None else (id(gradient), gradient._version) for gradient in gradients]
 
     def _check_no_backward(self, before: Sequence[tuple[int, int] | None]) -> None:
         self._is_first = False
-        if self._gradients() != before:
+        if self._known_gradients() != before:
             raise ConfigurationError(
                 "the loss function calls backward(), and every gradient would count twice: return the loss (its sum over the "
                 "microbatch, and the count); the trainer calls backward() and steps the optimizer"
             )
 
     def _check_parameters(self, versions: list[int]) -> None:
-        for (name, parameter), version in zip(self._parameters, versions, strict=True):
+        for (name, parameter), version in zip(self._all, versions, strict=True):
             if parameter._version != version:
                 raise ConfigurationError(
                     f"parameter {name!r} is changed in place by forward or backward, so it would depend on which microbatches a "
@@ -103,87 +197,132 @@ class TorchReplica:
                     "parameters: make these buffers, and change weights between steps, on every worker, in a callback"
                 )
 
-    def _evaluate(self, data: Any, *, samples: int, seed: int) -> tuple[Tensor, float]:
-        batch = to_device(data, self.device)
-        seed_generators(seed, self.device)
-        with self.precision():
-            returned = self.loss(self.model, batch)
-        return sum_and_count(returned, samples, what="loss")
+    def _install_hooks(self) -> None:
+        if self._hooks:
+            return
+        for slot, parameter in enumerate(self.parameters):
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._hook(slot)))  # type: ignore[no-untyped-call]
 
-    def precision(self) -> contextlib.AbstractContextManager[Any]:
+    def _hook(self, slot: int) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            if self._early is not None and parameter.grad is not None:
+                gradient, parameter.grad = parameter.grad, None
+                self._early.early(slot, gradient)
+
+        return hook
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which forward runs."""
         if self._autocast:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
+    def update(self, slots: Sequence[int], gradients: Sequence[Tensor]) -> None:
+        for slot, gradient in zip(slots, gradients, strict=True):
+            self.parameters[slot].grad = gradient
+        try:
+            self.optimizer.step()
+        finally:
+            for slot in slots:
+                self.parameters[slot].grad = None
 
-def sum_and_count(returned: Any, samples: int, *, what: str) -> tuple[Tensor, float]:
-    """The ``(sum, count)`` that a loss or metric function has returned; a lone scalar is a mean over ``samples``.
+    def learning_rates(self) -> tuple[float, ...]:
+        return tuple(float(group["lr"]) for group in self.optimizer.param_groups if "lr" in group)
+
+    # ------------------------------------------------------------------ evaluation
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        # Of each module: a frozen BatchNorm may be in evaluation mode inside a model that trains.
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            # Not inference_mode: what a model caches in it could never be used in training.
+            with torch.no_grad():
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def evaluate(self, metrics: Mapping[str, MetricFunction], data: Any, samples: int, seed: int) -> Tensor:
+        batch = to_device(data, self.device)
+        rows: list[Tensor] = []
+        for name, metric in metrics.items():
+            self.seed(seed)
+            with self._precision():
+                value, count = sum_and_count(metric(self.model, batch), samples, what=f"metric {name!r}")
+            rows.append(torch.stack([value.detach().double(), torch.full_like(value, count, dtype=torch.float64)]).cpu())
+        return torch.stack(rows)
+
+    # ------------------------------------------------------------------ the optimizer's state
+
+    def slot_state(self, slot: int) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.optimizer.state.get(self.parameters[slot], _NO_STATE)
+        return found
+
+    def place_state(self, slot: int, key: str, value: Any) -> None:
+        self.optimizer.state[self.parameters[slot]][key] = value
+
+    def set_slot_state(self, slot: int, state: Mapping[str, Any]) -> None:
+        parameter = self.parameters[slot]
+        group = self.optimizer.param_groups[self._groups[id(parameter)]]
+        self.optimizer.state[parameter] = {key: optimizers.placed(value, parameter, key, group) for key, value in state.items()}
+
+    def clear_state(self, slots: Collection[int] | None = None) -> None:
+        if slots is None:
+            self.optimizer.state.clear()
+            return
+        for slot in slots:
+            self.optimizer.state.pop(self.parameters[slot], None)
+
+    def hyperparameters(self) -> list[dict[str, Any]]:
+        return optimizers.hyperparameters(self.optimizer)
+
+    def set_hyperparameters(self, groups: Sequence[Mapping[str, Any]], *, exactly: bool = False) -> None:
+        optimizers.set_hyperparameters(self.optimizer, groups, exactly=exactly)
+
+    # ------------------------------------------------------------------ the schedule
+
+    def advance_schedule(self, loss: float) -> None:
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(loss)
+        elif self.scheduler is not None:
+            self.scheduler.step()
+
+    def schedule_state(self) -> Any:
+        return None if self.scheduler is None else self.scheduler.state_dict()
+
+    def set_schedule_state(self, state: Any) -> None:
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state)
+
+    def skip_update(self) -> None:
+        vars(self.optimizer)["_opt_called"] = True  # PyTorch's schedulers warn if nobody has stepped it
+
+
+_NO_STATE: Mapping[str, Any] = {}
+
+
+def replica_for(
+    model: Any,
+    optimizer: Any,
+    loss: LossFunction | None,
+    *,
+    scheduler: Any = None,
+    device: torch.device,
+    precision: Precision = "fp32",
+) -> Replica:
+    """*local*. A ``TorchReplica`` of a module; a ``Replica`` is taken as it is, with what belongs to it.
 
     Raises:
-        ConfigurationError: It is neither a scalar nor such a pair, or the count is negative or not finite.
+        ConfigurationError: Model or optimizer cannot be trained exactly.
     """
-    pair = isinstance(returned, (tuple, list))
-    if pair and len(returned) != 2:
-        raise ConfigurationError(_shape_advice(what, f"{len(returned)} values"))
-    value, count = returned if pair else (returned, samples)
-    if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or what == "loss":
-            raise ConfigurationError(_shape_advice(what, f"a {type(value).__name__}"))
-        value = torch.tensor(float(value), dtype=torch.float64)
-    if value.numel() != 1:
-        raise ConfigurationError(_shape_advice(what, f"a tensor of shape {tuple(value.shape)}"))
-    if isinstance(count, Tensor) and count.numel() != 1:
-        raise ConfigurationError(_shape_advice(what, f"a count of shape {tuple(count.shape)}"))
-    try:
-        number = float(count)
-    except (TypeError, ValueError):
-        raise ConfigurationError(_shape_advice(what, f"a count of type {type(count).__name__}")) from None
-    if not math.isfinite(number) or number < 0:
-        raise ConfigurationError(f"the {what}'s count is {number}: it must be finite and not negative")
-    value = value.reshape(())
-    return (value if pair else value * samples), number
-
-
-def _shape_advice(what: str, got: str) -> str:
-    return (
-        f"the {what} function returned {got}. Return the pair (sum over the microbatch as a scalar tensor, count to divide "
-        'by), for example (F.cross_entropy(output, target, reduction="sum"), len(target)), or one scalar: the mean over '
-        "the samples"
-    )
-
-
-def to_device(data: Any, device: torch.device) -> Any:
-    """*local*. ``data`` with every tensor on ``device``, at an address that does not change the bits of what is computed
-    from it. Understands mappings, sequences, named tuples and objects with ``to(device)``."""
-    if isinstance(data, Tensor):
-        if device.type != "cpu":
-            return data.to(device, non_blocking=True)
-        data = data.to(device)
-        # Matrix kernels choose their path by alignment: memory that came from numpy, say, starts anywhere.
-        if data.layout == torch.strided and data.data_ptr() % ALIGNMENT_BYTES:
-            return data.clone()
-        return data
-    if isinstance(data, Mapping):
-        moved = {key: to_device(value, device) for key, value in data.items()}
-        return moved if type(data) is dict else _rebuilt(data, moved)
-    if isinstance(data, tuple) and hasattr(data, "_fields"):
-        return type(data)(*(to_device(value, device) for value in data))
-    if isinstance(data, (list, tuple)):
-        return type(data)(to_device(value, device) for value in data)
-    if dataclasses.is_dataclass(data) and not isinstance(data, type):
-        return dataclasses.replace(
-            data, **{f.name: to_device(getattr(data, f.name), device) for f in dataclasses.fields(data) if f.init}
-        )
-    if hasattr(data, "to") and callable(data.to):
-        return data.to(device)
-    return data
-
-
-def _rebuilt(data: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:
-    try:
-        return type(data)(moved)  # type: ignore[call-arg]
-    except TypeError as error:
-        raise DataError(
-            f"a batch holds a {type(data).__name__}, which cannot be rebuilt from a dict: return a dict from collate_fn"
-        ) from error
+    if isinstance(model, Replica):
+        if any(given is not None for given in (optimizer, loss, scheduler)):
+            raise ConfigurationError(
+                f"a {type(model).__name__} has its own optimizer, loss and schedule: pass None for optimizer and loss"
+            )
+        return model
+    if loss is None:
+        raise ConfigurationError("loss is None: pass a function loss(model, batch)")
+    return TorchReplica(model, optimizer, loss, scheduler=scheduler, device=device, precision=precision)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unisono.collective import Collective
 from unisono.errors import ConfigurationError
-from unisono.layout import Layout
+from unisono.replica.base import Replica
 from unisono.system.budget import Dose
 from unisono.system.memory import give_back_freed_memory
 
@@ -30,7 +30,7 @@ class Weights:
     """The flat memory of all trainable parameters.
 
     Args:
-        layout: Where they lie; they move into flat memory now.
+        replica: Whose they are; they move into flat memory now.
         collective: Gives that memory.
 
     Attributes:
@@ -39,23 +39,23 @@ class Weights:
         wanted: Whether they may have them in common.
     """
 
-    def __init__(self, layout: Layout, collective: Collective) -> None:
-        self.flats: Sequence[Tensor] = layout.adopt(collective.allocate)
+    def __init__(self, replica: Replica, collective: Collective) -> None:
+        self.flats: Sequence[Tensor] = replica.adopt(collective.allocate)
         give_back_freed_memory()  # where they lay before
         self.shared = False
         self.wanted = False
-        self._layout = layout
+        self._replica = replica
         self._collective = collective
-        self._probes = [np.stack([_probe(slot.offset, slot.numel) for slot in block.slots], axis=1) for block in layout.blocks]
+        self._probes = [np.stack([_probe(s.offset, s.numel) for s in block.slots], axis=1) for block in replica.layout.blocks]
         self._dose = Dose(_SHARE, _PROBES)
         self._turn = 0
         self._known_places: dict[tuple[int, int], list[Array]] = {}
         self._integers: list[Array] = []
-        self._seen: tuple[list[int], list[Array], list[bytes]] | None = None
+        self._seen: tuple[Sequence[int], list[Array], list[bytes]] | None = None
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """*local*. Every parameter's memory as it lies, 1-D."""
-        for block, flat in zip(self._layout.blocks, self.flats, strict=True):
+        for block, flat in zip(self._replica.layout.blocks, self.flats, strict=True):
             for slot in block.slots:
                 yield f"parameter {slot.name!r}", flat[slot.offset : slot.offset + slot.numel]
 
@@ -106,7 +106,7 @@ class Weights:
         began_s = self._dose.begin()
         places = self._places(self._turn, self._dose.amount)
         self._turn = (self._turn + self._dose.amount) % _PROBES
-        self._seen = (self._versions(), places, self._values(places))
+        self._seen = (self._replica.edits(), places, self._values(places))
         self._dose.end(began_s)
 
     def check_untouched(self) -> None:
@@ -120,7 +120,7 @@ class Weights:
             return
         began_s = self._dose.begin()
         versions, places, values = self._seen
-        if versions == self._versions() and values == self._values(places):
+        if versions == self._replica.edits() and values == self._values(places):
             self._dose.end(began_s)
             return
         raise ConfigurationError(
@@ -133,9 +133,6 @@ class Weights:
         if found is None:
             found = self._known_places[turn, amount] = [probes[turn : turn + amount].ravel() for probes in self._probes]
         return found
-
-    def _versions(self) -> list[int]:
-        return [parameter._version for parameter in self._layout.parameters]
 
     def _values(self, places: Sequence[Array]) -> list[bytes]:
         # As bytes, so that a NaN equals itself.

@@ -4,14 +4,45 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, Protocol
 
-import torch
 from torch import Tensor
 
-from unisono.collective import Collective, Expected
+from unisono.collective import Collective
 from unisono.layout import Layout, Segment, Slot
 from unisono.tree import Span
+
+
+class GradientSink(Protocol):
+    """Where a replica puts gradients, microbatch by microbatch. Tensors become the sink's own. Everything here is *local*."""
+
+    def takes_early(self, microbatch: int) -> bool:
+        """Announces the backward pass of a microbatch: whether its gradients are wanted one by one, as soon as they are there. A
+        replica that cannot give them so gives all to ``add``."""
+        ...
+
+    def early(self, slot: int, gradient: Tensor) -> None:
+        """Takes one gradient while the backward pass still runs."""
+        ...
+
+    def add(self, microbatch: int, gradients: Sequence[Tensor | None]) -> None:
+        """Takes the gradients of a microbatch, by slot; None: the slot has none, or it went ``early``."""
+        ...
+
+
+class Clock(Protocol):
+    """Told what a worker's time goes into (``unisono.observe.timing.StepClock`` is one)."""
+
+    def phase(self, name: Literal["compute", "communication", "waiting"]) -> AbstractContextManager[None]: ...
+
+
+class NoClock:
+    """Nobody wants to know."""
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 class Sync(abc.ABC):
@@ -25,26 +56,24 @@ class Sync(abc.ABC):
         self,
         layout: Layout,
         collective: Collective,
-        leaves: int,
+        microbatches: int,
         *,
         sparse: Collection[int] = (),
         per_host: bool = False,
         ranges: Sequence[Span] | None = None,
+        clock: Clock | None = None,
     ) -> Reduction:
-        """*local*. The reduction of gradients laid out by ``layout`` over ``leaves`` microbatches a step.
+        """*local*. The reduction of gradients laid out by ``layout`` over ``microbatches`` microbatches a step.
 
         Args:
             sparse: Slots (by index) whose gradients have few rows.
             per_host: Whether the workers of each host are to update all parameters among them, so that each host has all state.
             ranges: Each worker's microbatches: contiguous, in order of rank, at least one each. None: as even as can be.
+            clock: Told what ``finish`` and ``publish`` spend time on.
 
         Raises:
             ConfigurationError: Such ranges cannot be.
         """
-
-    @abc.abstractmethod
-    def overlaps(self, device: torch.device) -> bool:
-        """*local*. Whether gradients leave while the last microbatch's backward still runs, on such a device."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,55 +83,71 @@ class Reduced:
     slots: Sequence[Slot]
     gradients: Sequence[Tensor]
     """Of each of these slots: summed over the global batch and divided by the count."""
-    norms: Mapping[int, float]
-    """L2 norm of those gradients that this worker has summed up, by slot index."""
+    norms: Sequence[float]
+    """L2 norm of the gradient of each slot of the layout (0: it has none); the same on all workers."""
 
 
 class Reduction(abc.ABC):
-    """From the gradients of this worker's microbatches to the global sum of the parameters that this worker updates.
+    """From the gradients of this worker's microbatches to the gradients that it updates with. A ``GradientSink``.
 
-    A step calls ``begin``, then ``add`` for each own microbatch in order, then ``launch``, ``notes``, and either ``finish`` and
-    ``deliver`` or, if the step must be done again, ``drop``.
+    A step calls ``begin``, gives the gradients of the own microbatches, in order, and calls ``launch`` and ``notes``. Then it
+    calls either ``finish``, and after the update ``publish``; or ``drop``, and the step is done again or left out.
 
     Attributes:
         ranges: Each worker's microbatches.
-        segments: For each block of the layout, each worker's segment: what it saves, and what it publishes.
+        segments: For each block of the layout, the elements of which each worker holds the weights and the optimizer's state when
+            all have been published.
         replicates: Whether, where there are several workers, every one updates every parameter.
-        replicated: Whether that is so now, and nothing has to be published.
-        relays: Whether those who sum up a gradient are not those who update with it.
-        updaters: Workers that update all parameters among them, each one once: all workers, or those of this host.
-        measurers: Workers that sum up all gradients among them, each one once.
-        savers: Workers that save what they update; the others update the same.
-        densified: Slots that were said to get few rows, but got a dense gradient at some step.
-        present: For each slot, 1 if any own microbatch of this step had a gradient for it.
+        must_repeat: Whether the step must be done again, as all workers know once they have the notes: the reduction does then
+            what it did not expect.
     """
 
     ranges: Sequence[Span]
     segments: Sequence[Sequence[Segment]]
     replicates: bool
-    replicated: bool
-    relays: bool
-    densified: Set[int]
-    updaters: Sequence[int]
-    measurers: Sequence[int]
-    savers: Sequence[int]
+    must_repeat: bool = False
 
-    @property
+    def takes_early(self, microbatch: int) -> bool:
+        return False
+
+    def early(self, slot: int, gradient: Tensor) -> None:
+        raise NotImplementedError
+
     @abc.abstractmethod
-    def present(self) -> bytes: ...
+    def begin(self, filled: int) -> None:
+        """*local*. A step in which microbatches ``0 <= m < filled`` hold samples."""
 
-    def owned_by(self, rank: int) -> list[int]:
-        """*local*. The slots (by index) whose optimizer state worker ``rank`` saves."""
-        return self._segment_of(rank) if rank in self.savers else []
+    @abc.abstractmethod
+    def add(self, microbatch: int, gradients: Sequence[Tensor | None]) -> None:
+        """*local*. Takes the gradients of an own microbatch, by slot."""
 
-    def updated_by(self, rank: int) -> list[int]:
-        """*local*. The slots (by index) that worker ``rank`` updates."""
-        if not self.replicated:
-            return self._segment_of(rank)
-        return [slot.index for segments in self.segments for rank in self.updaters for slot in segments[rank].slots]
+    @abc.abstractmethod
+    def launch(self, header: bytes, message: Tensor, sizes: Sequence[int]) -> None:
+        """*collective*. Sends what has not been sent yet, and a note for every worker along with it; does not wait.
 
-    def _segment_of(self, rank: int) -> list[int]:
-        return [slot.index for segments in self.segments for slot in segments[rank].slots]
+        Args:
+            header: As many bytes on every worker.
+            message: float64 ``[sizes[rank]]``, on the CPU.
+            sizes: Of every worker's message.
+        """
+
+    @abc.abstractmethod
+    def notes(self) -> list[tuple[memoryview, Tensor]]:
+        """*collective*. Waits for the other workers' notes: every worker's header and message, its own included, by rank. A
+        header may be followed by what reductions tell each other."""
+
+    @abc.abstractmethod
+    def drop(self) -> None:
+        """*collective*. Waits for what is under way and forgets it."""
+
+    @abc.abstractmethod
+    def finish(self, count: float) -> Reduced:
+        """*collective*. Waits for the other workers' gradients; the sum of all, divided by ``count``, of the slots that this
+        worker updates, without those for which no microbatch has a gradient."""
+
+    @abc.abstractmethod
+    def publish(self, flats: Sequence[Tensor]) -> None:
+        """*collective*. After the update: makes the weights, one flat tensor a block, what the next step starts from."""
 
     @abc.abstractmethod
     def reassign(self, ranges: Sequence[Span]) -> None:
@@ -114,68 +159,17 @@ class Reduction(abc.ABC):
         """
 
     @abc.abstractmethod
-    def densify(self, slots: Collection[int]) -> None:
-        """*local*, alike on all workers. From now on the gradients of these slots are dense."""
+    def updated_by(self, rank: int) -> list[int]:
+        """*local*. The slots (by index) that worker ``rank`` updates."""
 
-    @abc.abstractmethod
-    def begin(self, filled: int, *, overlap: bool) -> None:
-        """*local*. A step in which microbatches ``0 <= m < filled`` hold samples. With ``overlap``, gradients may leave
-        while the last microbatch's backward still runs; all workers must say the same."""
+    def saved_by(self, rank: int) -> list[int]:
+        """*local*. The slots (by index) whose optimizer state worker ``rank`` saves: each slot is saved by one."""
+        return [slot.index for segments in self.segments for slot in segments[rank].slots]
 
-    @abc.abstractmethod
-    def before_backward(self, leaf: int) -> None:
-        """*local*. Announces the backward pass of microbatch ``leaf``."""
+    def state_dict(self) -> dict[str, Any]:
+        """*local*. What it has learned and another one, perhaps with other workers, must know: plain JSON, the same on all."""
+        return {}
 
-    @abc.abstractmethod
-    def add(self, leaf: int) -> None:
-        """*local*. Takes the gradients of microbatch ``leaf`` from the parameters' ``.grad`` and clears them."""
-
-    @abc.abstractmethod
-    def launch(self, notes: Sequence[Tensor] = (), expected: Sequence[Sequence[Expected]] | None = None) -> None:
-        """*collective*. Sends what has not been sent yet, and ``notes`` along with it; does not wait.
-
-        Args:
-            notes: 1-D CPU tensors for every worker.
-            expected: What each worker's notes will be.
-        """
-
-    @abc.abstractmethod
-    def notes(self) -> list[list[Tensor]]:
-        """*collective*. Waits for the other workers' notes: for each worker, its own included, in order of rank."""
-
-    @property
-    @abc.abstractmethod
-    def unfit(self) -> bool:
-        """Whether, as all workers know once they have the notes, the step must be done again in another way."""
-
-    @abc.abstractmethod
-    def drop(self) -> None:
-        """*collective*. Waits for what is under way and forgets it: the step will be done again."""
-
-    @abc.abstractmethod
-    def finish(self, count: float, present: bytes) -> Reduced:
-        """*collective*. Waits for the other workers' pieces, sums up this worker's part of them and divides by ``count``.
-
-        Args:
-            present: Which slots have a gradient from any microbatch of any worker.
-        """
-
-    @abc.abstractmethod
-    def deliver(self, reduced: Reduced, present: bytes) -> Reduced:
-        """*collective*. Where the reduction ``relays``: brings sums to those who update with them.
-
-        Args:
-            reduced: What this worker has summed up, from ``finish``.
-            present: As for ``finish``.
-
-        Returns:
-            What this worker updates with.
-        """
-
-    def close(self) -> None:  # noqa: B027 - most leave nothing behind
-        """*local*. Another one takes its place: takes its hooks off the parameters."""
-
-    @property
-    @abc.abstractmethod
-    def torn(self) -> bool:
-        """Whether a gradient arrived after its bucket had been sent: the step must be done again without overlap."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most learn nothing
+        """*local*, alike on all workers. Adds what another one's ``state_dict`` says; what else ``state`` holds, or lacks, does
+        not matter."""

@@ -3,7 +3,7 @@
 Each worker folds the gradients of its microbatches into its pieces. The owner of a segment receives every piece's part of
 that segment and finishes the tree. For aligned ranges these are the bytes of a ring all-reduce, but the order of summation
 is ours: it depends on the number of microbatches alone. Between hosts of several workers, pieces travel in two levels
-(``two_levels.py``). Where more than two hosts update everything each, sums travel once more (``relay.py``).
+(``two_levels.py``). Where more than two hosts update everything each, sums travel once more (``delivery.py``).
 
 Where gradients are sent during backward, they go in buckets, last layers first, in the same order on every worker.
 """
@@ -11,27 +11,28 @@ Where gradients are sent during backward, they go in buckets, last layers first,
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
+from unisono.assignment import assignment
 from unisono.collective import Collective, Expected, Pending
-from unisono.collective.hosts import Hosts
+from unisono.collective.hosts import HostMap
 from unisono.errors import ConfigurationError
-from unisono.layout import Layout, Segment, Slot, allocate
-from unisono.sync.base import Reduced, Reduction, Sync
-from unisono.sync.finish import Finisher, Norms, Run, is_large, runs
-from unisono.sync.fold import LeafPlan, LocalFold, Sums, real
-from unisono.sync.relay import Relay
+from unisono.layout import Layout, allocate
+from unisono.sync.base import Clock, NoClock, Reduced, Reduction, Sync
+from unisono.sync.buckets import Bucket, buckets
+from unisono.sync.delivery import Delivery
+from unisono.sync.finish import Finisher, Norms, Stretch, is_large, stretches
+from unisono.sync.fold import LocalFold, MicrobatchPlan, Sums, real
+from unisono.sync.ownership import Ownership
 from unisono.sync.row_exchange import RowExchange
 from unisono.sync.two_levels import TwoLevels
 from unisono.tree import Span, pieces
-from unisono.tree import assignment as assign
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,35 +61,12 @@ class Exact(Sync):
         if not self.replicate_kib >= 0:
             raise ConfigurationError(f"replicate_kib must be 0 or more, got {self.replicate_kib}")
 
-    def bind(
-        self,
-        layout: Layout,
-        collective: Collective,
-        leaves: int,
-        *,
-        sparse: Collection[int] = (),
-        per_host: bool = False,
-        ranges: Sequence[Span] | None = None,
-    ) -> ExactReduction:
-        return ExactReduction(self, layout, collective, leaves, sparse=sparse, per_host=per_host, ranges=ranges)
+    def bind(self, layout: Layout, collective: Collective, microbatches: int, **options: Any) -> ExactReduction:
+        return ExactReduction(self, layout, collective, microbatches, **options)
 
     def overlaps(self, device: torch.device) -> bool:
+        """*local*. Whether gradients leave while the last microbatch's backward still runs, on such a device."""
         return device.type == "cuda" if self.overlap is None else self.overlap
-
-
-@dataclasses.dataclass(frozen=True)
-class _Bucket:
-    """A run of slots of one block, reduced together."""
-
-    number: int
-    block: int
-    slots: tuple[Slot, ...]
-    lo: int
-    hi: int
-
-    def part(self, bounds: tuple[int, int]) -> tuple[int, int]:
-        """The elements of the block that lie in both."""
-        return max(self.lo, bounds[0]), min(self.hi, bounds[1])
 
 
 @dataclasses.dataclass
@@ -97,21 +75,26 @@ class _StepState:
 
     filled: int
     """Microbatches that hold samples."""
-    overlap: bool
-    plan: LeafPlan | None = None
+    overlaps: bool
+    """Whether gradients leave during backward."""
+    plan: MicrobatchPlan | None = None
     """The last microbatch's, while its gradients leave during backward."""
-    missing: list[int] | None = None
+    gradients: list[Tensor | None] = dataclasses.field(default_factory=list)
+    """What has arrived early, by slot."""
+    missing: list[int] = dataclasses.field(default_factory=list)
     """Gradients that each bucket still waits for, during that backward."""
     folded: int = 0
     """Buckets that are complete, in order."""
-    torn: bool = False
+    late_gradient: bool = False
+    """Whether a gradient arrived after another one for the same parameter: that one had to wait for it."""
     pending: list[Pending] = dataclasses.field(default_factory=list)
     received: dict[int, list[list[Tensor]]] = dataclasses.field(default_factory=dict)
     """What the exchanges that have been waited for brought, by number."""
+    header_bytes: int = 0
     notes: tuple[Sequence[Tensor], Sequence[Sequence[Expected]]] = ((), ())
     """What goes to all workers after the pieces, where these go in two levels; and what comes from them."""
-    holder: Sums | None = None
-    """Where this worker's finished sums lie; None: there is nothing that it sums up."""
+    present: bytes = b""
+    """For each slot, 1 if any microbatch of any worker has a gradient for it."""
 
 
 class ExactReduction(Reduction):
@@ -122,106 +105,94 @@ class ExactReduction(Reduction):
         settings: Exact,
         layout: Layout,
         collective: Collective,
-        leaves: int,
+        microbatches: int,
         *,
         sparse: Collection[int] = (),
         per_host: bool = False,
         ranges: Sequence[Span] | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self._settings = settings
         self._layout = layout
         self._collective = collective
-        self._leaves = leaves
-        hosts = Hosts(collective.hosts, collective.rank)
-        self.ranges = assign(leaves, collective.size, host_sizes(collective)) if ranges is None else self._checked(ranges)
-        apart = per_host and len(hosts.groups) > 1
-        groups = hosts.groups if apart else [tuple(range(collective.size))]
-        self.segments = [
-            tuple(itertools.chain.from_iterable(of_host))
-            for of_host in zip(*(layout.segments(len(g)) for g in groups), strict=True)
-        ]
-        self.updaters = next(group for group in groups if collective.rank in group)
-        self.savers = groups[0]
+        self._microbatches = microbatches
+        self._clock = clock or NoClock()
+        self._overlaps = settings.overlaps(layout.blocks[0].device)
+        hosts = HostMap(collective.hosts, collective.rank)
+        self.ranges = (
+            assignment(microbatches, collective.size, host_sizes(collective)) if ranges is None else self._checked(ranges)
+        )
         small = layout.nbytes <= settings.replicate_kib * 1024
-        # What a GPU holds is gone with its process: there everyone has to have everything.
-        lone = max(map(len, groups)) == 1 if apart else per_host and layout.blocks[0].device.type != "cpu"
-        self.replicates = small or lone
-        self.replicated = collective.size > 1 and self.replicates
-        self.relays = apart and len(groups) > 2 and not small
-        self.measurers = tuple(range(collective.size)) if self.relays else self.updaters
-        self._relayed = layout.segments(collective.size) if self.relays else self.segments
-        everything = [[(0, block.numel)] * collective.size for block in layout.blocks]
-        self._summed = everything if self.replicated and not self.relays else _bounds(self._relayed)
-        updated = everything if self.replicated else _bounds(self.segments)
-        self._relay = Relay(layout, collective, self._summed, updated) if self.relays else None
+        self._owners = owners = Ownership(layout, collective, hosts, per_host=per_host, small=small)
+        self.segments, self.replicates = owners.segments, owners.replicates
+        self._delivery = Delivery(layout, collective, owners.summed, owners.updated) if owners.delivers else None
         # What several workers sum up each for itself, they read of each other.
-        own_changes = self.relays or not (self.replicated or apart)
-        self._pieces = [pieces(lo, hi, leaves) for lo, hi in self.ranges]
-        self._slots = [slot for block in layout.blocks for slot in block.slots]
+        own_changes = owners.delivers or not (owners.replicated or owners.apart)
+        self._pieces = [pieces(lo, hi, microbatches) for lo, hi in self.ranges]
         self._rows = RowExchange(
-            [slot for slot in self._slots if slot.index in sparse], layout, collective, self._pieces, leaves, self.updated_by
+            [slot for slot in layout.slots if slot.index in sparse],
+            layout,
+            collective,
+            self._pieces,
+            microbatches,
+            owners.updated_by,
         )
         # Where every worker reads every piece, nobody may write to its own or keep it elsewhere. Sums are sent from one place.
-        kept = own_changes and not self.relays
-        large = [i for i in self.updated_by(collective.rank) if is_large(self._slots[i])] if kept else []
+        kept = own_changes and not owners.delivers
+        large = [i for i in owners.updated_by(collective.rank) if is_large(layout.slots[i])] if kept else []
         self._fold = LocalFold(
             layout,
             self.ranges[collective.rank],
-            leaves,
+            microbatches,
             collective.allocate,
             kept=large,
             sparse=sparse,
-            resting=self.replicated and not self.relays,
+            resting=owners.replicated and not owners.delivers,
         )
         self._levels: TwoLevels | None = None
         self._arriving: Sequence[Sequence[Span]] = self._pieces  # what each worker sends here
         if hosts.two_levels:
-            self._levels = TwoLevels(collective, hosts, self._pieces, leaves, own_changes=own_changes)
+            self._levels = TwoLevels(collective, hosts, self._pieces, microbatches, own_changes=own_changes)
             self._arriving = self._levels.arriving
-        self._finisher = Finisher(layout, self._arriving, collective.rank, leaves, allocate=allocate, own_changes=own_changes)
-        self.densified: set[int] = set()
-        self._hooks: list[RemovableHandle] = []
-        self._state = _StepState(filled=0, overlap=False)
+        self._finisher = Finisher(
+            layout, self._arriving, collective.rank, microbatches, allocate=allocate, own_changes=own_changes
+        )
+        self._dense: set[int] = set()  # slots that were to get few rows, but got a dense gradient at some step
+        self._state = _StepState(filled=0, overlaps=False)
         self._divide()
 
     def _divide(self) -> None:
         """Buckets, and what of them this worker finishes, over all slots but the sparse ones."""
         layout, skip = self._layout, self._fold.sparse
-        self._whole = _buckets(layout, None, skip)
-        self._small = _buckets(layout, self._settings.bucket_mib * 2**20, skip)
+        self._whole = buckets(layout, None, skip)
+        self._small = buckets(layout, self._settings.bucket_mib * 2**20, skip)
         self._bucket_of = {slot.index: bucket for bucket in self._small for slot in bucket.slots}
         ends = {slot.index: end for block in layout.blocks for slot, end in zip(block.slots, block.ends, strict=True)}
-        mine = set(self._summed_by(self._collective.rank))
+        mine = set(self._owners.summed_by(self._collective.rank))
 
-        def finished(buckets: Sequence[_Bucket]) -> list[list[Run]]:
+        def finished(all_of: Sequence[Bucket]) -> list[list[Stretch]]:
             return [
-                runs(
-                    b.block, [slot for slot in b.slots if slot.index in mine and b.hi > b.lo], ends, layout.blocks[b.block].device
-                )
-                for b in buckets
+                stretches(b.block, [slot for slot in b.slots if slot.index in mine], ends, layout.blocks[b.block].device)
+                if b.hi > b.lo
+                else []
+                for b in all_of
             ]
 
-        self._runs = {True: finished(self._small), False: finished(self._whole)}
-
-    def _summed_by(self, rank: int) -> list[int]:
-        """The slots (by index) whose gradients worker ``rank`` sums up."""
-        if not self.relays:
-            return self.updated_by(rank)
-        return [slot.index for segments in self._relayed for slot in segments[rank].slots]
+        self._stretches = {True: finished(self._small), False: finished(self._whole)}
 
     def _checked(self, ranges: Sequence[Span]) -> tuple[Span, ...]:
         edges = [0, *(hi for _, hi in ranges)]
-        whole = len(ranges) == self._collective.size and edges[-1] == self._leaves
+        whole = len(ranges) == self._collective.size and edges[-1] == self._microbatches
         if not whole or list(ranges) != list(pairwise(edges)) or any(hi <= lo for lo, hi in ranges):
             raise ConfigurationError(
-                f"ranges {list(ranges)} do not share {self._leaves} microbatches out to {self._collective.size} workers: give "
-                "each worker at least one, contiguous and in order of rank"
+                f"ranges {list(ranges)} do not share {self._microbatches} microbatches out to {self._collective.size} workers: "
+                "give each worker at least one, contiguous and in order of rank"
             )
         return tuple((lo, hi) for lo, hi in ranges)
 
     def reassign(self, ranges: Sequence[Span]) -> None:
         self.ranges = self._checked(ranges)
-        self._pieces = [pieces(lo, hi, self._leaves) for lo, hi in self.ranges]
+        self._pieces = [pieces(lo, hi, self._microbatches) for lo, hi in self.ranges]
         self._arriving = self._pieces
         self._fold.reassign(self.ranges[self._collective.rank])
         self._rows.reassign(self._pieces)
@@ -230,63 +201,96 @@ class ExactReduction(Reduction):
             self._arriving = self._levels.arriving
         self._finisher.reassign(self._arriving)
 
-    def densify(self, slots: Collection[int]) -> None:
-        self.densified |= set(slots)
-        self._fold.densify(slots)
-        self._rows.densify(slots)
-        self._divide()
+    def updated_by(self, rank: int) -> list[int]:
+        return self._owners.updated_by(rank)
+
+    def saved_by(self, rank: int) -> list[int]:
+        return self._owners.saved_by(rank)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"dense": [self._layout.names[slot] for slot in sorted(self._dense)]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        dense = set(state.get("dense", ()))
+        self._densify({index for index, name in enumerate(self._layout.names) if name in dense})
+
+    def _densify(self, slots: Collection[int]) -> None:
+        """From now on the gradients of these slots are dense."""
+        if slots:
+            self._dense |= set(slots)
+            self._fold.densify(slots)
+            self._rows.densify(slots)
+            self._divide()
 
     # ------------------------------------------------------------------ one step
 
-    @property
-    def present(self) -> bytes:
-        return bytes(self._fold.present)
-
-    @property
-    def torn(self) -> bool:
-        return self._state.torn
-
-    @property
-    def unfit(self) -> bool:
-        return bool(self._rows.strays)
-
-    def begin(self, filled: int, *, overlap: bool) -> None:
+    def begin(self, filled: int) -> None:
         self._fold.begin(filled)
         self._rows.begin(filled)
         if self._levels is not None:
             self._levels.begin(filled)
-        self._state = _StepState(filled=filled, overlap=overlap)
-        if overlap and not self._hooks:
-            self._install_hooks()
+        self._state = _StepState(filled=filled, overlaps=self._overlaps)
+        self.must_repeat = False
 
-    def before_backward(self, leaf: int) -> None:
-        if self._state.overlap and leaf == self._fold.last_leaf:
-            self._state.plan = self._fold.plan(leaf)
-            self._state.missing = [len(bucket.slots) for bucket in self._small]
+    def takes_early(self, microbatch: int) -> bool:
+        state = self._state
+        if not state.overlaps or microbatch != self._fold.last:
+            return False
+        state.plan = self._fold.plan(microbatch)
+        state.gradients = [None] * len(self._layout.slots)
+        state.missing = [len(bucket.slots) for bucket in self._small]
+        return True
 
-    def add(self, leaf: int) -> None:
-        plan = self._state.plan
-        if plan is not None:
-            for bucket in self._small[self._state.folded :]:
-                self._fold_bucket(bucket)
-            self._fold.fold(plan, self._rows.slots)
-            for parameter in self._layout.parameters:
-                if parameter.grad is not None:
-                    self._state.torn = True
-                    parameter.grad = None
-            self._state.missing = None
-        else:
-            plan = self._fold.plan(leaf)
-            for bucket in self._whole:
-                self._fold.fold(plan, bucket.slots)
-            if self._rows.slots:
-                self._fold.fold(plan, self._rows.slots)
+    def early(self, slot: int, gradient: Tensor) -> None:
+        state = self._state
+        if state.gradients[slot] is not None:
+            state.late_gradient = True
+            return
+        state.gradients[slot] = gradient
+        bucket = self._bucket_of.get(slot)
+        if bucket is None:
+            return  # of few rows
+        state.missing[bucket.number] -= 1
+        while state.folded < len(self._small) and state.missing[state.folded] == 0:
+            self._fold_early(self._small[state.folded])
+            if state.folded < len(self._small):
+                self._send(self._small[state.folded - 1])
 
-    def launch(self, notes: Sequence[Tensor] = (), expected: Sequence[Sequence[Expected]] | None = None) -> None:
-        size = self._collective.size
-        notes = [*notes, *self._rows.note(self._fold)]
-        expected = [[*(expected[peer] if expected else ()), *self._rows.expected(peer)] for peer in range(size)]
-        todo = self._buckets[len(self._state.pending) :]
+    def _fold_early(self, bucket: Bucket) -> None:
+        assert self._state.plan is not None
+        self._fold.fold(self._state.plan, bucket.slots, self._state.gradients)
+        self._state.folded = bucket.number + 1
+
+    def add(self, microbatch: int, gradients: Sequence[Tensor | None]) -> None:
+        state = self._state
+        if state.plan is not None:
+            for slot, gradient in enumerate(gradients):
+                if gradient is not None:
+                    self.early(slot, gradient)
+            for bucket in self._small[state.folded :]:
+                self._fold_early(bucket)
+            self._fold.fold(state.plan, self._rows.slots, state.gradients)
+            state.plan, state.gradients = None, []
+            return
+        plan = self._fold.plan(microbatch)
+        for bucket in self._whole:
+            self._fold.fold(plan, bucket.slots, gradients)
+        if self._rows.slots:
+            self._fold.fold(plan, self._rows.slots, gradients)
+
+    def launch(self, header: bytes, message: Tensor, sizes: Sequence[int]) -> None:
+        state, size = self._state, self._collective.size
+        state.header_bytes = len(header)
+        own = bytearray(header)
+        own.append(state.late_gradient)
+        own += self._fold.present
+        own += self._rows.note(self._fold)
+        fixed = len(header) + 1 + len(self._fold.present)
+        notes = [torch.frombuffer(own, dtype=torch.uint8), message]
+        expected: list[Sequence[Expected]] = [
+            [(fixed + self._rows.note_size(peer), torch.uint8, _CPU), (sizes[peer], torch.float64, _CPU)] for peer in range(size)
+        ]
+        todo = self._buckets[len(state.pending) :]
         # A backend sends tensors of one device at a time.
         along = self._levels is None and bool(todo) and self._layout.blocks[0].device.type == "cpu"
         for bucket in todo[: len(todo) - along]:
@@ -294,71 +298,98 @@ class ExactReduction(Reduction):
         if along:
             self._send(todo[-1], notes, expected)
         elif self._levels is not None:
-            self._state.notes = (notes, expected)
+            state.notes = (notes, expected)
         else:
-            self._state.pending.append(self._collective.start_exchange([notes] * size, expected, name="notes"))
+            state.pending.append(self._collective.start_exchange([notes] * size, expected, name="notes"))
 
-    def notes(self) -> list[list[Tensor]]:
+    def notes(self) -> list[tuple[memoryview, Tensor]]:
         received = self._all_notes()
+        start, state = self._state.header_bytes, self._state
+        end = start + 1 + len(self._layout.slots)
+        found = [(tensors[-2].numpy().data, tensors[-1]) for tensors in received]
+        own = [header[start:] for header, _ in found]
+        state.late_gradient = any(note[0] for note in own)
+        first = own[0][1 : end - start]
+        same = all(note[1 : end - start] == first for note in own[1:])
+        state.present = bytes(first) if same else bytes(map(max, *(note[1 : end - start] for note in own)))
         if self._rows.slots:
-            self._rows.read([tensors[-1] for tensors in received])
-            received = [tensors[:-1] for tensors in received]
-        return received
+            self._rows.read([header[end:] for header, _ in found])
+        self._overlaps = self._overlaps and not state.late_gradient
+        self.must_repeat = state.late_gradient or bool(self._rows.strays)
+        return found
 
     def _all_notes(self) -> list[list[Tensor]]:
         if self._levels is not None:
             self._levels.forward()
             return self._collective.all_gather_lists(*self._state.notes)
-        last = len(self._state.pending) - 1
-        received = self._received(last)
-        if last == len(self._buckets):
-            return received
-        return [tensors[self._pieces_in(worker, self._buckets[last]) :] for worker, tensors in enumerate(received)]
+        return self._received(len(self._state.pending) - 1)
 
     def drop(self) -> None:
         for number in range(len(self._state.pending)):
             self._received(number)
-        if self._rows.strays:
-            self.densify(self._rows.strays)
+        self._densify(self._rows.strays)
 
-    def finish(self, count: float, present: bytes) -> Reduced:
+    def finish(self, count: float) -> Reduced:
+        present = self._state.present
+        with self._clock.phase("compute"):
+            found, measured, holder = self._sums(count)
+        if self._delivery is not None:
+            with self._clock.phase("communication"):
+                sums = self._delivery.deliver([(bucket.block, bucket.lo, bucket.hi) for bucket in self._whole], holder)
+            sparse = {slot.index for slot in self._rows.slots}
+            found = {index: gradient for index, gradient in found.items() if index in sparse}
+            found |= {i: sums.views[i] for i in self.updated_by(self._collective.rank) if i not in sparse}
+        slots = [slot for slot in self._layout.slots if slot.index in found and present[slot.index]]
+        return Reduced(slots, [found[slot.index] for slot in slots], self._agreed(measured))
+
+    def publish(self, flats: Sequence[Tensor]) -> None:
+        if not self._owners.replicated:
+            with self._clock.phase("communication"):
+                for flat, segments in zip(flats, self.segments, strict=True):
+                    self._collective.publish(flat, [(segment.lo, segment.hi) for segment in segments])
+
+    # ------------------------------------------------------------------ the end of the tree
+
+    def _sums(self, count: float) -> tuple[dict[int, Tensor], dict[int, float], Sums | None]:
+        """What this worker sums up: the gradients and their norms, by slot, and where those that are dense lie."""
         norms = Norms()
         found: dict[int, Tensor] = {}
         own = self._fold.pieces()
-        self._state.holder = None
+        holder: Sums | None = None
         for number, bucket in enumerate(self._buckets):
             received = [tensors[: self._pieces_in(worker, bucket)] for worker, tensors in enumerate(self._received(number))]
             origin, _ = self._wanted(bucket, self._collective.rank)
-            for run in self._runs[self._state.overlap][number]:
-                holder = self._finisher.finish(run, own, received, origin, self._state.filled, count)
-                self._state.holder = holder
-                norms.add(run, holder)
-                found.update((slot.index, holder.views[slot.index]) for slot in run.slots)
+            for stretch in self._stretches[self._state.overlaps][number]:
+                holder = self._finisher.finish(stretch, own, received, origin, self._state.filled, count)
+                norms.add(stretch, holder)
+                found.update((slot.index, holder.views[slot.index]) for slot in stretch.slots)
         for slot, rows, gradient in self._rows.finish(own, count):
-            if not self.relays or self._collective.rank in self.savers:  # other hosts have the same sum
+            if not self._owners.delivers or self._collective.rank in self._owners.savers:  # other hosts have the same sum
                 norms.add_tensors([slot.index], [real(rows.values)])
             found[slot.index] = gradient
-        measured = {index: _finite(norm, found[index]) for index, norm in norms.values().items() if present[index]}
-        slots = [slot for slot in self._slots if slot.index in found and present[slot.index]]
-        return Reduced(slots, [found[slot.index] for slot in slots], measured)
+        present = self._state.present
+        return found, {i: _finite(norm, found[i]) for i, norm in norms.values().items() if present[i]}, holder
 
-    def deliver(self, reduced: Reduced, present: bytes) -> Reduced:
-        if self._relay is None:
-            return reduced
-        sums = self._relay.deliver([(bucket.block, bucket.lo, bucket.hi) for bucket in self._whole], self._state.holder)
-        sparse = {slot.index for slot in self._rows.slots}
-        found = {s.index: g for s, g in zip(reduced.slots, reduced.gradients, strict=True) if s.index in sparse}
-        found |= {i: sums.views[i] for i in self.updated_by(self._collective.rank) if i not in sparse and present[i]}
-        slots = [slot for slot in self._slots if slot.index in found]
-        return Reduced(slots, [found[slot.index] for slot in slots], reduced.norms)
+    def _agreed(self, measured: Mapping[int, float]) -> list[float]:
+        """The norm of each slot's gradient, from whoever has summed it up; 0 where there is none."""
+        norms = [0.0] * len(self._layout.slots)
+        for slot, norm in measured.items():
+            norms[slot] = norm
+        if self._collective.size == 1 or (self._owners.replicated and not self._owners.delivers):
+            return norms
+        with self._clock.phase("communication"):
+            everybodys = self._collective.all_gather(torch.tensor(norms, dtype=torch.float64))
+        # Each norm comes from one of these workers; the others' zeros change no bit of it.
+        found: list[float] = torch.stack([everybodys[rank] for rank in self._owners.measurers]).sum(dim=0).tolist()
+        return found
 
     # ------------------------------------------------------------------ pieces to those who update
 
     @property
-    def _buckets(self) -> Sequence[_Bucket]:
-        return self._small if self._state.overlap else self._whole
+    def _buckets(self) -> Sequence[Bucket]:
+        return self._small if self._state.overlaps else self._whole
 
-    def _send(self, bucket: _Bucket, notes: Sequence[Tensor] = (), expected: Sequence[Sequence[Expected]] | None = None) -> None:
+    def _send(self, bucket: Bucket, notes: Sequence[Tensor] = (), expected: Sequence[Sequence[Expected]] | None = None) -> None:
         rank, size = self._collective.rank, self._collective.size
         block = self._layout.blocks[bucket.block]
         flats = [sums.flats[bucket.block] for sums in self._fold.pieces()]
@@ -383,50 +414,19 @@ class ExactReduction(Reduction):
             self._state.received[number] = self._state.pending[number].wait()
         return self._state.received[number]
 
-    def _wanted(self, bucket: _Bucket, worker: int) -> tuple[int, int]:
+    def _wanted(self, bucket: Bucket, worker: int) -> tuple[int, int]:
         """The elements of the bucket that this worker sums up."""
-        return bucket.part(self._summed[bucket.block][worker])
+        return bucket.part(self._owners.summed[bucket.block][worker])
 
-    def _pieces_in(self, worker: int, bucket: _Bucket) -> int:
+    def _pieces_in(self, worker: int, bucket: Bucket) -> int:
         """How many pieces that worker sends here with the bucket."""
         lo, hi = self._wanted(bucket, self._collective.rank)
         if worker == self._collective.rank or hi <= lo:
             return 0
         return sum(span[0] < self._state.filled for span in self._arriving[worker])
 
-    # ------------------------------------------------------------------ overlap with backward
 
-    def _install_hooks(self) -> None:
-        for index, parameter in enumerate(self._layout.parameters):
-            handle = parameter.register_post_accumulate_grad_hook(self._arrived(index))  # type: ignore[no-untyped-call]
-            self._hooks.append(handle)
-
-    def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-
-    def _arrived(self, index: int) -> Callable[[Tensor], None]:
-        def hook(_: Tensor) -> None:
-            bucket = self._bucket_of.get(index)
-            if bucket is None or self._state.missing is None or bucket.number < self._state.folded:
-                return  # not the last microbatch; or too late, which add() notices by the gradient that is left over
-            self._state.missing[bucket.number] -= 1
-            while self._state.folded < len(self._small) and self._state.missing[self._state.folded] == 0:
-                self._fold_bucket(self._small[self._state.folded])
-                if self._state.folded < len(self._small):
-                    self._send(self._small[self._state.folded - 1])
-
-        return hook
-
-    def _fold_bucket(self, bucket: _Bucket) -> None:
-        if self._state.plan is not None:
-            self._fold.fold(self._state.plan, bucket.slots)
-        self._state.folded = bucket.number + 1
-
-
-def _bounds(segments: Sequence[Sequence[Segment]]) -> list[list[tuple[int, int]]]:
-    return [[(segment.lo, segment.hi) for segment in of_block] for of_block in segments]
+_CPU = torch.device("cpu")
 
 
 def _finite(norm: float, gradient: Tensor) -> float:
@@ -437,31 +437,5 @@ def _finite(norm: float, gradient: Tensor) -> float:
 def host_sizes(collective: Collective) -> tuple[int, ...]:
     """*local*. The number of workers of each host, where ranges of hosts matter, since pieces travel in two levels; else
     nothing."""
-    hosts = Hosts(collective.hosts, collective.rank)
+    hosts = HostMap(collective.hosts, collective.rank)
     return tuple(map(len, hosts.groups)) if hosts.two_levels else ()
-
-
-def _buckets(layout: Layout, limit_bytes: float | None, skip: Collection[int]) -> list[_Bucket]:
-    """Runs of neighbouring slots, none of them in ``skip``, of at most ``limit_bytes`` (or one slot), from the last layer to the
-    first; None: as long as they can be."""
-    found: list[_Bucket] = []
-    for number in reversed(range(len(layout.blocks))):
-        block = layout.blocks[number]
-        ends = block.ends
-        stop = len(block.slots)
-        while stop:
-            start = stop - 1
-            if block.slots[start].index in skip:
-                stop = start
-                continue
-            while (
-                start
-                and block.slots[start - 1].index not in skip
-                and (
-                    limit_bytes is None or (ends[stop - 1] - block.slots[start - 1].offset) * block.dtype.itemsize <= limit_bytes
-                )
-            ):
-                start -= 1
-            found.append(_Bucket(len(found), number, block.slots[start:stop], lo=block.slots[start].offset, hi=ends[stop - 1]))
-            stop = start
-    return found

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from unisono.errors import ConfigurationError
-from unisono.layout import Layout, Slot
-from unisono.sync.fold import Allocate, Sums, real
+from unisono.layout import Allocate, Layout, Slot
+from unisono.sync.fold import Sums, real
 from unisono.tree import Span, combine
 
 _STRETCH = 128 * 1024
@@ -25,8 +25,8 @@ Part of the result: the norm of a larger parameter is put together from those of
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """Elements ``lo <= i < hi`` of a block: several whole slots, or a stretch of one large slot."""
+class Stretch:
+    """Elements ``lo <= i < hi`` of a block that are finished in one go: several whole slots, or a part of one large slot."""
 
     block: int
     lo: int
@@ -35,21 +35,21 @@ class Run:
     large: bool
 
 
-def runs(block: int, slots: Sequence[Slot], ends: Mapping[int, int], device: torch.device) -> list[Run]:
-    """Cuts neighbouring slots of a block into runs.
+def stretches(block: int, slots: Sequence[Slot], ends: Mapping[int, int], device: torch.device) -> list[Stretch]:
+    """Cuts neighbouring slots of a block into stretches.
 
     Args:
         ends: Where each slot's room ends, by index.
-        device: On CUDA every run costs a kernel launch and there is no cache to stay in: one run for all.
+        device: On CUDA every stretch costs a kernel launch and there is no cache to stay in: one for all.
     """
     if device.type != "cpu":
-        return [Run(block, slots[0].offset, ends[slots[-1].index], tuple(slots), large=False)] if slots else []
-    found: list[Run] = []
+        return [Stretch(block, slots[0].offset, ends[slots[-1].index], tuple(slots), large=False)] if slots else []
+    found: list[Stretch] = []
     small: list[Slot] = []
 
     def close() -> None:
         if small:
-            found.append(Run(block, small[0].offset, ends[small[-1].index], tuple(small), large=False))
+            found.append(Stretch(block, small[0].offset, ends[small[-1].index], tuple(small), large=False))
             small.clear()
 
     for slot in slots:
@@ -57,7 +57,7 @@ def runs(block: int, slots: Sequence[Slot], ends: Mapping[int, int], device: tor
             close()
             stop = slot.offset + slot.numel
             for lo in range(slot.offset, stop, _STRETCH):
-                found.append(Run(block, lo, min(lo + _STRETCH, stop), (slot,), large=True))
+                found.append(Stretch(block, lo, min(lo + _STRETCH, stop), (slot,), large=True))
         else:
             if small and ends[slot.index] - small[0].offset > _STRETCH:
                 close()
@@ -67,18 +67,18 @@ def runs(block: int, slots: Sequence[Slot], ends: Mapping[int, int], device: tor
 
 
 def is_large(slot: Slot) -> bool:
-    """Whether the slot has runs of its own."""
+    """Whether the slot has stretches of its own."""
     return slot.numel > _STRETCH // 2
 
 
 class Finisher:
-    """Finishes the tree for the runs that this worker updates.
+    """Finishes the tree for the stretches that this worker updates.
 
     Args:
         layout: Where parameters lie.
         spans: For each worker, its pieces.
         rank: This worker.
-        leaves: M.
+        microbatches: M.
         allocate: Gives memory for sums that may not lie in this worker's own pieces.
         own_changes: Whether own pieces may be changed: nobody else reads these parts of them.
     """
@@ -88,7 +88,7 @@ class Finisher:
         layout: Layout,
         spans: Sequence[Sequence[Span]],
         rank: int,
-        leaves: int,
+        microbatches: int,
         *,
         allocate: Allocate,
         own_changes: bool,
@@ -96,7 +96,7 @@ class Finisher:
         self._layout = layout
         self.reassign(spans)
         self._rank = rank
-        self._leaves = leaves
+        self._microbatches = microbatches
         self._allocate = allocate
         self._own_changes = own_changes
         self._spare: Sums | None = None
@@ -107,9 +107,9 @@ class Finisher:
         self._spans = tuple(tuple(pieces) for pieces in spans)
 
     def finish(
-        self, run: Run, own: Sequence[Sums], others: Sequence[Sequence[Tensor]], origin: int, filled: int, count: float
+        self, stretch: Stretch, own: Sequence[Sums], others: Sequence[Sequence[Tensor]], origin: int, filled: int, count: float
     ) -> Sums:
-        """The sum over all pieces in this run, divided by ``count``.
+        """The sum over all pieces in this stretch, divided by ``count``.
 
         Args:
             own: This worker's pieces.
@@ -117,22 +117,22 @@ class Finisher:
             filled: Microbatches that hold samples.
 
         Returns:
-            The sums that hold the result, in the run's elements.
+            The sums that hold the result, in the stretch's elements.
         """
         memory: list[Tensor] = []
         for worker, tensors in enumerate(others):
             if worker == self._rank:
-                memory += [_part(sums, run) for sums in own]
+                memory += [_part(sums, stretch) for sums in own]
             else:
-                memory += [real(tensor[run.lo - origin : run.hi - origin]) for tensor in tensors]
-        plan = _plan(self._spans, self._leaves, filled, self._rank if self._own_changes else None)
+                memory += [real(tensor[stretch.lo - origin : stretch.hi - origin]) for tensor in tensors]
+        plan = _plan(self._spans, self._microbatches, filled, self._rank if self._own_changes else None)
         for number in range(plan.scratch):
             memory.append(self._room(number, memory[0]))
         if plan.result is None:
             if self._spare is None:
                 self._spare = Sums(self._layout, self._allocate)
             holder = self._spare
-            memory.append(_part(holder, run))
+            memory.append(_part(holder, stretch))
             result = memory[-1]
         else:
             holder, result = own[0], memory[plan.result]
@@ -169,19 +169,19 @@ class NodeSums:
     pieces: int
     additions: tuple[tuple[int, int, int], ...]
     nodes: tuple[int | None, ...]
-    """Which memory ends as each node; None: all its leaves are absent."""
+    """Which memory ends as each node; None: all its microbatches are absent."""
     changed: frozenset[int]
     """Memory that may be written to."""
 
 
 @lru_cache(maxsize=256)
 def node_sums(
-    spans: tuple[tuple[Span, ...], ...], leaves: int, filled: int, owner: int | None, nodes: tuple[Span, ...]
+    spans: tuple[tuple[Span, ...], ...], microbatches: int, filled: int, owner: int | None, nodes: tuple[Span, ...]
 ) -> NodeSums:
     """*local*. The sums of ``nodes`` from the pieces that some workers have.
 
     Args:
-        spans: For each of them, its pieces; those that begin at leaf ``filled`` or later are absent.
+        spans: For each of them, its pieces; those that begin at microbatch ``filled`` or later are absent.
         owner: The one of them, by place, whose pieces may be written to; None: nobody's.
     """
     parts: dict[Span, int | None] = {}
@@ -209,13 +209,13 @@ def node_sums(
         additions.append((left, right, out))
         return out
 
-    found = tuple(combine(parts, leaves, add, lo=lo, hi=hi) for lo, hi in nodes)
+    found = tuple(combine(parts, microbatches, add, lo=lo, hi=hi) for lo, hi in nodes)
     return NodeSums(number, tuple(additions), found, frozenset(changeable))
 
 
 @lru_cache(maxsize=64)
-def _plan(spans: tuple[tuple[Span, ...], ...], leaves: int, filled: int, owner: int | None) -> _Plan:
-    sums = node_sums(spans, leaves, filled, owner, ((0, leaves),))
+def _plan(spans: tuple[tuple[Span, ...], ...], microbatches: int, filled: int, owner: int | None) -> _Plan:
+    sums = node_sums(spans, microbatches, filled, owner, ((0, microbatches),))
     if sums.nodes[0] is None:
         raise ConfigurationError("a step without a single sample has no gradient")  # pragma: no cover - never planned
     number, additions = sums.pieces, list(sums.additions)
@@ -231,29 +231,29 @@ def _plan(spans: tuple[tuple[Span, ...], ...], leaves: int, filled: int, owner: 
     return _Plan(tuple(additions), scratch, result)
 
 
-def _part(sums: Sums, run: Run) -> Tensor:
-    if run.large:
-        slot = run.slots[0]
-        return real(sums.flat(slot)[run.lo - slot.offset : run.hi - slot.offset])
-    return real(sums.flats[run.block][run.lo : run.hi])
+def _part(sums: Sums, stretch: Stretch) -> Tensor:
+    if stretch.large:
+        slot = stretch.slots[0]
+        return real(sums.flat(slot)[stretch.lo - slot.offset : stretch.hi - slot.offset])
+    return real(sums.flats[stretch.block][stretch.lo : stretch.hi])
 
 
 class Norms:
     """Collects L2 norms on the device, and brings them to the CPU in one go.
 
-    The norm of a slot with several runs is the root of the sum of squares of theirs, in float64.
+    The norm of a slot with several stretches is the root of the sum of squares of theirs, in float64.
     """
 
     def __init__(self) -> None:
         self._values: dict[torch.dtype, list[Tensor]] = {}
         self._owners: dict[torch.dtype, list[int]] = {}
 
-    def add(self, run: Run, holder: Sums) -> None:
-        """Takes the norms of the slots of a run, or of one stretch of a slot."""
-        if run.large:
-            self.add_tensors([run.slots[0].index], [_part(holder, run)])
+    def add(self, stretch: Stretch, holder: Sums) -> None:
+        """Takes the norms of the slots of a stretch, or of a part of a slot."""
+        if stretch.large:
+            self.add_tensors([stretch.slots[0].index], [_part(holder, stretch)])
         else:
-            self.add_tensors([slot.index for slot in run.slots], [real(holder.views[slot.index]) for slot in run.slots])
+            self.add_tensors([slot.index for slot in stretch.slots], [real(holder.views[slot.index]) for slot in stretch.slots])
 
     def add_tensors(self, slots: Sequence[int], tensors: Sequence[Tensor]) -> None:
         """Takes the norm of each tensor, as a part of the slot of that index."""

@@ -8,16 +8,14 @@ table) stay rows.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from unisono.layout import ALIGNMENT_BYTES, Layout, Slot
+from unisono.layout import ALIGNMENT_BYTES, Allocate, Layout, Slot
 from unisono.sync.rows import Rows
 from unisono.tree import Span, is_node, middle
-
-Allocate = Callable[[int, torch.dtype, torch.device], Tensor]
 
 
 class Sums:
@@ -35,7 +33,7 @@ class Sums:
 
     def __init__(self, layout: Layout, allocate: Allocate) -> None:
         self.flats = [allocate(block.numel, block.dtype, block.device) for block in layout.blocks]
-        self._homes = [view for block, flat in zip(layout.blocks, self.flats, strict=True) for view in block.views(flat)]
+        self._homes = layout.views(self.flats)
         self.views = list(self._homes)
         self.rows: dict[int, Rows] = {}
         self._kept: set[int] = set()
@@ -68,8 +66,8 @@ class Sums:
 
 
 @dataclasses.dataclass(frozen=True)
-class LeafPlan:
-    """What a leaf does to the stack of sums: put or add its gradients to ``target``, then merge neighbours."""
+class MicrobatchPlan:
+    """What a microbatch does to the stack of sums: put or add its gradients to ``target``, then merge neighbours."""
 
     target: Sums
     fresh: bool
@@ -82,7 +80,7 @@ class LocalFold:
     Args:
         layout: Where parameters lie.
         span: This worker's microbatches.
-        leaves: M, microbatches a step.
+        microbatches: M, microbatches a step.
         allocate: Gives memory from which the transport sends.
         kept: Slots (by index) whose gradient may stay where backward wrote it, since nobody else reads it.
         sparse: Slots whose gradients stay rows.
@@ -92,13 +90,14 @@ class LocalFold:
         present: For each slot, 1 if any own microbatch of this step had a gradient for it.
         stack: The pieces folded so far: node and sum, None if all its leaves are absent.
         stray: Slots of ``sparse`` that had a dense gradient in this step.
+        last: This worker's last microbatch that holds samples.
     """
 
     def __init__(
         self,
         layout: Layout,
         span: Span,
-        leaves: int,
+        microbatches: int,
         allocate: Allocate,
         *,
         kept: Collection[int],
@@ -107,7 +106,7 @@ class LocalFold:
     ) -> None:
         self._layout = layout
         self._span = span
-        self._leaves = leaves
+        self._microbatches = microbatches
         self._allocate = allocate
         self._kept = frozenset(kept)
         self.sparse = frozenset(sparse)
@@ -115,14 +114,9 @@ class LocalFold:
         self._pool: list[Sums] = []
         self._resting: list[Sums] = []
         self.stack: list[tuple[Span, Sums | None]] = []
-        self.present = bytearray(len(layout.parameters))
+        self.present = bytearray(len(layout.slots))
         self.stray: set[int] = set()
-        self._last: int | None = None
-
-    @property
-    def last_leaf(self) -> int | None:
-        """This worker's last microbatch that holds samples."""
-        return self._last
+        self.last: int | None = None
 
     def begin(self, filled: int) -> None:
         """A step in which microbatches ``0 <= m < filled`` hold samples."""
@@ -136,7 +130,7 @@ class LocalFold:
         self.present[:] = bytes(len(self.present))
         self.stray.clear()
         lo, hi = self._span
-        self._last = min(hi, filled) - 1 if filled > lo else None
+        self.last = min(hi, filled) - 1 if filled > lo else None
 
     def reassign(self, span: Span) -> None:
         """From the next step on this worker has these microbatches. Sums are used again: memory of a transport is never given
@@ -151,40 +145,42 @@ class LocalFold:
         """The sums of this worker's pieces, in order of microbatches."""
         return [sums for _, sums in self.stack if sums is not None]
 
-    def plan(self, leaf: int) -> LeafPlan:
-        """Puts the leaf on the stack, and the absent ones behind the last; the sums themselves follow in ``fold``."""
-        span = (leaf, leaf + 1)
+    def plan(self, microbatch: int) -> MicrobatchPlan:
+        """Puts the microbatch on the stack, and the absent ones behind the last; the sums themselves follow in ``fold``."""
+        span = (microbatch, microbatch + 1)
         left = self.stack[-1][1] if self._completes(span) else None
         fresh = left is None
         if left is None:
             target = self._pool.pop() if self._pool else Sums(self._layout, self._allocate)
         else:
-            # Adding a leaf to its sibling's memory is the tree's own sum: a + b, in place.
+            # Adding a microbatch to its sibling's memory is the tree's own sum: a + b, in place.
             target = left
             span = (self.stack.pop()[0][0], span[1])
         merges, span, sums = self._merge(span, target)
         self.stack.append((span, sums))
-        if leaf == self._last:
-            for absent in range(leaf + 1, self._span[1]):
+        if microbatch == self.last:
+            for absent in range(microbatch + 1, self._span[1]):
                 more, span, rest = self._merge((absent, absent + 1), None)
                 merges += more
                 self.stack.append((span, rest))
-        return LeafPlan(target, fresh, tuple(merges))
+        return MicrobatchPlan(target, fresh, tuple(merges))
 
-    def fold(self, plan: LeafPlan, slots: Sequence[Slot]) -> None:
-        """Moves the gradients of these slots from the parameters into the sums, and clears them."""
+    def fold(self, plan: MicrobatchPlan, slots: Sequence[Slot], gradients: Sequence[Tensor | None]) -> None:
+        """Takes the gradients of these slots into the sums.
+
+        Args:
+            gradients: By slot index, of all slots.
+        """
         grads: list[Tensor] = []
         places: list[Tensor] = []
         target = plan.target
         for slot in slots:
-            parameter = self._layout.parameters[slot.index]
-            grad = parameter.grad
+            grad = gradients[slot.index]
             if grad is None:
                 if plan.fresh and slot.index not in self.sparse:
-                    # -0.0 is what adding leaves untouched, sign of zero included: the sum of an absent leaf and x is x.
+                    # -0.0 is what adding leaves untouched, sign of zero included: the sum of an absent microbatch and x is x.
                     real(target.views[slot.index]).fill_(-0.0)
                 continue
-            parameter.grad = None
             self.present[slot.index] = 1
             if slot.index in self.sparse:
                 self._take_rows(target, slot, grad)
@@ -223,7 +219,7 @@ class LocalFold:
         if not self.stack:
             return False
         lo, hi = self.stack[-1][0][0], span[1]
-        return is_node(lo, hi, self._leaves) and middle(lo, hi) == span[0]
+        return is_node(lo, hi, self._microbatches) and middle(lo, hi) == span[0]
 
 
 def _merge(left: Sums, right: Sums, slots: Sequence[Slot], sparse: Collection[int]) -> None:

@@ -5,6 +5,8 @@ How many rows a piece has is known to its worker alone, so the numbers travel fi
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Callable, Collection, Sequence
 from itertools import compress
 
@@ -24,7 +26,7 @@ class RowExchange:
     Args:
         slots: The slots whose gradients have few rows.
         pieces: Each worker's pieces.
-        leaves: M.
+        microbatches: M.
         updated_by: The slots (by index) that a worker updates.
 
     Attributes:
@@ -37,18 +39,18 @@ class RowExchange:
         layout: Layout,
         collective: Collective,
         pieces: Sequence[Sequence[Span]],
-        leaves: int,
+        microbatches: int,
         updated_by: Callable[[int], Collection[int]],
     ) -> None:
         self.slots = list(slots)
         self._layout = layout
         self._collective = collective
         self._pieces = pieces
-        self._leaves = leaves
+        self._microbatches = microbatches
         updated = [set(updated_by(rank)) for rank in range(collective.size)]
         self._wanted = [[slot.index in mine for slot in slots] for mine in updated]
         self._filled = 0
-        self._counts: list[list[list[int]]] = []
+        self._counts: list[list[tuple[int, ...]]] = []
         self._buffers: dict[int, RowBuffer] = {}
         self.strays: set[int] = set()
 
@@ -67,28 +69,26 @@ class RowExchange:
         self._wanted = [list(compress(wanted, stay)) for wanted in self._wanted]
         self.slots = list(compress(self.slots, stay))
 
-    def note(self, fold: LocalFold) -> list[Tensor]:
+    def note(self, fold: LocalFold) -> bytes:
         """*local*. What the others must know first: for each slot, whether it strayed, and the rows of each own piece."""
-        if not self.slots:
-            return []
         own = fold.pieces()
-        lines = [
-            [slot.index in fold.stray, *(len(s.rows[slot.index].indices) if slot.index in s.rows else 0 for s in own)]
-            for slot in self.slots
-        ]
-        return [torch.tensor(lines, dtype=torch.int64).reshape(-1)]
+        numbers: list[int] = []
+        for slot in self.slots:
+            numbers.append(slot.index in fold.stray)
+            numbers += [len(sums.rows[slot.index].indices) if slot.index in sums.rows else 0 for sums in own]
+        return struct.pack(f"<{len(numbers)}q", *numbers)
 
-    def expected(self, worker: int) -> list[Expected]:
-        """*local*. The size of that worker's note."""
-        if not self.slots:
-            return []
-        return [(len(self.slots) * (1 + len(self._present(worker))), torch.int64, torch.device("cpu"))]
+    def note_size(self, worker: int) -> int:
+        """*local*. Bytes of that worker's note."""
+        return 8 * len(self.slots) * (1 + len(self._present(worker))) if self.slots else 0
 
-    def read(self, notes: Sequence[Tensor]) -> None:
+    def read(self, notes: Sequence[memoryview]) -> None:
         """*local*. Takes all workers' notes, in order of rank."""
         self._counts = []
-        for note in notes:
-            lines = note.reshape(len(self.slots), -1).tolist()
+        for worker, note in enumerate(notes):
+            numbers = struct.unpack(f"<{self.note_size(worker) // 8}q", note)
+            width = len(numbers) // len(self.slots)
+            lines = [numbers[start : start + width] for start in range(0, len(numbers), width)]
             self._counts.append([line[1:] for line in lines])
             self.strays |= {slot.index for slot, line in zip(self.slots, lines, strict=True) if line[0]}
 
@@ -115,7 +115,7 @@ class RowExchange:
                     elif self._counts[peer][number][place]:
                         indices, values = next(streams[peer]), next(streams[peer])
                         parts[span] = Rows(indices, values.view(-1, *slot.shape[1:]))
-            total = combine(parts, self._leaves, Rows.__add__)
+            total = combine(parts, self._microbatches, Rows.__add__)
             if total is not None:
                 # A lone piece is somebody else's memory, or the fold's: divided into memory of its own.
                 rows = Rows(total.indices.clone(), total.values / count)
@@ -136,14 +136,17 @@ class RowExchange:
     def _announced(self, peer: int) -> list[Expected]:
         expected: list[Expected] = []
         for number in self._of(self._collective.rank):
-            parameter = self._layout.parameters[self.slots[number].index]
-            width = parameter[0].numel()
+            slot = self.slots[number]
+            block, width = self._layout.blocks[slot.block], math.prod(slot.shape[1:])
             for rows in self._counts[peer][number]:
                 if rows:
-                    expected += [(rows, torch.int64, parameter.device), (rows * width, parameter.dtype, parameter.device)]
+                    expected += [(rows, torch.int64, block.device), (rows * width, block.dtype, block.device)]
         return expected
 
     def _buffer(self, slot: Slot) -> RowBuffer:
         if slot.index not in self._buffers:
-            self._buffers[slot.index] = RowBuffer(self._layout.parameters[slot.index])
+            block = self._layout.blocks[slot.block]
+            self._buffers[slot.index] = RowBuffer(
+                torch.zeros(slot.numel, dtype=block.dtype, device=block.device).as_strided(slot.shape, slot.stride)
+            )
         return self._buffers[slot.index]

@@ -36,11 +36,11 @@ class RowBuffer:
     """A dense gradient that is zero but for some rows, for optimizers that look at the whole parameter.
 
     Args:
-        like: The parameter.
+        dense: Zeros, laid out as the parameter.
     """
 
-    def __init__(self, like: Tensor) -> None:
-        self.dense = torch.zeros_like(like)
+    def __init__(self, dense: Tensor) -> None:
+        self.dense = dense
         self._written: Tensor | None = None
 
     def fill(self, rows: Rows) -> Tensor:

@@ -1,11 +1,11 @@
 """Pieces on their way between hosts of several workers, so that a host sends each sum once.
 
-Inside a host, pieces go to the owner of the segment or, for an owner on another host, to its deputy on this one. The deputy
+Inside a host, pieces go to the owner of the segment or, for an owner on another host, to its relay on this one. The relay
 adds up the pieces of its host's workers along the tree as far as they go: to the host's own pieces, the maximal nodes in the
 range of microbatches of all its workers. These alone cross the wire, to the owner. It is the same tree, so it is the same
 sum.
 
-A deputy writes to its own pieces where it may: nobody else reads them in the segments of its clients.
+A relay writes to its own pieces where it may: nobody else reads them in the segments of its clients.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from unisono.collective import Collective, Expected, Pending
-from unisono.collective.hosts import Hosts
+from unisono.collective.hosts import HostMap
 from unisono.layout import allocate
 from unisono.sync.finish import node_sums
 from unisono.sync.fold import real
@@ -32,20 +32,20 @@ class TwoLevels:
     Args:
         hosts: The workers by host, several of them on one.
         spans: Each worker's pieces.
-        leaves: M.
+        microbatches: M.
         own_changes: Whether nobody else reads own pieces in the elements that this worker or its clients update.
 
     Attributes:
         arriving: What comes here from each worker: its own pieces from one of this host, the pieces of its host from a
-            deputy, nothing from others.
+            relay, nothing from others.
     """
 
     def __init__(
-        self, collective: Collective, hosts: Hosts, spans: Sequence[Sequence[Span]], leaves: int, *, own_changes: bool
+        self, collective: Collective, hosts: HostMap, spans: Sequence[Sequence[Span]], microbatches: int, *, own_changes: bool
     ) -> None:
         self.collective = collective
         self.hosts = hosts
-        self._leaves = leaves
+        self._microbatches = microbatches
         self._owner = hosts.near.index(collective.rank) if own_changes else None
         self.reassign(spans)
         self._filled = 0
@@ -56,10 +56,10 @@ class TwoLevels:
         """*local*. From the next step on these are the pieces of each worker."""
         hosts = self.hosts
         self._near = tuple(tuple(spans[peer]) for peer in hosts.near)
-        of_host = {host: pieces(spans[host[0]][0][0], spans[host[-1]][-1][1], self._leaves) for host in hosts.groups}
+        of_host = {host: pieces(spans[host[0]][0][0], spans[host[-1]][-1][1], self._microbatches) for host in hosts.groups}
         self._whole = of_host[hosts.near]
         self.arriving: list[Sequence[Span]] = [
-            spans[worker] if worker in hosts.near else of_host[hosts.of(worker)] if worker in hosts.deputies else ()
+            spans[worker] if worker in hosts.near else of_host[hosts.of(worker)] if worker in hosts.relays else ()
             for worker in range(self.collective.size)
         ]
 
@@ -97,7 +97,7 @@ class TwoLevels:
 
     def fold(self, memory: list[Tensor], name: str, part: Part) -> list[Tensor]:
         """*local*. The host's pieces that hold samples, from those of its workers, in some elements."""
-        plan = node_sums(self._near, self._leaves, self._filled, self._owner, self._whole)
+        plan = node_sums(self._near, self._microbatches, self._filled, self._owner, self._whole)
         for left, right, out in plan.additions:
             if out == len(memory):
                 memory.append(self._room((name, part, out), memory[left]))
@@ -146,7 +146,7 @@ class _Journey:
         self._across = levels.collective.start_exchange(
             [folded[wanted[peer]] if peer in hosts.clients else [] for peer in range(len(wanted))],
             [
-                [(hi - lo, *self._kind)] * levels.present(peer) if peer in hosts.deputies and hi > lo else []
+                [(hi - lo, *self._kind)] * levels.present(peer) if peer in hosts.relays and hi > lo else []
                 for peer in range(len(wanted))
             ],
             name=f"{self._name}, across",

@@ -59,6 +59,17 @@ class _Store:
         return self._values.get(key, expected.encode())
 
 
+class _Meeting(Meeting):
+    """One in which a worker's last message may reach one other worker only, as if it had died while it was sending."""
+
+    def __init__(self, size: int, *, timeout_s: float, baton: threading.Condition) -> None:
+        super().__init__(size, timeout_s=timeout_s, baton=baton)
+        self.last_words: dict[int, int] = {}  # call -> the rank that hears it
+
+    def has_all(self, rank: int, call: int) -> bool:
+        return super().has_all(rank, call) and self.last_words.get(call, rank) == rank
+
+
 class _Mortal(InProcess):
     """A collective whose worker dies at a certain call, over all generations.
 
@@ -71,9 +82,10 @@ class _Mortal(InProcess):
     """
 
     def __init__(
-        self, meeting: Meeting, rank: int, life: _Life, groups: Sequence[Sequence[int]], near: Meeting | None = None
+        self, meeting: _Meeting, rank: int, life: _Life, groups: Sequence[Sequence[int]], near: Meeting | None = None
     ) -> None:
         super().__init__(meeting, rank)
+        self._last_words = meeting.last_words
         self._life = life
         self._groups = groups
         group = next(group for group in groups if rank in group)
@@ -115,7 +127,7 @@ class _Mortal(InProcess):
             self._call += 1
             death = self._life.death
             if death is not None and death.told_to is not None:
-                self._meeting.whispers[self._call] = death.told_to
+                self._last_words[self._call] = death.told_to
             self._meeting.bring(self.rank, self._call, brought)
 
         self._live(bring)
@@ -172,7 +184,7 @@ def run_lives(
     """
     machines = machines or {}
     store, baton = _Store(), threading.Condition()
-    meetings: dict[tuple[int, int], Meeting] = {}
+    meetings: dict[tuple[int, int], _Meeting] = {}
     lives = {rank: _Life(deaths.get(rank)) for rank in range(size + joiners)}
     results: dict[int, Any] = {}
     errors: list[BaseException] = []
@@ -184,11 +196,11 @@ def run_lives(
         founders = [f"thread {founder}" for founder in range(size)] if rank < size else []
 
         def connect(generation: Generation, memory: Memory, device: torch.device) -> Collective:
-            meeting = meetings.setdefault((generation.number, -1), Meeting(generation.size, timeout_s=timeout_s, baton=baton))
+            meeting = meetings.setdefault((generation.number, -1), _Meeting(generation.size, timeout_s=timeout_s, baton=baton))
             groups = _groups(generation)
             mine = next(group for group in groups if generation.rank in group)
             if len(groups) > 1:
-                near = meetings.setdefault((generation.number, mine[0]), Meeting(len(mine), timeout_s=timeout_s, baton=baton))
+                near = meetings.setdefault((generation.number, mine[0]), _Meeting(len(mine), timeout_s=timeout_s, baton=baton))
                 return _Mortal(meeting, generation.rank, lives[rank], groups, near)
             return _Mortal(meeting, generation.rank, lives[rank], groups)
 

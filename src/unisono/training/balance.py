@@ -25,9 +25,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from unisono.assignment import assignment_by_time
 from unisono.guard.stragglers import TimingBlock
 from unisono.observe.timing import PHASES
-from unisono.tree import Span, assignment_by_time
+from unisono.tree import Span
 
 GAIN = 0.1
 """Other ranges must shorten a step by this share."""
@@ -108,7 +109,7 @@ class Balance:
 
     Args:
         ranges: Each worker's microbatches, by rank.
-        hosts: The number of workers of each host, where that matters (see ``unisono.tree.assignment``).
+        hosts: The number of workers of each host, where that matters (see ``unisono.assignment``).
 
     Attributes:
         ranges: The ranges that are wanted now.
@@ -116,7 +117,7 @@ class Balance:
 
     def __init__(self, ranges: Sequence[Span], hosts: tuple[int, ...] = ()) -> None:
         self.ranges = tuple(ranges)
-        self._leaves = self.ranges[-1][1]
+        self._microbatches = self.ranges[-1][1]
         self._hosts = hosts
         self._blocks: list[TimingBlock] = []
         self._seconds = 0.0  # of these blocks
@@ -137,7 +138,7 @@ class Balance:
         Returns:
             The ranges to change to, if they should change.
         """
-        if self._leaves == len(self.ranges) or not block.full or block.shares != self.shares:
+        if self._microbatches == len(self.ranges) or not block.full or block.shares != self.shares:
             return None  # nothing can be moved, or nothing said about steps as they are now
         if self._fresh:
             self._fresh = False  # the first steps of a run, or with new ranges, are not like others
@@ -176,13 +177,13 @@ class Balance:
         if not all(work):
             return True
         speeds = [share / seconds for share, seconds in zip(self.shares, work, strict=True)]
-        least = (self._leaves + sum(map(operator.mul, speeds, rest))) / sum(speeds)
+        least = (self._microbatches + sum(map(operator.mul, speeds, rest))) / sum(speeds)
         return bool(max(map(operator.add, work, rest)) - least >= GAIN * float(np.median(window.whole)))
 
     def _best(self, window: _Window) -> tuple[Span, ...]:
         work, rest = window.typical
         return assignment_by_time(
-            self._leaves,
+            self._microbatches,
             len(self.ranges),
             lambda worker, count: self._predicted(work, worker, count) + rest[worker],
             self._hosts,

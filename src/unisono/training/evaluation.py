@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,16 +14,12 @@ from unisono.collective import Collective
 from unisono.data.loader import Loader, Request, dataset_length, load
 from unisono.errors import ConfigurationError, DataError
 from unisono.order import derive_seed
-from unisono.replica.randomness import seed_generators
-from unisono.replica.torch_replica import TorchReplica, sum_and_count, to_device
+from unisono.replica.base import MetricFunction, Replica
 from unisono.tree import Fold, Span, combine, pieces
-
-MetricFunction = Callable[[Any, Any], Any]
-"""``metric(model, batch)``: the metric's sum over the microbatch and the count to divide by, or one scalar: the mean."""
 
 
 def evaluate(
-    replica: TorchReplica,
+    replica: Replica,
     collective: Collective,
     dataset: Any,
     metrics: Mapping[str, MetricFunction],
@@ -35,8 +31,8 @@ def evaluate(
 ) -> dict[str, float]:
     """*collective*. Each metric over the whole dataset, from (sum, count) pairs folded in the order of the fixed tree.
 
-    The tree's leaves are runs of ``microbatch_size`` consecutive samples, so the result is a function of that size and not of
-    the number of workers. The model is in evaluation mode meanwhile.
+    Microbatches are runs of ``microbatch_size`` consecutive samples, so the result is a function of that size and not of
+    the number of workers. The model is in evaluation mode meanwhile; what forward does to its buffers is undone.
 
     Raises:
         DataError: A sample cannot be read, or a metric's count is zero over the whole dataset.
@@ -48,32 +44,28 @@ def evaluate(
     if not metrics:
         raise ConfigurationError("no metric to evaluate: pass a mapping from names to functions (model, batch) -> (sum, count)")
     length = dataset_length(dataset)
-    leaves = -(-length // microbatch_size)
-    lo, hi = _range(leaves, collective.rank, collective.size)
-    # Of each module: a frozen BatchNorm may be in evaluation mode inside a model that trains.
-    modes = [(module, module.training) for module in replica.model.modules()]
-    replica.model.eval()
+    microbatches = -(-length // microbatch_size)
+    lo, hi = _range(microbatches, collective.rank, collective.size)
+    replica.buffers.begin()
     try:
-        # Not inference_mode: what a model caches in it could never be used in training.
-        with torch.no_grad():
-            parts = _fold(replica, dataset, metrics, (lo, hi), leaves, length, microbatch_size, loader, timeout_s, seed)
+        with replica.evaluating():
+            parts = _fold(replica, dataset, metrics, (lo, hi), microbatches, length, microbatch_size, loader, timeout_s, seed)
     finally:
-        for module, training in modes:
-            module.training = training
-    return _finish(parts, metrics, collective, leaves)
+        replica.buffers.restore()
+    return _finish(parts, metrics, collective, microbatches)
 
 
-def seed_after_evaluation(seed: int, device: torch.device) -> None:
+def seed_after_evaluation(seed: int, replica: Replica) -> None:
     """*local*. What is drawn after an evaluation must not depend on what this worker computed of it, if anything."""
-    seed_generators(derive_seed("after evaluation", seed), device)
+    replica.seed(derive_seed("after evaluation", seed))
 
 
 def _fold(
-    replica: TorchReplica,
+    replica: Replica,
     dataset: Any,
     metrics: Mapping[str, MetricFunction],
     span: Span,
-    leaves: int,
+    microbatches: int,
     length: int,
     microbatch_size: int,
     loader: Loader,
@@ -83,27 +75,20 @@ def _fold(
     """This worker's pieces: for each, a float64 tensor of (sum, count) rows, one a metric."""
 
     def requests() -> Iterator[Request]:
-        for leaf in range(*span):
-            start = leaf * microbatch_size
+        for microbatch in range(*span):
+            start = microbatch * microbatch_size
             yield Request(0, np.arange(start, min(start + microbatch_size, length), dtype=np.int64))
 
-    fold: Fold[Tensor] = Fold(leaves, Tensor.add_)
+    fold: Fold[Tensor] = Fold(microbatches, Tensor.add_)
     loaded = load(dataset, requests(), loader, seed=derive_seed("evaluate", seed), device=replica.device, timeout_s=timeout_s)
-    for leaf, data in zip(range(*span), loaded, strict=True):
-        samples = min(microbatch_size, length - leaf * microbatch_size)
-        batch = to_device(data, replica.device)
-        rows: list[Tensor] = []
-        for name, metric in metrics.items():
-            seed_generators(derive_seed("evaluate", seed, leaf), replica.device)
-            with replica.precision():
-                value, count = sum_and_count(metric(replica.model, batch), samples, what=f"metric {name!r}")
-            rows.append(torch.stack([value.detach().double(), torch.full_like(value, count, dtype=torch.float64)]).cpu())
-        fold.push(leaf, torch.stack(rows))
+    for microbatch, data in zip(range(*span), loaded, strict=True):
+        samples = min(microbatch_size, length - microbatch * microbatch_size)
+        fold.push(microbatch, replica.evaluate(metrics, data, samples, derive_seed("evaluate", seed, microbatch)))
     return fold.parts()
 
 
 def _finish(
-    parts: dict[Span, Tensor | None], metrics: Mapping[str, MetricFunction], collective: Collective, leaves: int
+    parts: dict[Span, Tensor | None], metrics: Mapping[str, MetricFunction], collective: Collective, microbatches: int
 ) -> dict[str, float]:
     rows = [value.flatten().tolist() for value in parts.values() if value is not None]
     everybodys = [json.loads(text) for text in collective.all_gather_bytes(json.dumps([list(metrics), rows]).encode())]
@@ -113,9 +98,9 @@ def _finish(
             raise ConfigurationError(
                 f"worker {rank} evaluates {names}, worker {collective.rank} {list(metrics)}: call evaluate alike"
             )
-        spans = pieces(*_range(leaves, rank, collective.size), leaves)
+        spans = pieces(*_range(microbatches, rank, collective.size), microbatches)
         whole.update((span, torch.tensor(row, dtype=torch.float64)) for span, row in zip(spans, values, strict=True))
-    total = combine(whole, leaves, torch.add)
+    total = combine(whole, microbatches, torch.add)
     results: dict[str, float] = {}
     for name, (value, count) in zip(metrics, total.view(-1, 2).tolist() if total is not None else [], strict=True):
         if not count > 0:
@@ -124,6 +109,6 @@ def _finish(
     return results
 
 
-def _range(leaves: int, rank: int, workers: int) -> Span:
-    """Even contiguous shares; with fewer leaves than workers some have none."""
-    return leaves * rank // workers, leaves * (rank + 1) // workers
+def _range(microbatches: int, rank: int, workers: int) -> Span:
+    """Even contiguous shares; with fewer microbatches than workers some have none."""
+    return microbatches * rank // workers, microbatches * (rank + 1) // workers

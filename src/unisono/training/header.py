@@ -7,13 +7,9 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from unisono.collective import Expected
 from unisono.guard.ledger import ENTRY_BYTES, Entry
 
-_FIXED = 14
+_FIXED = 13
 """Numbers in a header before the losses."""
 
 
@@ -50,12 +46,8 @@ class Header(NamedTuple):
     """Of the samples of this worker's own microbatches."""
     replica: int
     """Digest of a part of what all workers hold alike, 64 bits; 0 in steps in which none is compared."""
-    present: bytes
-    """For each slot, 1 if any own microbatch had a gradient for it."""
     changed: bytes
     """For each buffer, 1 if any own microbatch changed it."""
-    torn: bool
-    """Whether the step must be done again, without overlap."""
     signals: Signals
 
 
@@ -63,59 +55,45 @@ class HeaderFormat:
     """Headers as bytes.
 
     Args:
-        leaves: M, microbatches a step.
-        slots: Number of parameters in the layout.
+        microbatches: M, microbatches a step.
         buffers: Number of buffers.
     """
 
-    def __init__(self, leaves: int, slots: int, buffers: int) -> None:
-        self._leaves = leaves
-        self._struct = struct.Struct(f"<Q{ENTRY_BYTES}sQqBBBBB5d{leaves}d{leaves}d{slots}s{buffers}s")
+    def __init__(self, microbatches: int, buffers: int) -> None:
+        self._microbatches = microbatches
+        self._struct = struct.Struct(f"<Q{ENTRY_BYTES}sQqBBBB5d{microbatches}d{microbatches}d{buffers}s")
 
-    @property
-    def expected(self) -> Expected:
-        """What a worker receives."""
-        return self._struct.size, torch.uint8, torch.device("cpu")
-
-    def pack(self, header: Header) -> Tensor:
-        """uint8 ``[n]``."""
+    def pack(self, header: Header) -> bytes:
+        """As many bytes for every header."""
         signals = header.signals
-        raw = bytearray(self._struct.size)
-        self._struct.pack_into(
-            raw,
-            0,
+        return self._struct.pack(
             header.digest,
             header.ledger.to_bytes(ENTRY_BYTES, "little"),
             header.replica,
             signals.written,
             signals.stop,
             signals.failed,
-            header.torn,
             signals.troubles,
             signals.session,
             *signals.seconds,
             signals.work_s,
             *header.losses,
             *header.counts,
-            header.present,
             header.changed,
         )
-        return torch.frombuffer(raw, dtype=torch.uint8)
 
-    def unpack(self, packed: Tensor) -> Header:
-        """What ``pack`` was given."""
-        fields = self._struct.unpack(packed.numpy().data)
-        digest, ledger, replica, written, stop, failed, torn, troubles, session, s0, s1, s2, s3, work = fields[:_FIXED]
+    def unpack(self, packed: bytes | memoryview) -> Header:
+        """What ``pack`` was given; something else may follow."""
+        fields = self._struct.unpack_from(packed)
+        digest, ledger, replica, written, stop, failed, troubles, session, s0, s1, s2, s3, work = fields[:_FIXED]
         numbers = fields[_FIXED:]
         return Header(
-            losses=numbers[: self._leaves],
-            counts=numbers[self._leaves : 2 * self._leaves],
+            losses=numbers[: self._microbatches],
+            counts=numbers[self._microbatches : 2 * self._microbatches],
             digest=digest,
             ledger=int.from_bytes(ledger, "little"),
             replica=replica,
-            present=numbers[-2],
             changed=numbers[-1],
-            torn=bool(torn),
             signals=Signals(
                 stop=stop,
                 written=written,

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
+from unisono.data.batch import Batch
 from unisono.data.batches import BatchStream, Feed, following
 from unisono.data.loader import Loader, dataset_length, read_sample
 from unisono.errors import ConfigurationError
@@ -19,9 +20,9 @@ from unisono.training.observer import Observer
 from unisono.training.run import Run
 from unisono.training.session import Session, StepKey
 from unisono.training.settings import Settings
-from unisono.training.setup import check_alike, check_unchanged
-from unisono.training.step import Batch, StepResult
-from unisono.training.worker_group import LocalState
+from unisono.training.setup import check_alike
+from unisono.training.state import LocalState
+from unisono.training.step import StepResult
 from unisono.tree import Span
 
 Taken = tuple[StepResult, list[Signals]]
@@ -120,7 +121,7 @@ class Loop:
             self._run.complete(epochs)
             return
         local, session = self._local, self._session
-        check_unchanged(local.model, local.layout)
+        local.replica.check_unchanged()
         local.clock.at(self._run.position.step + 1)
         self._run.begin_log(epochs=epochs, steps=self.planned(samples, epochs))
         feed = self._feed = Feed(lambda: self._stream(dataset, samples, loader), epochs)

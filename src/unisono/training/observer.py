@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from unisono.training.step import Batch
+    from unisono.data.batch import Batch
 
 
 class Observer:

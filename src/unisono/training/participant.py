@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unisono.collective import Collective
-from unisono.replica.optimizer import settle_state
 from unisono.training.loop import Loop
 from unisono.training.run import Run
 from unisono.training.screen import Screen
 from unisono.training.session import Session, StepKey
 from unisono.training.settings import Settings
 from unisono.training.setup import check_alike, unify_replicas
-from unisono.training.worker_group import LocalState, WorkerGroup
+from unisono.training.state import LocalState, settle_state
+from unisono.training.worker_group import WorkerGroup
 
 
 class Participant:
@@ -53,14 +53,12 @@ class Participant:
         model, all know."""
         known = {
             "tracked": self.local.buffers.tracked.hex(),
-            "dense": [] if self._group is None else sorted(self._group.reduction.densified),
+            "learned": {} if self._group is None else self._group.reduction.state_dict(),
             "unsaved": self._run.unsaved_since,
         }
         told = [json.loads(text) for text in collective.all_gather_bytes(json.dumps(known).encode())]
-        if self._group is not None:
-            self._group.close()
-        dense = sorted({slot for one in told for slot in one["dense"]})
-        self._group = WorkerGroup(self.local, self._settings, collective, session=self._session, dense=dense)
+        learned = [one["learned"] for one in told]
+        self._group = WorkerGroup(self.local, self._settings, collective, session=self._session, learned=learned)
         # Of different lengths, if the workers' models differ: start() says so.
         tracked = bytes(map(max, itertools.zip_longest(*(bytes.fromhex(one["tracked"]) for one in told), fillvalue=0)))
         self.local.buffers.track(tracked[: len(self.local.buffers.tracked)])
@@ -74,9 +72,9 @@ class Participant:
         assert self._group is not None
         collective = self._group.collective
         check_alike(collective, self._alike)
-        unify_replicas(self.local.model, collective)
+        unify_replicas(self.local.replica, collective)
         updates = [self._group.reduction.updated_by(rank) for rank in range(collective.size)]
-        settle_state(self.local.optimizer, self.local.layout, updates, collective)
+        settle_state(self.local.replica, updates, collective)
         if not self._session.is_outside:
             self._run.resume(self._group)
         return self._run.position.step

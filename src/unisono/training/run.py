@@ -9,20 +9,20 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
 from unisono.checkpoint.format import digest, encode
 from unisono.collective import Collective
+from unisono.data.batch import Batch
 from unisono.errors import CheckpointError, ConfigurationError, Desync
 from unisono.guard.ledger import LOWER_HALVES, NOTHING, samples_of, whole
 from unisono.guard.stragglers import TimingBlock
 from unisono.observe.summary import Summary
 from unisono.observe.timing import StepClock
+from unisono.replica.base import Replica
 from unisono.training.header import Signals
 from unisono.training.record import Position, Record, evaluation_line, log_line, straggler_line
 from unisono.training.run_directory import RunDirectory
 from unisono.training.session import Session
-from unisono.training.step import Batch, StepResult
+from unisono.training.step import StepResult
 from unisono.training.worker_group import WorkerGroup
 from unisono.tree import Span
 
@@ -33,7 +33,7 @@ class Run:
     """See the module. All workers have the same, but for ``record``.
 
     Args:
-        model: The model that is trained.
+        replica: Of the model that is trained.
         session: The workers, who write together.
         directory: Where it is kept; None: nowhere.
         clock: Where this worker's time goes.
@@ -49,7 +49,7 @@ class Run:
     def __init__(
         self,
         *,
-        model: nn.Module,
+        replica: Replica,
         session: Session,
         directory: RunDirectory | None,
         clock: StepClock,
@@ -59,7 +59,7 @@ class Run:
         self.record = Record()
         self.data: dict[str, Any] | None = None
         self.resumed: dict[str, Any] | None = None
-        self._model = model
+        self._replica = replica
         self._session = session
         self._directory = directory
         self._clock = clock
@@ -269,7 +269,7 @@ class Run:
         self._directory.save(
             self.position.step,
             part={"state": self._session.group.state.own()},
-            model=self._model.state_dict() if main else None,
+            model=self._replica.model_state() if main else None,
             trainer=self._session.group.state.common() if main else None,
             info={
                 "position": dataclasses.asdict(self.position),
@@ -312,7 +312,7 @@ class Run:
         def act() -> None:
             self._settle(directory)
             if finished:
-                directory.publish(self._model.state_dict() if self.is_main else None)
+                directory.publish(self._replica.model_state() if self.is_main else None)
             # Last, and told to all: whoever knows that the act is done knows that everything is written.
             directory.write_summary(self._summary(finished=finished))
 
@@ -325,7 +325,7 @@ class Run:
     def _summary(self, *, finished: bool) -> Summary:
         directory, collective = self._directory, self._session.collective
         rates = self.record.rates(collective)
-        weights = self._model.state_dict() if self.is_main else None
+        weights = self._replica.model_state() if self.is_main else None
         mine = digest(encode(weights)).encode() if weights is not None else b""
         sha256 = collective.all_gather_bytes(mine)[0].decode()
         earlier = directory.read_summary() if directory is not None else None
@@ -343,7 +343,7 @@ class Run:
             loss=self.record.last.loss if self.record.last else float("nan"),
             metrics=earlier.metrics if earlier is not None else {},
             finished=finished,
-            parameters=sum(parameter.numel() for parameter in self._session.group.state.layout.parameters),
+            parameters=sum(slot.numel for slot in self._replica.layout.slots),
             run_dir=self.url or "",
             **rates,
         )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from unisono.guard.replicas import OnDesync
-from unisono.training.step import OnNonfinite
+
+OnNonfinite = Literal["error", "skip"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,4 +24,3 @@ class Settings:
     on_desync: OnDesync
     compare_every: int | None
     timeout_s: float
-    overlap: bool

@@ -12,14 +12,12 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch import Tensor
 
 from unisono.collective import Collective, InProcess
 from unisono.data.loader import check_loader
 from unisono.errors import ConfigurationError
-from unisono.layout import Layout
-from unisono.replica.optimizer import hyperparameters
+from unisono.replica.base import Replica
 from unisono.sync import Sync
 from unisono.system.memory import keep_freed_memory
 from unisono.training.callbacks import Callback
@@ -95,53 +93,8 @@ def check_helpers(callbacks: Sequence[Any], loader: Any, scheduler: Any, optimiz
         )
 
 
-def check_model(model: Any) -> None:
-    """*local*. Whether ``model`` is a bare module that data parallelism can train exactly.
-
-    Raises:
-        ConfigurationError: It is not; the message says why.
-    """
-    if not isinstance(model, nn.Module):
-        raise ConfigurationError(f"model is a {type(model).__name__}, not a torch.nn.Module")
-    if isinstance(model, (DataParallel, DistributedDataParallel)):
-        raise ConfigurationError(f"model is wrapped in {type(model).__name__}: pass the bare module, model.module")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.SyncBatchNorm):
-            raise ConfigurationError(
-                f"module {name!r} is a SyncBatchNorm, whose statistics depend on the number of workers: use BatchNorm, which "
-                "sees one microbatch on any number of workers"
-            )
-
-
-def check_unchanged(model: nn.Module, layout: Layout) -> None:
-    """*local*. Whether the model still trains just the parameters that the trainer knows.
-
-    Raises:
-        ConfigurationError: It trains another one, too.
-    """
-    known = {id(parameter) for parameter in layout.parameters}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in known:
-            raise ConfigurationError(
-                f"parameter {name!r} now requires a gradient, but was frozen or not there when the Trainer was made: make a "
-                "new Trainer after unfreezing or replacing parameters"
-            )
-
-
-def choose_device(device: torch.device | str | None, world: World, model: nn.Module) -> torch.device:
+def choose_device(device: torch.device | str | None, world: World) -> torch.device:
     """*local*. The device of this worker: the one asked for, else its own GPU, else the CPU."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta and all(other.is_meta for other in model.parameters()):
-            raise ConfigurationError(
-                f"parameter {name!r} is on the meta device, where tensors have no values: give the model values first, with "
-                "model.to_empty(device=...) and its own initialization"
-            )
-    places = {parameter.device.type: name for name, parameter in model.named_parameters()}
-    if len({parameter.device for parameter in model.parameters()}) > 1:
-        raise ConfigurationError(
-            f"parameters lie on two devices ({', '.join(f'{name!r} on {place}' for place, name in places.items())}): data "
-            "parallelism needs the whole model on each worker's one device; move it with model.to(device)"
-        )
     if device is not None:
         chosen = torch.device(device)
         return torch.device("cuda", world.local_rank) if chosen == torch.device("cuda") else chosen
@@ -207,7 +160,7 @@ def connect(world: World, device: torch.device, timeout_s: float) -> Collective:
 
 def describe_settings(
     trainer: Trainer,
-    trainable: Sequence[tuple[str, nn.Parameter]],
+    replica: Replica,
     max_grad_norm: float | None,
     precision: str,
     sync: Sync,
@@ -222,12 +175,7 @@ def describe_settings(
         "on_nonfinite": on_nonfinite,
         "precision": precision,
         "sync": type(sync).__name__,
-        "optimizer": type(trainer.optimizer).__name__,
-        "parameter_groups": [
-            {key: _plain(value) for key, value in group.items()} for group in hyperparameters(trainer.optimizer)
-        ],
-        "scheduler": type(trainer.scheduler).__name__ if trainer.scheduler is not None else None,
-        "parameters": {name: f"{_dtype(p)}{list(p.shape)}" for name, p in trainable},
+        **replica.describe(),
     }
 
 
@@ -249,7 +197,7 @@ def check_alike(collective: Collective, settings: Mapping[str, Any]) -> None:
                 )
 
 
-def unify_replicas(model: nn.Module, collective: Collective) -> None:
+def unify_replicas(replica: Replica, collective: Collective) -> None:
     """*collective*. Makes all replicas equal to worker 0's, and says so if they were not.
 
     Worker 0 wins because its model is the one that a run on a single worker would train.
@@ -259,7 +207,7 @@ def unify_replicas(model: nn.Module, collective: Collective) -> None:
     """
     if collective.size == 1:
         return
-    tensors = _state(model)
+    tensors = {name: tensor for name, tensor in replica.tensors().items() if tensor.numel() and not tensor.is_meta}
     mine = {name: _digest(tensor) for name, tensor in tensors.items()}
     everybodys = [json.loads(text) for text in collective.all_gather_bytes(json.dumps(mine).encode())]
     first = everybodys[0]
@@ -293,26 +241,7 @@ def _structure(digests: Mapping[str, str]) -> list[tuple[str, str]]:
     return [(name, digest.partition(":")[0]) for name, digest in digests.items()]
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers that hold anything, each once."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: tensor for name, tensor in named if tensor.numel() and not tensor.is_meta}
-
-
 def _digest(tensor: Tensor) -> str:
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{_dtype(tensor)}{list(tensor.shape)}:{hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()}"
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, Tensor):
-        return value.tolist()
-    return getattr(value, "__qualname__", type(value).__qualname__)
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return f"{kind}{list(tensor.shape)}:{hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()}"

@@ -1,89 +1,144 @@
-"""What a run is between two steps: the model, the optimizer and its scheduler, as checkpoints and guards see them."""
+"""The state of a run, as one worker holds it, and what checkpoints and guards see of it between two steps."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from unisono.checkpoint.checkpoints import Checkpoint
+from unisono.checkpoint.message import from_bytes, to_bytes
 from unisono.collective import Collective
 from unisono.layout import Layout
-from unisono.replica.optimizer import hyperparameters, owned_state, set_hyperparameters, set_state
+from unisono.observe.timing import StepClock
+from unisono.replica.base import Replica
+from unisono.replica.buffers import BufferFold
 from unisono.replica.weights import Weights
-from unisono.sync import Reduction
+from unisono.sync import Reduction, Sync
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LocalState:
+    """What this worker trains with, whoever the others are."""
+
+    replica: Replica
+    weights: Weights
+    """The memory of its trainable parameters."""
+    buffers: BufferFold
+    """What becomes of its buffers."""
+    sync: Sync
+    clock: StepClock
+
+    @property
+    def layout(self) -> Layout:
+        """Where its trainable parameters lie."""
+        return self.replica.layout
+
+    def undo_step(self) -> None:
+        """*local*. Forgets the step under way: buffers are as at its start. (No replica keeps gradients after an error.)"""
+        self.buffers.restore()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class State:
-    """The state of a run, as one worker holds it. Everything here is *local*."""
+    """The state of a run between two steps, as one worker holds it. Everything here is *local*."""
 
-    model: nn.Module
-    optimizer: Optimizer
-    scheduler: Any
-    layout: Layout
-    weights: Weights
+    local: LocalState
     reduction: Reduction
     collective: Collective
 
     def common(self) -> dict[str, Any]:
-        """What all workers have alike and the model's state dict does not hold."""
-        persistent = set(self.model.state_dict())
+        """What all workers have alike and the model's file does not hold."""
+        replica = self.local.replica
+        persistent = set(replica.model_state())
         return {
-            "groups": hyperparameters(self.optimizer),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "dense": [self.layout.names[index] for index in sorted(self.reduction.densified)],
-            "buffers": {name: buffer for name, buffer in self.model.named_buffers() if name not in persistent},
+            "groups": replica.hyperparameters(),
+            "scheduler": replica.schedule_state(),
+            **self.reduction.state_dict(),
+            "buffers": {name: buffer for name, buffer in replica.buffers.named().items() if name not in persistent},
         }
 
     def own(self) -> dict[str, Any]:
         """The part that this worker saves: the optimizer's state of the parameters that it owns, by name."""
-        return owned_state(self.optimizer, self.layout, self.reduction.owned_by(self.collective.rank))
+        replica = self.local.replica
+        owned = self.reduction.saved_by(self.collective.rank)
+        return {replica.layout.names[slot]: dict(state) for slot in owned if (state := replica.slot_state(slot))}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Takes everything from a checkpoint, whatever the number of workers that wrote it."""
-        self.model.load_state_dict(checkpoint.tensors("model"))
+        replica = self.local.replica
+        replica.load_model_state(checkpoint.tensors("model"))
         common = checkpoint.part("trainer")
         with torch.no_grad():
-            for name, buffer in self.model.named_buffers():
+            for name, buffer in replica.buffers.named().items():
                 if name in common["buffers"]:
                     buffer.copy_(common["buffers"][name])
-        dense = common.get("dense", ())
-        self.reduction.densify({index for index, name in enumerate(self.layout.names) if name in dense})
-        set_hyperparameters(self.optimizer, common["groups"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(common["scheduler"])
+        self.reduction.load_state_dict(common)
+        replica.set_hyperparameters(common["groups"])
+        replica.set_schedule_state(common["scheduler"])
         state: dict[str, Any] = {}
         for name in checkpoint.part_names("optimizer-"):
             state.update(checkpoint.part(name)["state"])
-        set_state(self.optimizer, self.layout, state, self.reduction.updated_by(self.collective.rank))
+        replica.clear_state()
+        for slot in self.reduction.updated_by(self.collective.rank):
+            saved = state.get(replica.layout.names[slot])
+            if saved is not None:
+                replica.set_slot_state(slot, saved)
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
         """What all workers hold alike, each in memory of its own, by name for a person."""
+        replica = self.local.replica
         if self._own_weights:
-            yield from self.weights.named()
-        for name, buffer in self.model.named_buffers():
+            yield from self.local.weights.named()
+        for name, buffer in replica.buffers.named().items():
             yield f"buffer {name!r}", buffer
         for slot, key, value in self._replicated_state():
-            yield f"{key!r} of the optimizer for {self.layout.names[slot]!r}", value
+            yield f"{key!r} of the optimizer for {replica.layout.names[slot]!r}", value
 
     def replicated_tensors(self) -> list[Tensor]:
         """The same in the same order, weights as they lie in memory: to look at it costs by the number of tensors."""
         state = [value for _, _, value in self._replicated_state()]
-        return [*(self.weights.flats if self._own_weights else ()), *self.model.buffers(), *state]
+        return [*(self.local.weights.flats if self._own_weights else ()), *self.local.replica.buffers.named().values(), *state]
 
     @property
     def _own_weights(self) -> bool:
         """Shared weights are one copy a host: there is something to compare between hosts only."""
-        return not self.weights.shared or len(self.collective.hosts) > 1
+        return not self.local.weights.shared or len(self.collective.hosts) > 1
 
     def _replicated_state(self) -> Iterator[tuple[int, str, Tensor]]:
-        if self.reduction.replicated:
+        if self.collective.size > 1 and self.reduction.replicates:
             for slot in self.reduction.updated_by(self.collective.rank):
-                for key, value in sorted(self.optimizer.state.get(self.layout.parameters[slot], {}).items()):
+                for key, value in sorted(self.local.replica.slot_state(slot).items()):
                     if isinstance(value, Tensor):
                         yield slot, key, value
+
+
+def settle_state(replica: Replica, owners: Sequence[Sequence[int]], collective: Collective) -> None:
+    """*collective*. Leaves each worker with the optimizer's state of the parameters that it owns, and of no other trainable one.
+
+    An optimizer may come with state: made for every parameter at once (Adagrad), loaded, or left by an earlier Trainer, whose
+    owners were others. An owner who holds some keeps it, else the first worker who does hands it over.
+
+    Args:
+        owners: For each rank, the slot indices that it owns.
+    """
+    rank = collective.rank
+    mine = [slot.index for slot in replica.layout.slots if replica.slot_state(slot.index)]
+    holders = [set(json.loads(text)) for text in collective.all_gather_bytes(json.dumps(mine).encode())]
+    source = {
+        slot: next(holder for holder, held in enumerate(holders) if slot in held)
+        for owner, owned in enumerate(owners)
+        for slot in owned
+        if slot not in holders[owner] and any(slot in held for held in holders)
+    }
+    if source:
+        sent = {slot: dict(replica.slot_state(slot)) for slot in mine if source.get(slot) == rank}
+        for message in collective.all_gather_bytes(to_bytes(sent)):
+            for slot, state in from_bytes(message).items():
+                if slot in owners[rank]:
+                    replica.set_slot_state(slot, state)
+    replica.clear_state(set(mine) - set(owners[rank]))

@@ -77,7 +77,7 @@ class Trace(Callback):
         elif self._seen == self._skip + self._steps:
             self._end(trainer)
         elif self._seen == self._skip + self._steps + 1 and trainer.collective.rank == 0:
-            _merge(_store(trainer))  # a worker joins a step only after it has written its part of the trace
+            _merge(_store(trainer))  # nobody takes part in a step before its own part of the trace is written
 
     def on_epoch(self, trainer: Trainer, epoch: int) -> None:
         """Write what there is: this may be the end."""
@@ -120,7 +120,7 @@ class Trace(Callback):
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> tuple[Trace, ...]:
-    """The callbacks that ``unisono run --trace`` asks for, if it does. *Local.*
+    """The callbacks that ``unisono run --trace`` asks for; none if nobody asked. *Local.*
 
     Raises:
         ConfigurationError: The variable holds something else.
@@ -195,7 +195,7 @@ class _Recorder:
 
 
 def _merge(store: Store, *, last: bool = False) -> None:
-    """Merge the parts written so far into one trace."""
+    """Put the parts that are there into one trace."""
     parts = [json.loads(store.read(f"{_PARTS}/{name}")) for name in store.list(_PARTS)]
     if parts:
         parts.sort(key=lambda part: int(part["rank"]))

@@ -13,28 +13,27 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from unisono.checkpoint.fingerprint import fingerprint
 from unisono.collective import Collective
+from unisono.data.batch import Batch
 from unisono.data.loader import Loader, check_loader, dataset_length
 from unisono.errors import ConfigurationError
 from unisono.guard.replicas import OnDesync
 from unisono.guard.silence import StatusBoard
 from unisono.guard.stragglers import HostMonitor
-from unisono.layout import Layout
 from unisono.observe.summary import Summary, show_summary
 from unisono.observe.timing import StepClock
 from unisono.order import Order, OrderLike
-from unisono.replica.buffers import Buffers
-from unisono.replica.optimizer import check_optimizer
-from unisono.replica.torch_replica import LossFunction, Precision, TorchReplica
+from unisono.replica.base import LossFunction, MetricFunction, Replica
+from unisono.replica.buffers import BufferFold
+from unisono.replica.torch_replica import Precision, replica_for
 from unisono.replica.weights import Weights
 from unisono.sync import Exact, Sync
 from unisono.system.output import say
 from unisono.training import trace
 from unisono.training.callbacks import Callback
-from unisono.training.evaluation import MetricFunction, evaluate, seed_after_evaluation
+from unisono.training.evaluation import evaluate, seed_after_evaluation
 from unisono.training.header import Signals
 from unisono.training.loop import Loop, Taken
 from unisono.training.observer import Observer
@@ -44,12 +43,11 @@ from unisono.training.run import Run
 from unisono.training.run_directory import RunDirectory
 from unisono.training.screen import Screen
 from unisono.training.session import Call, StepKey, session_class
-from unisono.training.settings import Settings
+from unisono.training.settings import OnNonfinite, Settings
 from unisono.training.setup import (
     check_alike,
     check_arguments,
     check_helpers,
-    check_model,
     check_policies,
     choose_device,
     connect,
@@ -57,8 +55,8 @@ from unisono.training.setup import (
     enter,
     prepare_process,
 )
-from unisono.training.step import Batch, OnNonfinite, StepResult
-from unisono.training.worker_group import LocalState
+from unisono.training.state import LocalState
+from unisono.training.step import StepResult
 from unisono.world import World
 
 
@@ -70,7 +68,8 @@ class Trainer:
     checkpoint of this run, the trainer continues from it.
 
     Args:
-        model: The bare model. If its replicas differ at the start, worker 0's values win, with a warning.
+        model: The bare model (or a ``Replica`` of one of another framework: then optimizer and loss are None). If its replicas
+            differ at the start, worker 0's values win, with a warning.
         optimizer: Any ``torch.optim`` optimizer that updates each parameter on its own, over the model's parameters.
         loss: ``loss(model, batch)`` returns the microbatch's loss *sum* and the *count* to divide by, once, over the global
             batch; or one scalar, which is a mean over samples.
@@ -115,9 +114,9 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        loss: LossFunction,
+        model: nn.Module | Replica,
+        optimizer: Optimizer | None,
+        loss: LossFunction | None,
         *,
         batch_size: int,
         microbatches: int = 8,
@@ -144,20 +143,18 @@ class Trainer:
         check_policies(on_nonfinite, on_desync, compare_every, timeout_s)
         check_helpers(callbacks, loader, scheduler, optimizer)
         self.batch_size, self.microbatches, self.seed = batch_size, microbatches, seed
-        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.optimizer, self.scheduler = optimizer, scheduler
         self.callbacks = (*callbacks, *trace.from_environment())
         self._loader = loader or Loader()
         self._timeout_s = timeout_s
         self._screen = Screen(batch_size)
 
-        check_model(model)
-        trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        check_optimizer(optimizer, trainable, model)
         self._world = enter(world or World.from_environment(), microbatches)
-        self.device = choose_device(device, self._world, model)
-        prepare_process(self._world, self.device)
+        chosen = model.device if isinstance(model, Replica) else choose_device(device, self._world)
+        prepare_process(self._world, chosen)
         machine = HostMonitor(self._world)
-        model.to(self.device)
+        replica = replica_for(model, optimizer, loss, scheduler=scheduler, device=chosen, precision=precision)
+        self.device, self.model = replica.device, replica.model
         self._session = session = session_class(self._world, collective).open(
             self._world,
             collective,
@@ -166,16 +163,11 @@ class Trainer:
             timeout_s=timeout_s,
             microbatches=microbatches,
         )
-        layout = Layout(trainable)
         board = StatusBoard.make() if session.can_change or session.collective.size > 1 else None
         self._local = LocalState(
-            model=model,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            layout=layout,
-            weights=Weights(layout, session.transport),
-            buffers=Buffers(model, microbatches),
-            replica=TorchReplica(model, loss, device=self.device, precision=precision),
+            replica=replica,
+            weights=Weights(replica, session.transport),
+            buffers=BufferFold(replica.buffers, microbatches),
             sync=sync or Exact(),
             clock=StepClock(shown=None if board is None else board.cells),
         )
@@ -188,9 +180,8 @@ class Trainer:
             on_desync=on_desync,
             compare_every=compare_every,
             timeout_s=timeout_s,
-            overlap=self._local.sync.overlaps(self.device),
         )
-        settings = describe_settings(self, trainable, max_grad_norm, precision, self._local.sync, on_nonfinite)
+        settings = describe_settings(self, replica, max_grad_norm, precision, self._local.sync, on_nonfinite)
         ground = fingerprint(threads=self._world.threads, device=self.device)
         directory = None
         if run_dir is not None:
@@ -203,7 +194,9 @@ class Trainer:
                 strict=strict,
                 is_over=session.is_past,
             )
-        self._run = Run(model=model, session=session, directory=directory, clock=self.clock, checkpoint_every=checkpoint_every)
+        self._run = Run(
+            replica=replica, session=session, directory=directory, clock=self.clock, checkpoint_every=checkpoint_every
+        )
         self._loop = Loop(
             self._local,
             steps,
@@ -337,7 +330,8 @@ class Trainer:
         others, sent = self.collective, self.collective.bytes_sent
         result, told = self._take(batch, self.position.step + 1)
         self._run.advance(batch, result)
-        self._step_scheduler(result)
+        if not result.skipped:
+            self._local.replica.advance_schedule(result.loss)
         alike = self.collective is others
         sent = self.collective.bytes_sent - (sent if alike else 0)
         block = self._session.group.stragglers.add(told, batch.filled) if alike else None
@@ -404,26 +398,22 @@ class Trainer:
             nonlocal tries
             tries += 1
             check_alike(self.collective, {"samples": dataset_length(dataset), "batch_size": size})
-            self._local.buffers.begin()
-            try:
-                results = evaluate(
-                    self._local.replica,
-                    self.collective,
-                    dataset,
-                    {"loss": self._local.replica.loss} if metrics is None else metrics,
-                    microbatch_size=size,
-                    loader=loader,
-                    timeout_s=self._timeout_s,
-                    seed=self.seed,
-                )
-            finally:
-                self._local.buffers.put_back()
+            results = evaluate(
+                self._local.replica,
+                self.collective,
+                dataset,
+                {"loss": self._local.replica.loss} if metrics is None else metrics,
+                microbatch_size=size,
+                loader=loader,
+                timeout_s=self._timeout_s,
+                seed=self.seed,
+            )
             self._run.write_metrics(results, again=tries > 1)
             return results
 
         with self.clock.pause():
             results = self._session.perform("evaluate", measure)
-            seed_after_evaluation(self.seed, self.device)
+            seed_after_evaluation(self.seed, self._local.replica)
             self._run.count_evaluation()
             for callback in self.callbacks:
                 callback.on_evaluate(self, results)
@@ -463,16 +453,8 @@ class Trainer:
         arguments = functools.partial(self._loop.arguments, dataset, order, drop_last=drop_last, epochs=epochs)
         call = self._session.enter_call(arguments)
         if call.is_done and (weights := self._run.read_model()) is not None:
-            self.model.load_state_dict(weights)
+            self._local.replica.load_model_state(weights)
         return call
-
-    def _step_scheduler(self, result: StepResult) -> None:
-        if result.skipped:
-            return
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(result.loss)
-        elif self.scheduler is not None:
-            self.scheduler.step()
 
     # ------------------------------------------------------------------ end of a run
 

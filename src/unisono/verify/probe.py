@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from unisono.collective import Collective
+from unisono.data.batch import Batch
 from unisono.data.loader import Loader
 from unisono.guard.data import content_digest
 from unisono.observe.summary import Summary
 from unisono.training.observer import Observer
-from unisono.training.step import Batch
 from unisono.training.trainer import Trainer
 from unisono.verify.bench import Bench, few, optimizer_state, watch_scheduler
 from unisono.verify.fresh import fresh

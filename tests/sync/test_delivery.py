@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tests.sync.test_exact import assert_same_bits, drawn, rated, reduced, tables, trained, wanted
+from tests.sync.test_exact import assert_same_bits, drawn, exchanged, rated, reduced, tables, trained, wanted
 from tests.sync.test_two_levels import Counting, ranks, together
 from tests.training.hard_problem import shared, train
 from tests.training.test_promise import alone, differing
 from unisono import Exact
 from unisono.collective import Collective
-from unisono.layout import Layout
+from unisono.replica.parameters import layout_of
 from unisono.sync import finish
 from unisono.sync.exact import ExactReduction
 from unisono.testing import run_threads
-from unisono.tree import Span
 
 WORLDS = [(1, 1, 1), (1, 1, 1, 1), (1,) * 5, (1,) * 7, (2, 1, 1), (2, 1, 2), (1, 3, 1, 2)]
 """Workers of each host."""
@@ -34,9 +33,9 @@ def stretches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("hosts", WORLDS, ids=str)
 def test_every_host_gets_the_naive_tree_sum(hosts: tuple[int, ...], overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    leaves = 7
+    microbatches = 7
     together(hosts, monkeypatch)
-    steps = [(drawn(leaves, seed=filled), filled) for filled in [*range(leaves, 0, -1), leaves]]
+    steps = [(drawn(microbatches, seed=filled), filled) for filled in [*range(microbatches, 0, -1), microbatches]]
 
     found = reduced(sum(hosts), steps, per_host=len(hosts), overlap=overlap, bucket_mib=0.004)
 
@@ -47,17 +46,8 @@ def test_every_host_gets_the_naive_tree_sum(hosts: tuple[int, ...], overlap: boo
 class PerHost(Exact):
     """As a run is reduced that can lose hosts."""
 
-    def bind(
-        self,
-        layout: Layout,
-        collective: Collective,
-        leaves: int,
-        *,
-        sparse: Collection[int] = (),
-        per_host: bool = False,
-        ranges: Sequence[Span] | None = None,
-    ) -> ExactReduction:
-        return super().bind(layout, collective, leaves, sparse=sparse, per_host=True, ranges=ranges)
+    def bind(self, *args: Any, **settings: Any) -> ExactReduction:
+        return super().bind(*args, **{**settings, "per_host": True})
 
 
 @pytest.mark.parametrize("hosts", [(1, 1, 1), (2, 1, 2), (1, 3, 1, 2)], ids=str)
@@ -93,21 +83,18 @@ def test_training_ends_with_the_bits_of_one_worker(
 @pytest.mark.parametrize("hosts", [(1,) * 3, (1,) * 4, (1,) * 8, (2,) * 4, (4, 4, 4)], ids=str)
 def test_each_host_sends_what_a_ring_would_send(hosts: tuple[int, ...]) -> None:
     size, width, count = sum(hosts), 16, 240
-    leaves = 2 * size  # the microbatches of a host are one node of the tree: one sum
+    microbatches = 2 * size  # the microbatches of a host are one node of the tree: one sum
 
     def work(collective: Collective) -> int:
         counting = Counting(collective, hosts)
         model = nn.ParameterList([nn.Parameter(torch.zeros(width)) for _ in range(count)])
-        layout = Layout(model.named_parameters())
-        reduction = Exact(replicate_kib=0).bind(layout, counting, leaves, per_host=True)
-        reduction.begin(leaves, overlap=False)
-        for leaf in range(*reduction.ranges[counting.rank]):
-            sum(parameter.sum() for parameter in model).backward()
-            reduction.add(leaf)
-        reduction.launch()
-        reduction.notes()
-        present = bytes([1] * count)
-        reduction.deliver(reduction.finish(1.0, present), present)
+        layout = layout_of(list(model.named_parameters()))
+        reduction = Exact(replicate_kib=0).bind(layout, counting, microbatches, per_host=True)
+        reduction.begin(microbatches)
+        for microbatch in range(*reduction.ranges[counting.rank]):
+            reduction.add(microbatch, [torch.ones_like(parameter) for parameter in model])
+        exchanged(reduction, size)
+        reduction.finish(1.0)
         return counting.crossed
 
     sent = run_threads(size, work)

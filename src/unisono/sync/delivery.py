@@ -17,7 +17,7 @@ Part = tuple[int, int]
 """Elements ``lo <= i < hi`` of a block."""
 
 
-class Relay:
+class Delivery:
     """Brings sums to those who update with them. *Collective* as a whole.
 
     Args:
@@ -57,7 +57,7 @@ class Relay:
         for peer in range(collective.size):
             kinds = [(self._layout.blocks[block], hi - lo) for block, lo, hi in self._parts(stretches, peer, rank)]
             incoming.append([(numel, block.dtype, block.device) for block, numel in kinds])
-        received = collective.exchange(outgoing, incoming, name="relay")
+        received = collective.exchange(outgoing, incoming, name="delivery")
         for peer, tensors in enumerate(received):
             for (block, lo, hi), tensor in zip(self._parts(stretches, peer, rank), tensors, strict=True):
                 self._room.flats[block][lo:hi].copy_(tensor)

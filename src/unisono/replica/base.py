@@ -1,0 +1,218 @@
+"""The seam between the rest of the house and a framework: one worker's copy of a model and its optimizer.
+
+What is known of a framework's models and optimizers is known behind this seam alone. In front of it there are slots (see
+``unisono.layout``) and torch CPU or CUDA tensors: the format in which gradients and state are summed, sent and stored. A replica
+of another framework shares its memory with them (DLPack, NumPy views), or copies.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from unisono.layout import Allocate, Layout
+from unisono.replica.buffers import Buffers
+from unisono.replica.randomness import seed_generators
+from unisono.sync.base import GradientSink
+
+LossFunction = Callable[[Any, Any], Any]
+"""``loss(model, batch)``: the microbatch's loss *sum* (scalar) and the *count* to divide by once, globally; or one scalar, which
+is the mean over the microbatch's samples."""
+
+MetricFunction = Callable[[Any, Any], Any]
+"""``metric(model, batch)``: the metric's sum over the microbatch and the count to divide by, or one scalar: the mean."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Microbatch:
+    """One of the parts of a global batch that this worker computes."""
+
+    number: int
+    """m, counted over the whole global batch."""
+    indices: npt.NDArray[np.int64]
+    """Sample indices, int64, 1-D."""
+    data: Any
+    """What ``collate_fn`` made of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LossPart:
+    """What a microbatch adds to the step besides its gradient."""
+
+    loss: Tensor
+    """Summed loss, 0-dim, detached."""
+    count: float
+
+
+class Replica(abc.ABC):
+    """A model and its optimizer, as one worker has them. Everything here is *local*.
+
+    Attributes:
+        layout: Where the trainable parameters lie.
+        device: Where the model computes.
+        model: What loss and metric functions are called with.
+        loss: What is trained; as a metric, what an evaluation measures by default.
+        buffers: What forward changes besides the trainable parameters.
+        sparse: Slots (by index) that get gradients of few rows, as ``torch.sparse_coo`` tensors.
+    """
+
+    layout: Layout
+    device: torch.device
+    model: Any
+    loss: MetricFunction
+    buffers: Buffers
+    sparse: Collection[int] = frozenset()
+
+    # ------------------------------------------------------------------ the model
+
+    @abc.abstractmethod
+    def adopt(self, allocate: Allocate) -> list[Tensor]:
+        """Moves the trainable parameters into flat memory, one tensor a block. From now on that memory is where they are: what
+        is written there is what the next microbatch is computed with, and ``update`` changes it in place."""
+
+    @abc.abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """All parameters (frozen ones, too) and buffers, each once, by name: their memory."""
+
+    @abc.abstractmethod
+    def model_state(self) -> dict[str, Any]:
+        """What the model's file holds, by name."""
+
+    @abc.abstractmethod
+    def load_model_state(self, state: Mapping[str, Any]) -> None:
+        """Takes over what ``model_state`` gave."""
+
+    def seed(self, seed: int) -> None:
+        """Seeds all generators that the model may draw from with 64 bits."""
+        seed_generators(seed, self.device)
+
+    def check_unchanged(self) -> None:  # noqa: B027 - not every framework lets it be changed
+        """Whether the model still trains just the parameters of ``layout``; asked before the first of some steps.
+
+        Raises:
+            ConfigurationError: It trains others.
+        """
+
+    def edits(self) -> Sequence[int]:
+        """Numbers that change when parameters are written to, as far as the framework counts that; the memory is looked at
+        besides."""
+        return ()
+
+    def describe(self) -> dict[str, Any]:
+        """What makes a run this run, as plain JSON: equal on all workers, and at every start."""
+        kinds = {slot.name: self.layout.blocks[slot.block].dtype for slot in self.layout.slots}
+        return {
+            "parameter_groups": [{key: plain(value) for key, value in group.items()} for group in self.hyperparameters()],
+            "parameters": {
+                slot.name: f"{str(kinds[slot.name]).removeprefix('torch.')}{list(slot.shape)}" for slot in self.layout.slots
+            },
+        }
+
+    # ------------------------------------------------------------------ a step
+
+    def begin_step(self) -> None:  # noqa: B027
+        """A step begins: whether the parameters still lie where ``adopt`` has put them.
+
+        Raises:
+            ConfigurationError: They do not.
+        """
+
+    @abc.abstractmethod
+    def gradients(self, microbatches: Sequence[Microbatch], seeds: Sequence[int], sink: GradientSink) -> list[LossPart]:
+        """Computes the gradients of some microbatches with the parameters of now, each under a seed of its own, and gives them to
+        ``sink`` one microbatch after the other, in order.
+
+        Of each microbatch, all that its forward has left in ``buffers`` is there when ``sink.add`` is called; when that returns,
+        they hold what they held before.
+
+        Raises:
+            ConfigurationError: Loss function or model cannot be trained exactly.
+        """
+
+    @abc.abstractmethod
+    def update(self, slots: Sequence[int], gradients: Sequence[Tensor]) -> None:
+        """The optimizer's step with these gradients; all other parameters have none, and stay."""
+
+    @abc.abstractmethod
+    def learning_rates(self) -> tuple[float, ...]:
+        """Of each parameter group, if it has one."""
+
+    # ------------------------------------------------------------------ evaluation
+
+    @abc.abstractmethod
+    def evaluating(self) -> AbstractContextManager[None]:
+        """While the body runs the model is in evaluation mode."""
+
+    @abc.abstractmethod
+    def evaluate(self, metrics: Mapping[str, MetricFunction], data: Any, samples: int, seed: int) -> Tensor:
+        """The sum and the count of each metric over one microbatch of ``samples`` samples, each under ``seed``: float64
+        ``[metrics, 2]``, on the CPU."""
+
+    # ------------------------------------------------------------------ the optimizer's state
+
+    @abc.abstractmethod
+    def slot_state(self, slot: int) -> Mapping[str, Any]:
+        """The optimizer's state of a parameter, as it is in memory: tensors, numbers, None, by key; nothing if there is none."""
+
+    @abc.abstractmethod
+    def place_state(self, slot: int, key: str, value: Any) -> None:
+        """Makes ``value`` itself the state's value: if it is a tensor, the state lies in its memory from now on (until an update
+        puts another in its place, as some optimizers do)."""
+
+    @abc.abstractmethod
+    def set_slot_state(self, slot: int, state: Mapping[str, Any]) -> None:
+        """Gives the parameter a copy of a state that ``slot_state`` gave, of this or another replica, where the optimizer would
+        have it."""
+
+    @abc.abstractmethod
+    def clear_state(self, slots: Collection[int] | None = None) -> None:
+        """Forgets the state of these parameters (None: all state)."""
+
+    @abc.abstractmethod
+    def hyperparameters(self) -> list[dict[str, Any]]:
+        """The optimizer's settings by parameter group, as they are now: later steps do not change what is returned."""
+
+    @abc.abstractmethod
+    def set_hyperparameters(self, groups: Sequence[Mapping[str, Any]], *, exactly: bool = False) -> None:
+        """Gives the parameter groups the settings that ``hyperparameters`` gave.
+
+        Args:
+            exactly: Whether what groups have besides goes.
+
+        Raises:
+            CheckpointError: There is another number of groups.
+        """
+
+    # ------------------------------------------------------------------ the schedule
+
+    def advance_schedule(self, loss: float) -> None:  # noqa: B027
+        """A step with this loss has been taken: the next learning rates."""
+
+    def schedule_state(self) -> Any:
+        """Where the schedule is; None if there is none."""
+        return None
+
+    def set_schedule_state(self, state: Any) -> None:  # noqa: B027
+        """Takes over what ``schedule_state`` gave."""
+
+    def skip_update(self) -> None:  # noqa: B027
+        """The result of an update has been taken over from another worker, as if ``update`` had been called."""
+
+
+def plain(value: Any) -> Any:
+    """*local*. A setting as plain JSON, good enough to tell it from others."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return getattr(value, "__qualname__", type(value).__qualname__)
