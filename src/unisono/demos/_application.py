@@ -1,4 +1,4 @@
-"""What the demos have in common beside data: their options, what they keep beside the weights, and how results are shown."""
+"""What the demos share besides data: their options, what they keep beside the weights, and how results are shown."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MODEL_FILE = "model.safetensors"
 
 
 def program(name: str) -> str:
-    """*local*. What the person typed to run the demo: the command, or the file's name where that is run as a script."""
+    """*local*. How the demo was started: the command, or the file's name if it runs as a script."""
     script = Path(sys.argv[0])
     return f"unisono demo {name}" if script.parent == Path(__file__).parent else script.name
 
@@ -40,9 +40,8 @@ def options(
     """*local*. The options that all demos take.
 
     Args:
-        epochs: The default; None if a preset says it. The same for ``batch_size``.
-        data: What ``--data`` names.
-        predict: What ``--predict`` names, and what is done with it.
+        data: Help of ``--data``; ``predict``: of ``--predict``.
+        epochs: The default, as is ``batch_size``; None if a preset sets it.
     """
     parser = argparse.ArgumentParser(prog=program(name), description=description)
     parser.add_argument("--epochs", type=_at_least_one, default=epochs, help=f"default: {epochs or 'by preset'}")
@@ -56,6 +55,16 @@ def options(
     return parser
 
 
+def settings(arguments: argparse.Namespace, microbatches: int) -> dict[str, Any]:
+    """*local*. The arguments of ``Trainer`` that come from the options."""
+    return {
+        "batch_size": arguments.batch_size,
+        "microbatches": microbatches,
+        "seed": arguments.seed,
+        "run_dir": arguments.run_dir,
+    }
+
+
 def _at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
@@ -65,13 +74,12 @@ def _at_least_one(text: str) -> int:
 class Evaluation(Callback):
     """*collective*. Metrics over one dataset, at the end of every few epochs and, by ``measure``, after the last one.
 
-    They are only shown, over steps: nothing is chosen by them, so that the dataset may be the test's.
+    They are only shown; nothing is selected by them, so the dataset may be the test set.
 
     Args:
-        dataset: Map-style.
-        metrics: As for ``Trainer.evaluate``; the same for ``batch_size``.
-        every: Epochs from one evaluation to the next: a few, where it takes long.
-        epochs: Of the whole run. What the last one leads to is left to ``measure``.
+        dataset: Map-style; ``metrics`` and ``batch_size`` are as for ``Trainer.evaluate``.
+        every: Epochs from one evaluation to the next.
+        epochs: Of the whole run; the last one is left to ``measure``.
     """
 
     edits_weights = False
@@ -81,17 +89,17 @@ class Evaluation(Callback):
         self._every, self._epochs = every, epochs
 
     def on_epoch(self, trainer: Trainer, epoch: int) -> None:
-        """Evaluates if it is the turn."""
+        """Evaluates if an evaluation is due."""
         if (epoch + 1) % self._every == 0 and epoch + 1 < self._epochs:
             self.measure(trainer)
 
     def measure(self, trainer: Trainer) -> dict[str, float]:
-        """*collective*. The metrics of the weights of now."""
+        """*collective*. The metrics of the present weights."""
         return trainer.evaluate(self._dataset, self._metrics, batch_size=self._batch_size)
 
 
 def keep_settings(run_dir: str, settings: Mapping[str, Any]) -> None:
-    """*local*: worker 0 calls it. Writes what ``trained`` gives back."""
+    """*local*, on worker 0. Writes what ``trained`` reads."""
     Store(run_dir).write(SETTINGS_FILE, (json.dumps(settings, indent=1) + "\n").encode())
 
 
@@ -99,7 +107,7 @@ def trained(run_dir: str, name: str) -> dict[str, Any]:
     """*local*. The settings of a trained run.
 
     Raises:
-        ConfigurationError: Nothing was trained there.
+        ConfigurationError: Nothing, or another demo, was trained there.
         CheckpointError: The file is damaged.
     """
     store = Store(run_dir)
@@ -111,15 +119,13 @@ def trained(run_dir: str, name: str) -> dict[str, Any]:
             raise ValueError(f"it holds a {type(settings).__name__}")
     except ValueError as error:
         raise CheckpointError(f"{SETTINGS_FILE} of {run_dir} is damaged ({error}): train again", file=SETTINGS_FILE) from None
-    if settings.get("demo") != name:
-        raise ConfigurationError(
-            f"{run_dir} was trained by `unisono demo {settings.get('demo')}`, not {name}: pass another --run-dir"
-        )
+    if (other := settings.get("demo")) != name:
+        raise ConfigurationError(f"{run_dir} was trained by `unisono demo {other}`, not {name}: pass another --run-dir")
     return settings
 
 
 def load_weights(model: nn.Module, run_dir: str) -> None:
-    """*local*. Puts the weights of ``model.safetensors`` into the model, and the model into evaluation mode.
+    """*local*. Loads ``model.safetensors`` into the model, and puts the model into evaluation mode.
 
     Raises:
         CheckpointError: The file is damaged.
@@ -136,10 +142,11 @@ def load_weights(model: nn.Module, run_dir: str) -> None:
     model.eval()
 
 
-def compare(run_dir: str, title: str, measure: str, values: Mapping[str, float], *, ours: str, higher_is_better: bool) -> None:
-    """*local*: worker 0 calls it. Prints one number of this run beside those of others, and adds it to the report."""
+def compare(run_dir: str, title: str, measure: str, values: Mapping[str, float], *, higher_is_better: bool) -> None:
+    """*local*, on worker 0. Prints one number of this run, which comes first, beside those of others; adds it to the report."""
     width = max(len(name) for name in values)
     print(f"\n{title}: {measure}, {'higher' if higher_is_better else 'lower'} is better")
     for name, value in values.items():
         print(f"  {name:<{width}}  {value:.4f}")
-    attach(run_dir, title, charts.comparison_bars(measure, values, ours, higher_is_better=higher_is_better))
+    picture = charts.comparison_bars(measure, values, next(iter(values)), higher_is_better=higher_is_better)
+    attach(run_dir, title, picture)

@@ -1,4 +1,4 @@
-"""Where the demos' data comes from: the path given, a copy on this machine, or a download from the data set's own address."""
+"""Where the demos' data comes from: a given path, a copy on this machine, or a download from the data set's own address."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OTHERS_WAIT_S = 1800.0
 
 @dataclass(frozen=True, kw_only=True)
 class Download:
-    """One file at its known address."""
+    """One file to download."""
 
     url: str
     size: int
@@ -31,27 +31,26 @@ class Download:
 
     @property
     def name(self) -> str:
-        """The file's name, the last part of its address."""
+        """Of the file."""
         return self.url.rpartition("/")[2]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A data set and the three ways to it."""
+    """A data set and the three ways to get it."""
 
     name: str
-    """As people call it."""
     folder: str
-    """Its folder in the cache."""
+    """In the cache."""
     installed: Sequence[Path | None]
-    """Where packages lay a copy; None: that package is not installed."""
+    """Where packages put a copy; None: that package is not installed."""
     install: str
     """The command that installs such a package."""
     downloads: Sequence[Download]
 
 
 def package_file(package: str, path: str) -> Path | None:
-    """*local*. A file or folder inside an installed Python package, which is not imported; None if it is not there."""
+    """*local*. A file or folder of an installed Python package, which is not imported; None if there is none."""
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations if spec is not None else None) or ():
         if (Path(folder) / path).exists():
@@ -65,27 +64,20 @@ def cache_folder() -> Path:
 
 
 def existing(path: str) -> Path:
-    """*local*. The path that ``--data`` gives.
-
-    Raises:
-        ConfigurationError: Nothing is there.
-    """
+    """*local*. The path that ``--data`` gives; ConfigurationError if nothing is there."""
     if not Path(path).exists():
         raise ConfigurationError(f"--data: there is no file or folder {path}. Check the path.")
     return Path(path)
 
 
 def obtain(source: Source, given: str | None, world: World) -> Path:
-    """*collective*. The file or folder that holds the data: what was given, else an installed copy, else the cache's.
+    """*collective*. The file or folder that holds the data: what was given, else an installed copy, else a download.
 
-    The first worker of each host downloads, the others of that host wait for it.
-
-    Returns:
-        ``given`` or an installed path as they are. Of a download: the file, or the folder if there are several.
+    The first worker of each host downloads, the others of that host wait for it. Of several downloads it is their folder.
 
     Raises:
         ConfigurationError: What was given does not exist.
-        DataError: There is no copy, and the download failed or brought other bytes; the message names the three ways.
+        DataError: There is no copy, and the download failed or has other bytes; the message names the three ways.
     """
     if given is not None:
         return existing(given)
@@ -104,7 +96,7 @@ def obtain(source: Source, given: str | None, world: World) -> Path:
 
 
 def _is_whole(file: Path, download: Download) -> bool:
-    """By size: the digest was compared before the file got its name."""
+    """By its size: the digest was checked before the file got its name."""
     return file.is_file() and file.stat().st_size == download.size
 
 
@@ -115,8 +107,8 @@ def _fetch(source: Source, download: Download, file: Path, *, shown: bool) -> No
         digest, size = _copy(download, part, shown=shown)
         if (digest, size) != (download.sha256, download.size):
             raise DataError(
-                f"{download.url} brought {size:,} bytes with SHA-256 {digest} instead of {download.size:,} bytes with "
-                f"{download.sha256}: it was damaged on its way, or is another version. {_ways(source)}"
+                f"{download.url} has {size:,} bytes with SHA-256 {digest} instead of {download.size:,} bytes with "
+                f"{download.sha256}: it was damaged in transfer, or is another version. {_ways(source)}"
             )
         part.replace(file)
     except OSError as error:  # URLError and timeouts are OSErrors
@@ -131,7 +123,7 @@ def _fetch(source: Source, download: Download, file: Path, *, shown: bool) -> No
 
 
 def _copy(download: Download, part: Path, *, shown: bool) -> tuple[str, int]:
-    """Download into ``part``; the SHA-256 and number of bytes that came."""
+    """Downloads into ``part``; the SHA-256 and the number of bytes received."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -148,12 +140,12 @@ def _copy(download: Download, part: Path, *, shown: bool) -> tuple[str, int]:
             size += len(chunk)
             progress.update(task, completed=size)
             if size > download.size:
-                break  # it is something else: do not fill the disk
+                break  # another file: do not fill the disk
     return hasher.hexdigest(), size
 
 
 def _wait_for(source: Source, missing: Sequence[tuple[Download, Path]]) -> None:
-    """Until this host's first worker has the files. If it fails instead, its launcher ends this worker too."""
+    """Until this host's first worker has the files. If that fails, the launcher ends this worker too."""
     deadline = time.monotonic() + _OTHERS_WAIT_S
     while not all(_is_whole(file, download) for download, file in missing):
         if time.monotonic() > deadline:

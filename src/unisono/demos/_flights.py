@@ -1,4 +1,4 @@
-"""The flights that left New York's airports in 2013: where the table is, and what of it is known when a flight departs."""
+"""The flights that left New York's airports in 2013: where to get them, and what is known of a flight when it departs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import numpy as np
 
 from unisono.demos._data import Download, Source, package_file
 from unisono.demos._tables import Floats, Integers, Table, Words
-from unisono.errors import DataError
 
 FLIGHT_PLAN = ("year", "month", "day", "sched_dep_time", "sched_arr_time", "dep_delay", "distance", "carrier", "origin", "dest")
 _RANGES = {"year": (1900, 2999), "month": (1, 12), "day": (1, 31), "sched_dep_time": (0, 2400), "sched_arr_time": (0, 2400)}
@@ -32,21 +31,19 @@ def is_flights(table: Table) -> bool:
 
 
 def flight_columns(table: Table) -> tuple[Table, Integers]:
-    """*local*. What is known of a flight when it departs, and its arrival's delay and date if the table has them.
+    """*local*. What is known of each flight when it departs, its arrival delay if the table has it, and its day.
 
-    Flights that were cancelled or landed elsewhere have no such delay and are left out.
+    Where the table has delays, flights without one (cancelled, or landed elsewhere) are left out.
 
     Raises:
-        DataError: A date or a time of day is none.
+        DataError: A date or a time of day is invalid.
     """
     for name, (low, high) in _RANGES.items():
         values = table.numbers(name)
         wrong = (values < low) | (values > high) | (values % 1 != 0)
         if wrong.any():
             row = int(np.argmax(wrong))
-            raise DataError(
-                f"{table.file}, row {row + 2}, column {name!r}: {values[row]:g} is no whole number from {low} to {high}"
-            )
+            raise table.error(row, name, f"{values[row]:g} is no whole number from {low} to {high}")
     year, month, day = (table.numbers(name) for name in ("year", "month", "day"))
     months = ((year - 1970) * 12 + month - 1).astype("datetime64[M]")
     days = months.astype("datetime64[D]").astype(np.int64) + day.astype(np.int64) - 1

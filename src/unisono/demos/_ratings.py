@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -29,28 +28,11 @@ MOVIELENS = Source(
         ),
     ),
 )
-_GENRES = """unknown
-Action
-Adventure
-Animation
-Children's
-Comedy
-Crime
-Documentary
-Drama
-Fantasy
-Film-Noir
-Horror
-Musical
-Mystery
-Romance
-Sci-Fi
-Thriller
-War
-Western""".splitlines()
-"""In the order of the flags in u.item."""
-
-
+# In the order of the flags in u.item.
+_GENRES = [
+    "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
+    "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
+]  # fmt: skip
 LIKED = 0.75
 """Of the way from the lowest to the highest rating: 4 stars of 5."""
 
@@ -73,11 +55,7 @@ class Ratings:
     """``float32 [I, G]``, G may be 0."""
 
     def user(self, name: str) -> int:
-        """*local*. The place of a user.
-
-        Raises:
-            ConfigurationError: There is no such user.
-        """
+        """*local*. The place of a user; ConfigurationError if there is no such user."""
         if name not in self.user_names:
             some = ", ".join(self.user_names[:3])
             raise ConfigurationError(f"there is no user {name!r} among the {len(self.user_names):,} users ({some}, ...)")
@@ -85,21 +63,17 @@ class Ratings:
 
 
 class Known:
-    """The ratings to learn from, as matrices ``float32 [U, I]``: whether rated, by how much above the mean, whether liked.
-
-    A model reads them; they are no part of its weights.
-    """
+    """The ratings to learn from, as matrices ``float32 [U, I]``: whether rated, by how much above the mean, whether liked."""
 
     def __init__(self, ratings: Ratings, rows: Tensor) -> None:
-        shape = (len(ratings.user_names), len(ratings.titles))
-        self.mean = float(ratings.values[rows].mean())
+        values, pairs = ratings.values[rows], (ratings.users[rows], ratings.items[rows])
+        self.mean = float(values.mean())
         self.low, self.high = float(ratings.values.min()), float(ratings.values.max())
         self.enough = self.low + LIKED * (self.high - self.low)
-        self.rated, self.rating = torch.zeros(shape), torch.zeros(shape)
-        self.rated[ratings.users[rows], ratings.items[rows]] = 1.0
-        self.rating[ratings.users[rows], ratings.items[rows]] = ratings.values[rows] - self.mean
-        self.liked = torch.zeros(shape)
-        self.liked[ratings.users[rows], ratings.items[rows]] = (ratings.values[rows] >= self.enough).float()
+        self.rated, self.rating, self.liked = torch.zeros(3, len(ratings.user_names), len(ratings.titles)).unbind()
+        self.rated[pairs] = 1.0
+        self.rating[pairs] = values - self.mean
+        self.liked[pairs] = (values >= self.enough).float()
 
 
 def read_ratings(path: Path) -> Ratings:
@@ -115,8 +89,38 @@ def read_ratings(path: Path) -> Ratings:
     return _checked(_from_movielens(path), f"{path}/u.data")
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a file of one of the two formats, split into fields."""
+
+    file: str
+    rows: list[list[str]]
+    first: int
+    """The number of the first of them in the file."""
+
+    def of(self, fields: int) -> list[list[str]]:
+        """The rows, which must have so many fields."""
+        for number, row in enumerate(self.rows, start=self.first):
+            if len(row) != fields:
+                raise DataError(
+                    f"{self.file}, row {number} has {len(row)} fields instead of {fields}. Is it the file of MovieLens 100k?"
+                )
+        return self.rows
+
+    def column(self, name: str, place: int, convert: Callable[[str], float], wrong: str) -> Tensor:
+        """The values of a column, float64."""
+        values = np.empty(len(self.rows))
+        for number, row in enumerate(self.rows):
+            try:
+                values[number] = convert(row[place])
+            except (KeyError, ValueError, IndexError):
+                found = row[place] if len(row) > place else "nothing"
+                raise DataError(f"{self.file}, row {number + self.first}, column {name}: {found!r} {wrong}") from None
+        return torch.from_numpy(values)
+
+
 def _from_movielens(path: Path) -> Ratings:
-    def lines(name: str) -> list[str]:
+    def read(name: str, separator: str) -> _Rows:
         try:
             if path.is_dir():
                 text = (path / name).read_text(encoding="latin-1")
@@ -125,82 +129,45 @@ def _from_movielens(path: Path) -> Ratings:
                     text = archive.read(f"ml-100k/{name}").decode("latin-1")
         except (OSError, KeyError, zipfile.BadZipFile) as error:
             raise DataError(f"{path}: {name} of MovieLens 100k cannot be read ({error})") from None
-        return text.splitlines()
+        return _Rows(f"{path}/{name}", [line.split(separator) for line in text.splitlines()], 1)
 
-    people = _fields(f"{path}/u.user", lines("u.user"), "|", 5, 1)
-    films = _fields(f"{path}/u.item", lines("u.item"), "|", 5 + len(_GENRES), 1)
+    films = read("u.item", "|").of(5 + len(_GENRES))
     genres = [[name for name, flag in zip(_GENRES, film[5:], strict=True) if flag == "1"] for film in films]
-    data = [line.split("\t") for line in lines("u.data")]
-    return _tables(f"{path}/u.data", data, 1, _people(f"{path}/u.user", people, 1), [(f[0], f[1]) for f in films], genres)
+    return _tables(read("u.data", "\t"), read("u.user", "|"), [film[0] for film in films], [film[1] for film in films], genres)
 
 
 def _from_recbole(path: Path) -> Ratings:
-    def rows(ending: str) -> list[str]:
+    def read(ending: str) -> _Rows:
+        file = path / f"ml-100k.{ending}"
         try:
-            text = (path / f"ml-100k.{ending}").read_text(encoding="utf-8")
+            lines = file.read_text(encoding="utf-8").splitlines()[1:]
         except OSError as error:
-            raise DataError(f"{path}/ml-100k.{ending} cannot be read ({error})") from None
-        return text.splitlines()[1:]
+            raise DataError(f"{file} cannot be read ({error})") from None
+        return _Rows(str(file), [line.split("\t") for line in lines], 2)
 
-    films = _fields(f"{path}/ml-100k.item", rows("item"), "\t", 4, 2)
-    people = _people(f"{path}/ml-100k.user", _fields(f"{path}/ml-100k.user", rows("user"), "\t", 5, 2), 2)
-    titles = [(film[0], f"{film[1]} ({film[2]})") for film in films]
-    data = [line.split("\t") for line in rows("inter")]
-    return _tables(f"{path}/ml-100k.inter", data, 2, people, titles, [film[3].split() for film in films])
+    films = read("item").of(4)
+    titles, genres = [f"{film[1]} ({film[2]})" for film in films], [film[3].split() for film in films]
+    return _tables(read("inter"), read("user"), [film[0] for film in films], titles, genres)
 
 
-def _fields(file: str, lines: Sequence[str], separator: str, count: int, first: int) -> list[list[str]]:
-    """``first`` is the number of the first row in its file."""
-    rows = [line.split(separator) for line in lines]
-    for number, row in enumerate(rows, start=first):
-        if len(row) != count:
-            raise DataError(f"{file}, row {number} has {len(row)} fields instead of {count}. Is it the file of MovieLens 100k?")
-    return rows
-
-
-def _people(file: str, rows: list[list[str]], first: int) -> list[list[str]]:
-    for number, row in enumerate(rows, start=first):
-        if not row[1].isdecimal():
-            raise DataError(f"{file}, row {number}, column age: {row[1]!r} is no number")
-    return rows
-
-
-def _tables(
-    file: str,
-    rows: list[list[str]],
-    first: int,
-    people: list[list[str]],
-    films: list[tuple[str, str]],
-    genres: list[list[str]],
-) -> Ratings:
-    """``people``: id, age, gender, occupation, zip code. ``first`` is the number of the first row in its file."""
+def _tables(data: _Rows, user: _Rows, films: list[str], titles: list[str], genres: list[list[str]]) -> Ratings:
+    """From ``data`` (user, item, rating), ``user`` (id, age, gender, occupation, zip code), and films' ids, titles and genres."""
+    people = user.of(5)
+    age = user.column("age", 1, int, "is no number")
     user_place = {person[0]: place for place, person in enumerate(people)}
-    item_place = {film: place for place, (film, _) in enumerate(films)}
-
-    def column(name: str, place: int, convert: Callable[[str], float], wrong: str) -> npt.NDArray[np.float64]:
-        values = np.empty(len(rows))
-        for number, row in enumerate(rows):
-            try:
-                values[number] = convert(row[place])
-            except (KeyError, ValueError, IndexError):
-                found = row[place] if len(row) > place else "nothing"
-                raise DataError(f"{file}, row {number + first}, column {name}: {found!r} {wrong}") from None
-        return values
-
-    users = column("user", 0, user_place.__getitem__, f"is not among the {len(people):,} users")
-    items = column("item", 1, item_place.__getitem__, f"is not among the {len(films):,} films")
-    values = column("rating", 2, float, "is no number")
+    item_place = {film: place for place, film in enumerate(films)}
     occupations = sorted({person[3] for person in people})
     known = [name for name in _GENRES if any(name in genre for genre in genres)]
+    about = [[float(person[2] == "F"), 0.0, *(float(person[3] == name) for name in occupations)] for person in people]
+    user_features = torch.tensor(about)
+    user_features[:, 1] = (age - 30) / 15
     return Ratings(
-        users=torch.from_numpy(users).long(),
-        items=torch.from_numpy(items).long(),
-        values=torch.from_numpy(values).float(),
+        users=data.column("user", 0, user_place.__getitem__, f"is not among the {len(people):,} users").long(),
+        items=data.column("item", 1, item_place.__getitem__, f"is not among the {len(films):,} films").long(),
+        values=data.column("rating", 2, float, "is no number").float(),
         user_names=[person[0] for person in people],
-        titles=[title for _, title in films],
-        user_features=torch.tensor(
-            [[float(p[2] == "F"), (float(p[1]) - 30) / 15, *(float(p[3] == name) for name in occupations)] for p in people]
-        ),
+        titles=titles,
+        user_features=user_features,
         item_features=torch.tensor([[float(name in genre) for name in known] for genre in genres]),
     )
 
@@ -210,7 +177,7 @@ def _from_csv(path: Path) -> Ratings:
     users, items = table.words("user"), table.words("item")
     for name, column in (("user", users), ("item", items)):
         if (column.codes < 0).any():
-            raise DataError(f"{path}, row {int(np.argmax(column.codes < 0)) + 2}, column {name!r}: the value is missing")
+            raise table.error(int(np.argmax(column.codes < 0)), name, "the value is missing")
     titles = list(items.vocabulary)
     if "title" in table.columns:
         names = table.words("title")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from typing import Any, TextIO
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from unisono.errors import DataError
 
@@ -53,16 +57,18 @@ class Table:
         """
         column = self._column(name)
         if isinstance(column, Words):
+            if (column.codes < 0).all():
+                raise DataError(f"{self.file}: column {name!r} is empty, numbers are needed there")
             first = int(np.argmax(column.codes >= 0))
-            raise DataError(
-                f"{self.file}, row {first + 2}, column {name!r}: {column.vocabulary[column.codes[first]]!r} is no number"
-                if (column.codes >= 0).any()
-                else f"{self.file}: column {name!r} is empty, numbers are needed there"
-            )
+            raise self.error(first, name, f"{column.vocabulary[column.codes[first]]!r} is no number")
         if complete and np.isnan(column).any():
-            row = int(np.argmax(np.isnan(column))) + 2
-            raise DataError(f"{self.file}, row {row}, column {name!r}: the value is missing. Fill it in, or leave the row out.")
+            row = int(np.argmax(np.isnan(column)))
+            raise self.error(row, name, "the value is missing. Fill it in, or leave the row out.")
         return column
+
+    def error(self, row: int, name: str, what: str) -> DataError:
+        """*local*. The error that something is wrong in a row, counted from 0, of a column."""
+        return DataError(f"{self.file}, row {row + 2}, column {name!r}: {what}")
 
     def words(self, name: str) -> Words:
         """*local*. A column as text, also if it holds numbers.
@@ -113,7 +119,12 @@ def read_csv(path: Path) -> Table:
                 twice = next(name for name in header if header.count(name) > 1)
                 raise DataError(f"{path}, row 1: two columns are called {twice!r}. Each needs a name of its own.")
             columns = {name: _Column(path, name) for name in header}
-            for first, block in _blocks(reader, path, len(header)):
+            # In blocks, so that little text is in memory at a time.
+            for first in itertools.count(2, _BLOCK_ROWS):
+                block = list(itertools.islice(reader, _BLOCK_ROWS))
+                if not block:
+                    break
+                _check_fields(path, block, first, len(header))
                 for column, values in zip(columns.values(), zip(*block, strict=True), strict=True):
                     column.add(values, first)
         except UnicodeDecodeError as error:
@@ -122,29 +133,19 @@ def read_csv(path: Path) -> Table:
             ) from None
         except csv.Error as error:
             raise DataError(f"{path}, row {reader.line_num}: no CSV ({error})") from None
-    if not columns or not next(iter(columns.values())).parts:
+    if not next(iter(columns.values())).parts:
         raise DataError(f"{path} has a header row and no data: at least one row is needed")
     return Table(str(path), {name: column.whole() for name, column in columns.items()})
 
 
-def _blocks(reader: Iterator[list[str]], path: Path, fields: int) -> Iterator[tuple[int, list[list[str]]]]:
-    """Rows in blocks, so that text is held in memory only a little at a time; each with its first row's number."""
-    block: list[list[str]] = []
-    number = 1
-    for row in reader:
-        number += 1
+def _check_fields(path: Path, rows: Sequence[Sequence[str]], first: int, fields: int) -> None:
+    for number, row in enumerate(rows, start=first):
+        if not row:
+            raise DataError(f"{path}, row {number} is empty. Delete it.")
         if len(row) != fields:
-            if not row:
-                raise DataError(f"{path}, row {number} is empty. Delete it.")
             raise DataError(
                 f"{path}, row {number} has {len(row)} fields, the header has {fields}. Is a comma missing or too many?"
             )
-        block.append(row)
-        if len(block) == _BLOCK_ROWS:
-            yield number - len(block) + 1, block
-            block = []
-    if block:
-        yield number - len(block) + 1, block
 
 
 @contextmanager
@@ -267,23 +268,58 @@ class Features:
         """For each column of words, how many codes there are."""
         return [len(words) + 1 for words in self.words.values()]
 
-    def encode(self, table: Table) -> tuple[npt.NDArray[np.float32], Integers]:
+    def encode(self, table: Table) -> tuple[Tensor, Tensor]:
         """*local*. Standardised numbers with missing ones as 0 and their flags, ``float32 [N, width]``, and codes
         ``int64 [N, len(sizes)]``.
 
         Raises:
             DataError: A column is missing, or holds text where numbers are needed.
         """
-        values = np.zeros((len(table), self.width), dtype=np.float32)
+        values = torch.zeros(len(table), self.width)
         for place, (name, (mean, std)) in enumerate(self.numbers.items()):
-            column = table.numbers(name, complete=False)
-            known = ~np.isnan(column)
-            values[known, place] = ((column[known] - mean) / std).astype(np.float32)
-            values[~known, place + len(self.numbers)] = 1.0
-        codes = np.zeros((len(table), len(self.words)), dtype=np.int64)
-        for place, (name, known_words) in enumerate(self.words.items()):
+            column = (torch.from_numpy(table.numbers(name, complete=False)) - mean) / std
+            values[:, place] = column.nan_to_num(0.0)
+            values[:, place + len(self.numbers)] = column.isnan()
+        codes = torch.zeros(len(table), len(self.words), dtype=torch.int64)
+        for place, (name, known) in enumerate(self.words.items()):
             column_words = table.words(name)
-            number = {word: code for code, word in enumerate(known_words, start=1)}
+            number = {word: code for code, word in enumerate(known, start=1)}
             new = np.array([number.get(word, 0) for word in column_words.vocabulary] + [0], dtype=np.int64)
-            codes[:, place] = new[column_words.codes]  # -1, nothing known, is the last: 0
+            codes[:, place] = torch.from_numpy(new[column_words.codes])  # -1, not known, is the last: 0
         return values, codes
+
+    def datasets(self, table: Table, target: Floats, *parts: Integers) -> list[TensorDataset]:
+        """*local*. For each part, given by its rows: numbers and codes as from ``encode``, and the target ``float32 [N]``."""
+        columns = (*self.encode(table), torch.from_numpy(target.astype(np.float32)))
+        return [TensorDataset(*(column[rows] for column in columns)) for rows in parts]
+
+
+class TableNet(nn.Module):
+    """What nets on tables have in common: an embedding for each column of words. ``inputs`` gives their layers ``inputs_width``
+    numbers."""
+
+    def __init__(self, width: int, sizes: Sequence[int]) -> None:
+        super().__init__()
+        dimensions = [min(16, 2 + size // 4) for size in sizes]
+        self.embeddings = nn.ModuleList(nn.Embedding(size, dim) for size, dim in zip(sizes, dimensions, strict=True))
+        self.inputs_width = 2 * width + sum(dimensions)
+
+    def inputs(self, numbers: Tensor, codes: Tensor, *, limit: float) -> Tensor:
+        """Numbers ``[N, width]``, cut off at ``limit``, with a signed logarithm beside each, and codes ``[N, C]`` as one input.
+
+        Delays, amounts and risks have long tails, which a net treats badly without the logarithm.
+        """
+        logs = torch.sign(numbers) * torch.log1p(numbers.abs())
+        words = [embedding(codes[:, i]) for i, embedding in enumerate(self.embeddings)]
+        return torch.cat([numbers.clamp(-limit, limit), logs, *words], dim=1)
+
+
+def for_sklearn(*parts: TensorDataset) -> tuple[list[tuple[npt.NDArray[Any], npt.NDArray[Any]]], list[int], Any]:
+    """*local*. The same columns for baselines: each part's inputs and target, the columns that hold codes, and a transformer that
+    makes these one-hot."""
+    from sklearn.compose import make_column_transformer
+    from sklearn.preprocessing import OneHotEncoder
+
+    arrays = [(np.concatenate(part.tensors[:2], axis=1), part.tensors[2].numpy()) for part in parts]
+    words = list(range(parts[0].tensors[0].shape[1], arrays[0][0].shape[1]))
+    return arrays, words, make_column_transformer((OneHotEncoder(handle_unknown="ignore"), words), remainder="passthrough")

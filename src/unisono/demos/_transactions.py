@@ -14,7 +14,7 @@ from unisono.demos._tables import Floats, Integers, Table, Words
 DAY_S = 86_400
 _RADIUS = 5.0
 LABEL_DELAY_DAYS = 7.0
-"""So long it takes until a customer notices a fraud: what a terminal's risk may be computed from is older."""
+"""Until a customer notices a fraud: a terminal's risk may be computed from older payments only."""
 
 
 def simulate(customers: int, terminals: int, days: int, seed: int) -> Table:
@@ -51,15 +51,14 @@ def simulate(customers: int, terminals: int, days: int, seed: int) -> Table:
             rows = random.choice(rows, len(rows) // 3, replace=False)
             amount[rows] = (amount[rows] * 5).round(2)
             scenario[rows] = 3
-    columns: dict[str, Floats | Words] = {
-        "time": time.astype(np.float64),
-        "customer": customer.astype(np.float64),
-        "terminal": terminal.astype(np.float64),
-        "amount": amount,
-        "fraud": (scenario > 0).astype(np.float64),
-        "scenario": scenario.astype(np.float64),
-    }
-    return Table("simulated transactions", columns)
+    columns = {"time": time, "customer": customer, "terminal": terminal, "amount": amount, "fraud": scenario > 0}
+    columns["scenario"] = scenario
+    return Table("simulated transactions", {name: values.astype(np.float64) for name, values in columns.items()})
+
+
+def hours(time: Floats) -> Words:
+    """*local*. The hour of the day of times in seconds."""
+    return Words((time % DAY_S // 3600).astype(np.int64), [str(number) for number in range(24)])
 
 
 def _nearby(homes: Floats, places: Floats, customer: Integers, random: np.random.Generator) -> Integers:
@@ -78,20 +77,18 @@ def _rows_of(ids: Integers, count: int) -> list[Integers]:
 
 
 def with_history(table: Table, label: str = "fraud") -> Table:
-    """*local*. The columns that a model learns from, and the label: of each transaction what is known when it happens.
+    """*local*. The columns that a model learns from, and the label: what is known of each transaction when it happens.
 
     Over the last 1, 7 and 30 days: how often its customer paid and how much on average; how often its terminal was used and
-    which share of that was fraud, as far as that can be known a week later. Where the table has no labels, no fraud is known.
-    Rows stay where they are.
+    which share of that was fraud, as far as it is known a week later. Without labels no fraud is known. Rows keep their places.
     """
     time, amount = table.numbers("time"), table.numbers("amount")
     fraud = table.numbers(label) if label in table.columns else np.zeros(len(table))
     customer, terminal = (table.numbers(name).astype(np.int64) for name in ("customer", "terminal"))
-    hour, weekday = (time % DAY_S // 3600).astype(np.int64), (time // DAY_S % 7).astype(np.int64)
     columns: dict[str, Floats | Words] = {
         "amount": amount,
-        "hour": Words(hour, [str(number) for number in range(24)]),
-        "weekday": Words(weekday, [str(number) for number in range(7)]),
+        "hour": hours(time),
+        "weekday": Words((time // DAY_S % 7).astype(np.int64), [str(number) for number in range(7)]),
     }
     for days in (1, 7, 30):
         count, spent = _window(customer, time, amount, 0.0, days)
@@ -112,8 +109,7 @@ def _window(ids: Integers, time: Floats, values: Floats, delay_days: float, days
     span = time.max() + (delay_days + days + 1) * DAY_S
     key = ids[order] * span + time[order]
     until = key - delay_days * DAY_S
-    # With a delay, rows of other ids must not be reached: the window starts at this id's beginning of time at the earliest.
-    floor = ids[order] * span
+    floor = ids[order] * span  # with a delay, the window must not reach rows of other ids
     last = np.searchsorted(key, np.maximum(until, floor), side="right" if delay_days == 0 else "left")
     first = np.searchsorted(key, np.maximum(until - days * DAY_S, floor), side="left")
     sums = np.concatenate([[0.0], np.cumsum(values[order])])

@@ -1,8 +1,8 @@
-"""Forecasts with intervals: how late will this flight arrive? All 336,776 flights that left New York in 2013, or a CSV of yours.
+"""Forecasts with intervals: how late will this flight arrive? All 336,776 flights that left New York in 2013, or your CSV file.
 
-A forecast is made at departure, from the departure's delay and the flight plan: the median and an interval that holds 80 % of
-what comes. The net starts as a linear regression and learns all three from the quantile loss. It is tested on whole days that it
-has not seen, every fifth one; on a CSV of yours on the last fifth of the rows.
+A forecast is made at departure, from the departure delay and the flight plan: the median and an interval that holds 80 % of the
+outcomes. The net starts as a linear regression and learns all three from the quantile loss. It is tested on whole days that it
+has not seen, every fifth one; on your CSV file on the last fifth of the rows.
 
     unisono demo forecast --workers 2
     unisono demo forecast --data sales.csv --target units --run-dir runs/sales    # rows in order of time, a header row
@@ -25,7 +25,7 @@ import unisono
 from unisono.demos import _application as application
 from unisono.demos._data import obtain
 from unisono.demos._flights import FLIGHTS, flight_columns, is_flights
-from unisono.demos._tables import Features, Integers, Table, read_csv
+from unisono.demos._tables import Features, Integers, Table, TableNet, for_sklearn, read_csv
 from unisono.report import charts
 from unisono.report.attachments import attach
 
@@ -33,39 +33,28 @@ MICROBATCHES = 4
 QUANTILES = (0.1, 0.5, 0.9)
 
 
-class ForecastNet(nn.Module):
+class ForecastNet(TableNet):
     """Numbers ``[N, width]`` and codes ``[N, C]`` to three quantiles ``[N, 3]`` in ascending order, in units of ``scale``."""
 
     def __init__(self, width: int, sizes: list[int]) -> None:
-        super().__init__()
-        dimensions = [min(16, 2 + size // 4) for size in sizes]
-        self.embeddings = nn.ModuleList(nn.Embedding(size, dim) for size, dim in zip(sizes, dimensions, strict=True))
+        super().__init__(width, sizes)
         self.linear = nn.Linear(width, 1)
-        self.layers = nn.Sequential(
-            nn.Linear(2 * width + sum(dimensions), 192),
-            nn.SiLU(),
-            nn.Dropout(0.05),
-            nn.Linear(192, 96),
-            nn.SiLU(),
-        )
+        self.layers = nn.Sequential(nn.Linear(self.inputs_width, 192), nn.SiLU(), nn.Dropout(0.05), nn.Linear(192, 96), nn.SiLU())
         self.out = nn.Linear(96, len(QUANTILES))
 
     @torch.no_grad()
     def start_linear(self, numbers: Tensor, target: Tensor) -> None:
-        """*local*. Sets out from least squares, so that the layers need to learn only what that misses."""
+        """*local*. Starts from least squares, so that the layers need to learn only what that misses."""
         columns = torch.cat([numbers, torch.ones(len(numbers), 1)], dim=1).double().numpy()
         solution = np.linalg.lstsq(columns, target.double().numpy(), rcond=1e-6)[0]
-        # Rounded: how a matrix lies in memory may change the last bits.
+        # Rounded: the memory alignment of the matrix may change the last bits.
         start = torch.from_numpy(solution.round(4)).float()
         self.linear.weight.copy_(start[None, :-1])
         self.linear.bias.copy_(start[-1:])
         nn.init.normal_(self.out.weight, std=0.01)
 
     def forward(self, numbers: Tensor, codes: Tensor) -> Tensor:
-        # A signed logarithm beside each number: delays have long tails, which a net alone treats badly.
-        logs = torch.sign(numbers) * torch.log1p(numbers.abs())
-        words = [embedding(codes[:, i]) for i, embedding in enumerate(self.embeddings)]
-        below, middle, above = self.out(self.layers(torch.cat([numbers.clamp(-4, 4), logs, *words], dim=1))).unbind(1)
+        below, middle, above = self.out(self.layers(self.inputs(numbers, codes, limit=4))).unbind(1)
         median = middle + self.linear(numbers).squeeze(1)
         return torch.stack([median - F.softplus(below), median, median + F.softplus(above)], dim=1)
 
@@ -104,26 +93,15 @@ def split(table: Table, days: Integers, spread: bool) -> tuple[Integers, Integer
     return np.flatnonzero(~in_test), np.flatnonzero(in_test)
 
 
-def tensors(features: Features, table: Table) -> tuple[Tensor, Tensor]:
-    numbers, codes = features.encode(table)
-    return torch.from_numpy(numbers), torch.from_numpy(codes)
-
-
 def baselines(train: TensorDataset, test: TensorDataset, scale: float) -> dict[str, float]:
     """Mean absolute errors of others that learn from the same columns."""
-    from sklearn.compose import make_column_transformer
     from sklearn.ensemble import HistGradientBoostingRegressor
     from sklearn.linear_model import Ridge
     from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import OneHotEncoder
 
-    (train_x, train_y), (test_x, test_y) = (
-        (np.concatenate([numbers.numpy(), codes.numpy()], axis=1), target.numpy() * scale)
-        for numbers, codes, target in (train.tensors, test.tensors)
-    )
-    words = list(range(train.tensors[0].shape[1], train_x.shape[1]))
+    ((train_x, train_y), (test_x, test_y)), words, one_hot = for_sklearn(train, test)
+    train_y, test_y = train_y * scale, test_y * scale
     boosting = HistGradientBoostingRegressor(loss="absolute_error", max_iter=200, categorical_features=words, random_state=0)
-    one_hot = make_column_transformer((OneHotEncoder(handle_unknown="ignore"), words), remainder="passthrough")
     forecasts = {
         "gradient boosting (HistGradientBoosting)": boosting.fit(train_x, train_y).predict(test_x),
         "linear regression": make_pipeline(one_hot, Ridge(1.0)).fit(train_x, train_y).predict(test_x),
@@ -142,7 +120,7 @@ def predict(run_dir: str, file: str) -> None:
     if settings["flights"]:
         table, _ = flight_columns(Table(table.file, {k: v for k, v in table.columns.items() if k != "arr_delay"}))
     with torch.no_grad():
-        quantiles = model(*tensors(features, table)) * settings["scale"] + settings["middle"]
+        quantiles = model(*features.encode(table)) * settings["scale"] + settings["middle"]
     print("low,median,high")
     for row in quantiles.tolist():
         print(",".join(f"{value:.2f}" for value in row))
@@ -162,9 +140,7 @@ def main() -> None:
     arguments = parser.parse_args()
     world = unisono.World.from_environment().at_most(MICROBATCHES)
     if arguments.predict is not None:
-        if world.is_main:
-            predict(arguments.run_dir, arguments.predict)
-        return
+        return predict(arguments.run_dir, arguments.predict) if world.is_main else None
 
     table = read_csv(obtain(FLIGHTS, arguments.data, world))
     flights = is_flights(table) and arguments.target == "arr_delay"
@@ -175,8 +151,7 @@ def main() -> None:
         raise unisono.DataError(f"{table.file}: column {arguments.target!r} is {target[0]:g} in all rows to train on")
     features = Features.fit(table.take(train_rows), leave_out=[arguments.target])
     middle, scale = float(np.median(target[train_rows])), float(np.std(target[train_rows]))
-    columns = (*tensors(features, table), torch.from_numpy(((target - middle) / scale).astype(np.float32)))
-    train, test = (TensorDataset(*(column[rows] for column in columns)) for rows in (train_rows, test_rows))
+    train, test = features.datasets(table, (target - middle) / scale, train_rows, test_rows)
 
     torch.manual_seed(arguments.seed)
     model = ForecastNet(features.width, features.sizes)
@@ -186,18 +161,9 @@ def main() -> None:
     error = functools.partial(absolute_error, scale=scale)
     metrics: dict[str, Any] = {"mean absolute error": error, "share in the interval": coverage}
     shown = application.Evaluation(test, metrics, batch_size=4096, every=2, epochs=arguments.epochs)
-    trainer = unisono.Trainer(
-        model,
-        optimizer,
-        loss,
-        batch_size=arguments.batch_size,
-        microbatches=MICROBATCHES,
-        seed=arguments.seed,
-        scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1),
-        max_grad_norm=1.0,
-        run_dir=arguments.run_dir,
-        callbacks=[shown],
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1)
+    settings = application.settings(arguments, MICROBATCHES)
+    trainer = unisono.Trainer(model, optimizer, loss, scheduler=schedule, max_grad_norm=1.0, callbacks=[shown], **settings)
     trainer.fit(train, epochs=arguments.epochs)
     mean_error, covered = shown.measure(trainer).values()
     if not trainer.world.is_main:
@@ -206,7 +172,7 @@ def main() -> None:
     application.keep_settings(arguments.run_dir, kept)
     values = {"this run": mean_error, **baselines(train, test, scale)}
     title = f"Mean absolute error of {arguments.target}, {len(test):,} rows that were not trained on"
-    application.compare(arguments.run_dir, title, "mean absolute error", values, ours="this run", higher_is_better=False)
+    application.compare(arguments.run_dir, title, "mean absolute error", values, higher_is_better=False)
     print(f"the 80 % interval holds {covered:.1%}")
 
     some = slice(0, 60)

@@ -1,7 +1,7 @@
-"""Fraud detection: which card payments are frauds? Simulated payments, the well-known `creditcard.csv`, or a CSV of yours.
+"""Fraud detection: which card payments are frauds? Simulated payments, the well-known `creditcard.csv`, or your CSV file.
 
-About one payment in a hundred is a fraud. The net is trained on the past and tested on the last fifth of the time; between the
-two lies a week, because that long it takes until frauds are known.
+About one payment in a hundred is a fraud. The net is trained on the past and tested on the last fifth of the time. There is a
+week between the two, because frauds become known only after a week.
 
     unisono demo fraud --workers 2
     unisono demo fraud --data creditcard.csv --run-dir runs/creditcard           # label column "Class"
@@ -24,8 +24,8 @@ from torch.utils.data import TensorDataset
 import unisono
 from unisono.demos import _application as application
 from unisono.demos._data import existing
-from unisono.demos._tables import Features, Floats, Integers, Table, Words, read_csv
-from unisono.demos._transactions import DAY_S, LABEL_DELAY_DAYS, simulate, with_history
+from unisono.demos._tables import Features, Floats, Integers, Table, TableNet, for_sklearn, read_csv
+from unisono.demos._transactions import DAY_S, LABEL_DELAY_DAYS, hours, simulate, with_history
 from unisono.report import charts
 from unisono.report.attachments import attach
 
@@ -37,15 +37,13 @@ CUSTOMERS, TERMINALS, DAYS = 3600, 7200, 90
 PAYMENTS = ("time", "customer", "terminal", "amount")
 
 
-class PaymentNet(nn.Module):
+class PaymentNet(TableNet):
     """Numbers ``[N, width]`` and codes ``[N, C]`` to the logit of fraud ``[N]``."""
 
     def __init__(self, width: int, sizes: list[int]) -> None:
-        super().__init__()
-        dimensions = [min(16, 2 + size // 4) for size in sizes]
-        self.embeddings = nn.ModuleList(nn.Embedding(size, dim) for size, dim in zip(sizes, dimensions, strict=True))
+        super().__init__(width, sizes)
         self.layers = nn.Sequential(
-            nn.Linear(2 * width + sum(dimensions), 128),
+            nn.Linear(self.inputs_width, 128),
             nn.SiLU(),
             nn.Dropout(0.1),
             nn.Linear(128, 64),
@@ -55,10 +53,7 @@ class PaymentNet(nn.Module):
         )
 
     def forward(self, numbers: Tensor, codes: Tensor) -> Tensor:
-        # A signed logarithm beside each number: amounts and risks have long tails, which a net alone treats badly.
-        logs = torch.sign(numbers) * torch.log1p(numbers.abs())
-        words = [embedding(codes[:, i]) for i, embedding in enumerate(self.embeddings)]
-        logits: Tensor = self.layers(torch.cat([numbers.clamp(-5, 5), logs, *words], dim=1)).squeeze(1)
+        logits: Tensor = self.layers(self.inputs(numbers, codes, limit=5)).squeeze(1)
         return logits
 
 
@@ -73,11 +68,9 @@ def prepare(table: Table, label: str) -> tuple[Table, Floats, float]:
     """Columns to learn from, when each row was (for the split), and how long labels take to be known, in the same unit."""
     if all(name in table.columns for name in PAYMENTS):
         return with_history(table, label), table.numbers("time") / DAY_S, LABEL_DELAY_DAYS
-    columns = dict(table.columns)
-    if "Time" in columns and "V1" in columns:  # creditcard.csv: seconds since its first row; of that only the hour can recur
+    if "Time" in table.columns and "V1" in table.columns:  # creditcard.csv: seconds since its first row, of which the hour recurs
         time = table.numbers("Time")
-        hour = (time % DAY_S // 3600).astype(np.int64)
-        return Table(table.file, {**columns, "Time": Words(hour, [str(number) for number in range(24)])}), time, 0.0
+        return Table(table.file, {**table.columns, "Time": hours(time)}), time, 0.0
     return table, np.arange(len(table), dtype=np.float64), 0.0
 
 
@@ -90,7 +83,7 @@ def split(table: Table, label: str, when: Floats, delay: float) -> tuple[Integer
     labels = table.numbers(label)
     if not np.isin(labels, (0, 1)).all():
         row = int(np.argmax(~np.isin(labels, (0, 1))))
-        raise unisono.DataError(f"{table.file}, row {row + 2}, column {label!r}: {labels[row]:g} is no label. Write 0 or 1.")
+        raise table.error(row, label, f"{labels[row]:g} is no label. Write 0 or 1.")
     test_from = np.quantile(when, 1 - TEST_SHARE)
     train, test = np.flatnonzero(when < test_from - delay), np.flatnonzero(when >= test_from)
     for part, rows in (("train on (the first in time)", train), ("test on (the last in time)", test)):
@@ -108,11 +101,6 @@ def split(table: Table, label: str, when: Floats, delay: float) -> tuple[Integer
     return train, test
 
 
-def tensors(features: Features, table: Table) -> tuple[Tensor, Tensor]:
-    numbers, codes = features.encode(table)
-    return torch.from_numpy(numbers), torch.from_numpy(codes)
-
-
 def scores(model: nn.Module, numbers: Tensor, codes: Tensor) -> Floats:
     """Probabilities of fraud, too high where ``FRAUD_WEIGHT`` is above 1: they put payments in order."""
     with torch.no_grad():
@@ -122,28 +110,21 @@ def scores(model: nn.Module, numbers: Tensor, codes: Tensor) -> Floats:
 
 def baselines(train: TensorDataset, test: TensorDataset) -> dict[str, Floats]:
     """Scores of others that learn from the same columns."""
-    from sklearn.compose import make_column_transformer
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import OneHotEncoder
 
-    train_x, test_x = (
-        np.concatenate([numbers.numpy(), codes.numpy()], axis=1) for numbers, codes, _ in (train.tensors, test.tensors)
-    )
-    train_y = train.tensors[2].numpy()
-    words = list(range(train.tensors[0].shape[1], train_x.shape[1]))
+    ((train_x, train_y), (test_x, _)), words, one_hot = for_sklearn(train, test)
     boosting = HistGradientBoostingClassifier(categorical_features=words, early_stopping=True, random_state=0)
-    one_hot = make_column_transformer((OneHotEncoder(handle_unknown="ignore"), words), remainder="passthrough")
     logistic = make_pipeline(one_hot, LogisticRegression(class_weight="balanced", max_iter=300))
     models = {"gradient boosting (HistGradientBoosting)": boosting, "logistic regression": logistic}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the second has not converged: it comes no further
+        warnings.simplefilter("ignore")  # about convergence: more iterations do not help the second
         return {name: model.fit(train_x, train_y).predict_proba(test_x)[:, 1] for name, model in models.items()}
 
 
 def report(run_dir: str, labels: Floats, found: Mapping[str, Floats]) -> None:
-    """Average precision, recall among the alerts and the precision-recall curve of everyone's scores."""
+    """Average precision, recall among the alerts and the precision-recall curve of all scores."""
     from sklearn.metrics import average_precision_score, precision_recall_curve
 
     alerts = max(1, int(len(labels) * ALERTS))
@@ -154,11 +135,10 @@ def report(run_dir: str, labels: Floats, found: Mapping[str, Floats]) -> None:
         p, r, _ = precision_recall_curve(labels, score)
         thin = np.unique(np.linspace(0, len(p) - 1, 400).astype(int))
         lines[name] = (r[thin], p[thin])
-    ours = next(iter(found))
     rows = f"{len(labels):,} payments after those trained on, {labels.mean():.2%} of them frauds"
-    application.compare(run_dir, f"Average precision, {rows}", "average precision", precision, ours=ours, higher_is_better=True)
+    application.compare(run_dir, f"Average precision, {rows}", "average precision", precision, higher_is_better=True)
     title = f"Frauds among the {ALERTS:.0%} of payments with the highest scores"
-    application.compare(run_dir, title, "share of all frauds", recall, ours=ours, higher_is_better=True)
+    application.compare(run_dir, title, "share of all frauds", recall, higher_is_better=True)
     attach(run_dir, "Precision and recall", charts.curves("recall", "precision", lines))
 
 
@@ -170,7 +150,7 @@ def predict(run_dir: str, file: str) -> None:
     application.load_weights(model, run_dir)
     table, _, _ = prepare(read_csv(Path(file)), settings["label"])
     print("score")
-    for score in scores(model, *tensors(features, table)):
+    for score in scores(model, *features.encode(table)):
         print(f"{score:.6f}")
 
 
@@ -187,38 +167,26 @@ def main() -> None:
     arguments = parser.parse_args()
     world = unisono.World.from_environment().at_most(MICROBATCHES)
     if arguments.predict is not None:
-        if world.is_main:
-            predict(arguments.run_dir, arguments.predict)
-        return
+        return predict(arguments.run_dir, arguments.predict) if world.is_main else None
 
     given = arguments.data
     table = simulate(CUSTOMERS, TERMINALS, DAYS, seed=0) if given is None else read_csv(existing(given))
     label = arguments.label or ("Class" if "Class" in table.columns else "fraud")
-    table.numbers(label)  # here it must be there; history takes missing labels for unknown ones
+    table.numbers(label)  # required here; history takes missing labels for unknown ones
     table, when, delay = prepare(table, label)
     train_rows, test_rows = split(table, label, when, delay)
     features = Features.fit(table.take(train_rows), leave_out=[label])
     labels = table.numbers(label)
-    columns = (*tensors(features, table), torch.from_numpy(labels.astype(np.float32)))
-    train, test = (TensorDataset(*(column[rows] for column in columns)) for rows in (train_rows, test_rows))
+    train, test = features.datasets(table, labels, train_rows, test_rows)
 
     torch.manual_seed(arguments.seed)
     model = PaymentNet(features.width, features.sizes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     steps = arguments.epochs * -(-len(train) // arguments.batch_size)
     shown = application.Evaluation(test, {"test loss": loss}, batch_size=4096, every=1, epochs=arguments.epochs)
-    trainer = unisono.Trainer(
-        model,
-        optimizer,
-        loss,
-        batch_size=arguments.batch_size,
-        microbatches=MICROBATCHES,
-        seed=arguments.seed,
-        scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps + 1),
-        max_grad_norm=1.0,
-        run_dir=arguments.run_dir,
-        callbacks=[shown],
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps + 1)
+    settings = application.settings(arguments, MICROBATCHES)
+    trainer = unisono.Trainer(model, optimizer, loss, scheduler=schedule, max_grad_norm=1.0, callbacks=[shown], **settings)
     trainer.fit(train, epochs=arguments.epochs)
     shown.measure(trainer)
     if trainer.world.is_main:

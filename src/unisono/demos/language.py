@@ -1,7 +1,7 @@
-"""A language model that writes text letter by letter: a small GPT on Python's own documentation, or on a text file of yours.
+"""A language model that writes text letter by letter: a small GPT on Python's own documentation, or on your text file.
 
-Dropout, tied weights and a cosine schedule; measured in bits per character on the last tenth of the text, which it has not seen,
-beside an n-gram model and `xz -9`.
+Dropout, tied weights and a cosine schedule; measured in bits per character on the last tenth of the text, which was not trained
+on, beside an n-gram model and `xz -9`.
 
     unisono demo language --workers 2
     unisono demo language --preset nanogpt --run-dir runs/nanogpt       # nanoGPT's setting for CPUs
@@ -153,6 +153,14 @@ def write(model: GPT, vocabulary: str, prompt: str, length: int, seed: int, temp
     return "".join(vocabulary[character] for character in text[len(prompt) :])
 
 
+def predict(run_dir: str, prompt: str, seed: int) -> None:
+    """Prints the prompt and how the model goes on."""
+    settings = application.trained(run_dir, "language")
+    model = GPT(len(settings["vocabulary"]), Preset(**settings["preset"]))
+    application.load_weights(model, run_dir)
+    print(prompt + write(model, settings["vocabulary"], prompt, 500, seed))
+
+
 def cosine(step: int, *, steps: int, warm: int) -> float:
     """Share of the learning rate: up over ``warm`` steps, then down along a cosine to a tenth."""
     if step < warm:
@@ -172,15 +180,11 @@ def main() -> None:
     arguments = parser.parse_args()
     world = unisono.World.from_environment().at_most(MICROBATCHES)
     if arguments.predict is not None:
-        if world.is_main:
-            settings = application.trained(arguments.run_dir, "language")
-            model = GPT(len(settings["vocabulary"]), Preset(**settings["preset"]))
-            application.load_weights(model, arguments.run_dir)
-            print(arguments.predict + write(model, settings["vocabulary"], arguments.predict, 500, arguments.seed))
-        return
+        return predict(arguments.run_dir, arguments.predict, arguments.seed) if world.is_main else None
 
     preset = PRESETS[arguments.preset]
-    epochs, batch_size = arguments.epochs or preset.epochs, arguments.batch_size or preset.batch_size
+    epochs = arguments.epochs or preset.epochs
+    arguments.batch_size = arguments.batch_size or preset.batch_size
     text = read_text(arguments.data)
     vocabulary = "".join(sorted(set(text)))
     number = {character: code for code, character in enumerate(vocabulary)}
@@ -195,23 +199,12 @@ def main() -> None:
         {"params": [weight for weight in model.parameters() if weight.dim() == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=preset.learning_rate, betas=(0.9, 0.99), weight_decay=0.1)
-    steps = epochs * -(-len(train) // batch_size)
-    schedule = functools.partial(cosine, steps=steps, warm=min(100, steps // 10))
+    steps = epochs * -(-len(train) // arguments.batch_size)
     held_out = HeldOut(codes, begin, preset.block)
     shown = application.Evaluation(held_out, {MEASURE: bits_per_character}, batch_size=16, every=2, epochs=epochs)
-    trainer = unisono.Trainer(
-        model,
-        optimizer,
-        loss,
-        batch_size=batch_size,
-        microbatches=MICROBATCHES,
-        seed=arguments.seed,
-        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
-        max_grad_norm=1.0,
-        precision=arguments.precision,
-        run_dir=arguments.run_dir,
-        callbacks=[shown],
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(cosine, steps=steps, warm=min(100, steps // 10)))
+    settings = application.settings(arguments, MICROBATCHES) | {"precision": arguments.precision}
+    trainer = unisono.Trainer(model, optimizer, loss, scheduler=schedule, max_grad_norm=1.0, callbacks=[shown], **settings)
     trainer.fit(train, epochs=epochs)
     result = shown.measure(trainer)
     if not trainer.world.is_main:
@@ -226,7 +219,7 @@ def main() -> None:
         "xz -9 that has seen the training text": (compressed(text) - compressed(text[:begin])) / rest,
     }
     title = f"Bits per character, the last {rest:,} of {len(text):,} characters"
-    application.compare(arguments.run_dir, title, MEASURE, values, ours="this run", higher_is_better=False)
+    application.compare(arguments.run_dir, title, MEASURE, values, higher_is_better=False)
     prompt = text[begin : begin + 40]
     sample = write(model, vocabulary, prompt, 300, arguments.seed)
     print(f"\n{prompt}|{sample}")

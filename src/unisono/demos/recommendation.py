@@ -174,6 +174,14 @@ def recommend(model: Recommender, ratings: Ratings, user: int, count: int = 10) 
     return [(ratings.titles[item], round(float(value), 1)) for item, value in zip(best, values, strict=True)]
 
 
+def predict(model: Recommender, ratings: Ratings, run_dir: str, user: str) -> None:
+    """Prints what is recommended to a user."""
+    application.trained(run_dir, "recommendation")
+    application.load_weights(model, run_dir)
+    for title, rating in recommend(model, ratings, ratings.user(user)):
+        print(f"{rating:.1f}  {title}")
+
+
 def main() -> None:
     parser = application.options(
         "recommendation",
@@ -195,28 +203,15 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     model = Recommender(ratings, known)
     if arguments.predict is not None:
-        if world.is_main:
-            application.trained(arguments.run_dir, "recommendation")
-            application.load_weights(model, arguments.run_dir)
-            for title, rating in recommend(model, ratings, ratings.user(arguments.predict)):
-                print(f"{rating:.1f}  {title}")
-        return
+        return predict(model, ratings, arguments.run_dir, arguments.predict) if world.is_main else None
 
     train, test = (TensorDataset(ratings.users[r], ratings.items[r], ratings.values[r]) for r in (train_rows, test_rows))
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=1.0)
     steps = arguments.epochs * -(-len(train) // arguments.batch_size)
     shown = application.Evaluation(test, {"mean squared error": squared_error}, batch_size=5000, every=1, epochs=arguments.epochs)
-    trainer = unisono.Trainer(
-        model,
-        optimizer,
-        loss,
-        batch_size=arguments.batch_size,
-        microbatches=MICROBATCHES,
-        seed=arguments.seed,
-        scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps + 1),
-        run_dir=arguments.run_dir,
-        callbacks=[shown],
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps + 1)
+    settings = application.settings(arguments, MICROBATCHES)
+    trainer = unisono.Trainer(model, optimizer, loss, scheduler=schedule, callbacks=[shown], **settings)
     trainer.fit(train, epochs=arguments.epochs)
     result = shown.measure(trainer)
     if not trainer.world.is_main:
@@ -225,7 +220,7 @@ def main() -> None:
     application.keep_settings(run_dir, {"demo": "recommendation"})
     values = {"this run": math.sqrt(result["mean squared error"])} | rating_baselines(ratings, train_rows, test_rows)
     title = f"Ratings, {len(test):,} of {len(ratings.values):,} held out"
-    application.compare(run_dir, title, "root mean squared error in stars", values, ours="this run", higher_is_better=False)
+    application.compare(run_dir, title, "root mean squared error in stars", values, higher_is_better=False)
 
     relevant = torch.zeros_like(known.rated)
     relevant[ratings.users[test_rows], ratings.items[test_rows]] = (ratings.values[test_rows] >= known.enough).float()
@@ -233,7 +228,7 @@ def main() -> None:
         scores = model.eval().scores(torch.arange(len(ratings.user_names)), None, torch.arange(len(ratings.titles)))
     values = {"this run": recall(scores, known, relevant)} | ranking_baselines(known, relevant)
     title, measure = f"Films liked in the test that are among the {TOP} recommended", f"recall@{TOP}"
-    application.compare(run_dir, title, measure, values, ours="this run", higher_is_better=True)
+    application.compare(run_dir, title, measure, values, higher_is_better=True)
     rows, title = recommend(model, ratings, 0), f"For user {ratings.user_names[0]}"
     print(f"\n{title}:\n" + "\n".join(f"  {rating:.1f}  {film}" for film, rating in rows))
     attach(run_dir, title, DataTable(columns=["film", "expected rating"], rows=rows))

@@ -194,9 +194,7 @@ def main() -> None:
     arguments = parser.parse_args()
     world = unisono.World.from_environment().at_most(MICROBATCHES)
     if arguments.predict is not None:
-        if world.is_main:
-            predict(arguments.run_dir, arguments.predict)
-        return
+        return predict(arguments.run_dir, arguments.predict) if world.is_main else None
 
     folder = obtain(FASHION_MNIST, arguments.data, world)
     train, test = load(folder, "train"), load(folder, "t10k")
@@ -205,17 +203,9 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.02)
     steps = arguments.epochs * -(-len(train) // arguments.batch_size)
     shown = application.Evaluation(test, {"accuracy": accuracy}, batch_size=500, every=2, epochs=arguments.epochs)
-    trainer = unisono.Trainer(
-        model,
-        optimizer,
-        loss,
-        batch_size=arguments.batch_size,
-        microbatches=MICROBATCHES,
-        seed=arguments.seed,
-        scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps + 1),
-        run_dir=arguments.run_dir,
-        callbacks=[shown],
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps + 1)
+    settings = application.settings(arguments, MICROBATCHES)
+    trainer = unisono.Trainer(model, optimizer, loss, scheduler=schedule, callbacks=[shown], **settings)
     trainer.fit(train, epochs=arguments.epochs)
     result = shown.measure(trainer)
     if not trainer.world.is_main:
@@ -224,7 +214,7 @@ def main() -> None:
     values = {"this run": result["accuracy"], "logistic regression": logistic_regression(train, test)}
     title = f"Test accuracy on {len(test):,} images"
     published = PUBLISHED if arguments.data is None else {}
-    application.compare(arguments.run_dir, title, "accuracy", values | published, ours="this run", higher_is_better=True)
+    application.compare(arguments.run_dir, title, "accuracy", values | published, higher_is_better=True)
     images, labels = test.tensors
     found = logits_of(model, images).argmax(dim=1)
     counts = torch.bincount(labels * len(CLASSES) + found, minlength=len(CLASSES) ** 2).view(len(CLASSES), -1)
