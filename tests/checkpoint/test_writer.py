@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,20 +38,35 @@ def test_the_owner_goes_on_while_a_job_runs(writer: BackgroundWriter[str]) -> No
 
 def test_one_job_is_in_flight_at_most(writer: BackgroundWriter[str]) -> None:
     running, most = 0, 0
+    ended: list[int] = []
 
-    def job() -> str:
+    def job(step: int) -> str:
         nonlocal running, most
         running += 1
         most = max(most, running)
         running -= 1
+        ended.append(step)
         return "x"
 
     for step in range(20):
-        writer.submit(step, job)
+        writer.submit(step, partial(job, step))
         # submit returned, so all before this one have finished
-        assert writer._job is None or writer._job[0] == step
+        assert ended[:step] == list(range(step))
     assert [step for step, _ in writer.wait()] == list(range(20))
     assert most == 1
+
+
+def test_a_job_is_let_go_when_it_is_done(writer: BackgroundWriter[str]) -> None:
+    class Snapshot:
+        def write(self) -> str:
+            return "written"
+
+    snapshot = Snapshot()
+    gone = weakref.ref(snapshot)
+    writer.submit(1, snapshot.write)
+    del snapshot
+    assert writer.wait() == [(1, "written")]
+    assert gone() is None
 
 
 def test_a_failed_job_is_raised_once(writer: BackgroundWriter[str]) -> None:

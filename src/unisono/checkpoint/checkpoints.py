@@ -1,19 +1,20 @@
 """The checkpoints of a run: written in parts by all workers, complete through one file, checked when read.
 
-A checkpoint is a folder ``checkpoints/step-N``. It counts only once its ``checkpoint.json`` is there, which is written
-last and names every other file with its size and SHA-256. A crash before that leaves an incomplete folder, which nobody
-reads; a crash after it leaves a complete checkpoint and perhaps files that nobody needs any more.
+A checkpoint is a folder ``checkpoints/step-N``. It is complete once it has its ``checkpoint.json``, which is written last and
+names every other file with its size and SHA-256. A crash before that leaves an incomplete folder, which is never read; a crash
+after it leaves a complete checkpoint and perhaps obsolete files.
 
-Writing a step again (after a resume, perhaps on another number of workers) must not harm a complete checkpoint that is
-already there. So a file of it is never overwritten with other content: the new content gets another name, which ends in
-its digest, and the new ``checkpoint.json`` replaces the old one in a single step.
+Writing a step again (after a resume, perhaps with another world size) must not harm an existing complete checkpoint. So none of
+its files is overwritten with other content: the new content gets another name, which ends in its digest, and the new
+``checkpoint.json`` replaces the old one in a single step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypedDict, cast
 
 from torch import Tensor
@@ -52,19 +53,11 @@ class Checkpoint:
         self._files = files
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors written as `name`, on the CPU.
-
-        Raises:
-            CheckpointError: There is none of that name, or its file is damaged.
-        """
+        """The tensors written as `name`, on the CPU; CheckpointError if there are none or their file is damaged."""
         return decode(self._read(name + _TENSORS))
 
     def part(self, name: str) -> Any:
-        """The state written as part `name`, its tensors on the CPU.
-
-        Raises:
-            CheckpointError: There is none of that name, or one of its files is damaged.
-        """
+        """The state written as part `name`, its tensors on the CPU; CheckpointError as for `tensors`."""
         return unpack(from_json(self._read(name + _JSON)), self.tensors(name))
 
     def part_names(self, prefix: str = "") -> list[str]:
@@ -76,7 +69,7 @@ class Checkpoint:
         return {entry["file"]: entry["sha256"] for entry in self._files.values()}
 
     def damage(self) -> list[str]:
-        """What is wrong, a message a file, with the files that are not as they were written. Reads every file."""
+        """Reads every file; a message for each that is not as it was written."""
         found = []
         for entry in self._files.values():
             try:
@@ -91,10 +84,8 @@ class Checkpoint:
                 f"the checkpoint of step {self.step} has no {name}; it has {', '.join(sorted(self._files))}.",
                 file=self._store.where(f"{_folder(self.step)}/{name}"),
             )
-        try:
+        with _advising():
             return self._load(self._files[name])
-        except CheckpointError as error:
-            raise _with_advice(error) from error
 
     def _load(self, entry: FileEntry) -> bytes:
         path = f"{_folder(self.step)}/{entry['file']}"
@@ -146,10 +137,7 @@ class Checkpoints:
             CheckpointError: `state` holds something that cannot be saved, or the files cannot be written.
         """
         packed, tensors = pack(state)
-        return {
-            **self._write(step, name, _TENSORS, encode(tensors)),
-            **self._write(step, name, _JSON, to_json(packed)),
-        }
+        return self._write(step, name, _TENSORS, encode(tensors)) | self._write(step, name, _JSON, to_json(packed))
 
     def write_tensors(self, step: int, name: str, tensors: Mapping[str, Tensor]) -> dict[str, FileEntry]:
         """Writes `tensors` as a plain safetensors file of the checkpoint of `step`. Otherwise as `write_part`."""
@@ -158,8 +146,8 @@ class Checkpoints:
     def commit(self, step: int, files: Mapping[str, FileEntry], info: Mapping[str, Any]) -> None:
         """Makes the checkpoint of `step` complete, then removes the checkpoints and leftovers that are not kept.
 
-        Kept are this checkpoint, the `keep` - 1 newest complete ones before it that the last call of `newest` did not
-        find damaged, and whatever belongs to later steps (left by a run that was resumed from an earlier one).
+        Kept are this checkpoint, the `keep` - 1 newest complete ones before it that the last call of `newest` did not find
+        damaged, and those of later steps (left by a run that was resumed from an earlier one).
 
         Args:
             step: Optimizer steps done.
@@ -183,14 +171,15 @@ class Checkpoints:
         self._store.write(f"{_folder(step)}/{_MANIFEST}", to_json({**body, "sha256": digest(to_json(body))}, indent=1))
         self._damaged_steps.discard(step)
         try:
-            self._remove_strays(step, {entry["file"] for entry in files.values()})
+            for stray in sorted({*self._store.list(_folder(step))} - {_MANIFEST, *(entry["file"] for entry in files.values())}):
+                self._store.remove(f"{_folder(step)}/{stray}")
             self._remove_old(step)
         except CheckpointError as error:
             # The checkpoint is complete: training goes on.
             warnings.warn(f"old checkpoints could not be removed: {error}", stacklevel=2)
 
     def newest(self) -> Checkpoint | None:
-        """The newest complete checkpoint whose files all are as they were written; None if none is complete.
+        """The newest complete checkpoint without a damaged file; None if none is complete.
 
         Raises:
             CheckpointError: There are complete checkpoints, but all are damaged.
@@ -224,10 +213,8 @@ class Checkpoints:
         Raises:
             CheckpointError: There is none, or its manifest is damaged.
         """
-        try:
+        with _advising():
             return self._open(step)
-        except CheckpointError as error:
-            raise _with_advice(error) from error
 
     def _open(self, step: int) -> Checkpoint:
         path = f"{_folder(step)}/{_MANIFEST}"
@@ -250,11 +237,11 @@ class Checkpoints:
         return {logical: FileEntry(file=file, sha256=sha256, bytes=len(data))}
 
     def _standing(self, step: int) -> dict[str, str]:
-        """Digests of the files that belong to a complete checkpoint of `step` which is there already."""
+        """Digests of the files of a complete checkpoint of `step`, if there is one already."""
         path = f"{_folder(step)}/{_MANIFEST}"
         if not self._store.exists(path):
             return {}
-        # Outside the try: a manifest that cannot be read just now is no licence to overwrite its files.
+        # Outside the try: if the manifest cannot be read right now, its files must not be overwritten.
         data = self._store.read(path)
         try:
             return _parse(self._store, step, from_json(data)).digests()
@@ -281,16 +268,11 @@ class Checkpoints:
     def _complete(self) -> list[int]:
         return [step for step in self._steps() if self._store.exists(f"{_folder(step)}/{_MANIFEST}")]
 
-    def _remove_strays(self, step: int, files: set[str]) -> None:
-        for name in self._store.list(_folder(step)):
-            if name not in files and name != _MANIFEST:
-                self._store.remove(f"{_folder(step)}/{name}")
-
     def _remove_old(self, step: int) -> None:
         complete = [known for known in self._complete() if known <= step and known not in self._damaged_steps]
         for old in self._steps():
             if old < step and old not in complete[: self._keep]:
-                # First what makes it complete: half a checkpoint must not look like a damaged one.
+                # The manifest first: half a checkpoint must not look like a damaged one.
                 self._store.remove(f"{_folder(old)}/{_MANIFEST}")
                 self._store.remove(_folder(old))
 
@@ -299,9 +281,13 @@ def _folder(step: int) -> str:
     return f"{_FOLDER}/step-{step}"
 
 
-def _with_advice(error: CheckpointError) -> CheckpointError:
-    what = str(error).rstrip(".")
-    return CheckpointError(f"{what}. Start again: the newest undamaged checkpoint is used.", file=error.file)
+@contextlib.contextmanager
+def _advising() -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        what = str(error).rstrip(".")
+        raise CheckpointError(f"{what}. Start again: the newest undamaged checkpoint is used.", file=error.file) from error
 
 
 def _parse(store: Store, step: int, manifest: Any) -> Checkpoint:

@@ -2,7 +2,7 @@
 
 JSON has no tuples, no integer keys, no NaN. Such a value becomes an object with the key "$" that names its kind:
 ``{"$": "tuple", "items": [...]}``. A tensor becomes ``{"$": "tensor", "name": ...}``, its name in the safetensors file.
-All other values are written as themselves, so that any JSON tool can read what a person would look for.
+All other values are written as they are, so that the file can be read with any JSON tool.
 """
 
 from __future__ import annotations
@@ -27,15 +27,11 @@ _TAG = "$"
 _MAPPINGS: dict[str, type[dict[Any, Any]]] = {"dict": dict, "ordered_dict": OrderedDict, "counter": Counter}
 _MAPPING_TAGS = {kind: tag for tag, kind in _MAPPINGS.items()}
 _NUMPY = {
-    "bool",
-    *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
-    "float16",
-    "float32",
-    "float64",
-}
+    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64",
+}  # fmt: skip
 # Larger integers are exact in Python, but not in every reader of JSON.
 _EXACT_INT = 2**53
-# A header entry of the safetensors format, so no tensor can have this name.
+# An entry of the safetensors header, which no tensor can be named after.
 _RESERVED = "__metadata__"
 _DTYPES = {
     torch.bool, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32,
@@ -167,13 +163,12 @@ def _pack(value: object, path: str, tensors: dict[str, Tensor]) -> Json:
     kind = type(value)
     if value is None or kind is bool or kind is str:
         return value  # type: ignore[return-value]
-    if kind is int:
-        return _pack_int(value)  # type: ignore[arg-type]
-    if kind is float:
-        return _pack_float(value)  # type: ignore[arg-type]
+    if type(value) is int:
+        return value if abs(value) <= _EXACT_INT else {_TAG: "int", "hex": hex(value)}
+    if type(value) is float:
+        return value if math.isfinite(value) else {_TAG: "float", "value": repr(value)}
     if isinstance(value, Tensor):
-        # Only a state that is nothing but a tensor has no path.
-        name = path or "state"
+        name = path or "state"  # a state that is a single tensor has no path
         tensors[name] = value
         return {_TAG: "tensor", "name": name}
     if kind is list or kind is tuple:
@@ -190,14 +185,6 @@ def _pack(value: object, path: str, tensors: dict[str, Tensor]) -> Json:
         f"cannot save {path or 'the state'}: its type is {kind.__module__}.{kind.__qualname__}. A checkpoint holds "
         "tensors, numbers, strings, lists, tuples and dicts; leave it out of the state_dict, or make it one of these."
     )
-
-
-def _pack_int(value: int) -> Json:
-    return value if abs(value) <= _EXACT_INT else {_TAG: "int", "hex": hex(value)}
-
-
-def _pack_float(value: float) -> Json:
-    return value if math.isfinite(value) else {_TAG: "float", "value": repr(value)}
 
 
 def _pack_mapping(value: dict[Any, Any], path: str, tensors: dict[str, Tensor]) -> Json:
@@ -256,7 +243,7 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise CheckpointError(
             f"cannot save {name!r} of the state dict: it is a {type(tensor).__name__}, and safetensors holds tensors only. "
-            "Return a tensor from get_extra_state(), or leave it away."
+            "Return a tensor from get_extra_state(), or leave it out."
         )
     if name == _RESERVED:
         raise CheckpointError(f"a tensor cannot be called {name!r}: the safetensors format uses this name. Rename it.")

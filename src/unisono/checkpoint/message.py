@@ -48,7 +48,7 @@ def from_bytes(data: bytes, types: Sequence[type] = ()) -> Any:
     if data[: len(_MAGIC)] != _MAGIC or len(data) < start:
         raise CheckpointError(
             f"{len(data):,} bytes that came from another worker are no unisono message (they begin with {data[:8]!r}); nothing "
-            "was read from them. Something else talks on the run's ports, or a worker runs another version of unisono"
+            "was read from them. Another program uses the run's ports, or a worker runs another version of unisono"
         )
     (length,) = _LENGTH.unpack(data[len(_MAGIC) : start])
     head: Any = from_json(data[start : start + length])

@@ -1,8 +1,7 @@
-"""A run directory on any file system: a local folder, or whatever fsspec can reach.
+"""A run directory on any file system: a local folder, or anything that fsspec can reach.
 
-Every write is all or nothing. Locally the bytes go to a temporary file beside the target, reach the disk (fsync), and
-take the target's name in one step (rename); then the folder reaches the disk too. Object stores make a single put
-atomic by themselves.
+Every write is all or nothing. Locally the bytes go to a temporary file beside the target, are synced to disk (fsync), and take
+the target's name in one step (rename); then the folder is synced too. A single put to an object store is atomic by itself.
 """
 
 from __future__ import annotations
@@ -26,6 +25,9 @@ _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno
 
 class Store:
     """The files of one run directory. All methods are *local*; paths are relative to it, with "/" between parts.
+
+    Methods raise CheckpointError if the file system refuses (disk full, no permission, no connection, a missing file, ...). After
+    a failed write or append, what was there before is whole.
 
     Args:
         url: A local path ("runs/x", with or without "file://"), or an fsspec URL ("memory://x", "s3://bucket/runs/x").
@@ -60,70 +62,42 @@ class Store:
         return f"{self.url.rstrip('/')}/{path}" if path else self.url
 
     def write(self, path: str, data: bytes | memoryview) -> None:
-        """Writes `data` to `path`, replacing what was there, in one step that a crash cannot cut in half.
-
-        Raises:
-            CheckpointError: It could not be written (disk full, no permission, ...); what was there before is whole.
-        """
+        """Writes `data` to `path`, replacing what was there, in one step that a crash cannot cut in half."""
         with self._errors("write", _checked(path), size=len(memoryview(data).cast("B"))):
             self._files.write(path, data)
 
     def append(self, path: str, text: str) -> None:
-        """Adds `text` (UTF-8) at the end of `path`, for one writer at a time. Not forced to disk.
-
-        Raises:
-            CheckpointError: It could not be written; what was there before is whole.
-        """
+        """Adds `text` (UTF-8) at the end of `path`, for one writer at a time. Not forced to disk."""
         data = text.encode()
         with self._errors("append to", _checked(path), size=len(data)):
             self._files.append(path, data)
 
     def read(self, path: str) -> bytes:
-        """All bytes of `path`.
-
-        Raises:
-            CheckpointError: It is missing or cannot be read.
-        """
+        """All bytes of `path`."""
         with self._errors("read", _checked(path)):
             return self._files.read(path)
 
     def size(self, path: str) -> int | None:
-        """Bytes in the file `path`; None if there is no such file.
-
-        Raises:
-            CheckpointError: The file system cannot tell (no permission, no connection, ...).
-        """
+        """Bytes in the file `path`; None if there is no such file."""
         with self._errors("look at", _checked(path)):
             return self._files.size(path)
 
     def exists(self, path: str) -> bool:
-        """True if `path` is a file. Raises as `size` does, so that a lost connection does not read as "no"."""
+        """True if `path` is a file. A lost connection is an error, not a "no"."""
         return self.size(path) is not None
 
     def list(self, path: str = "") -> list[str]:
-        """Sorted names of the files and folders directly in the folder `path`; [] if there is none.
-
-        Raises:
-            CheckpointError: It cannot be read.
-        """
+        """Sorted names of the files and folders directly in the folder `path`; [] if there is none."""
         with self._errors("list", _checked(path) if path else ""):
             return sorted(self._files.list(path))
 
     def remove(self, path: str) -> None:
-        """Removes the file or folder `path` with all that is in it; a missing one is fine.
-
-        Raises:
-            CheckpointError: It cannot be removed.
-        """
+        """Removes the file or folder `path` with all its contents, if it exists."""
         with self._errors("remove", _checked(path)):
             self._files.remove(path)
 
     def prepare(self) -> None:
-        """Makes the directory, if it is not there.
-
-        Raises:
-            CheckpointError: It cannot be made, or this user may not write to it.
-        """
+        """Creates the directory if it is missing, and checks that this user may write to it."""
         with self._errors("write to", ""):
             self._files.prepare()
 
@@ -136,13 +110,9 @@ class Store:
     def _errors(self, action: str, path: str, size: int | None = None) -> Iterator[None]:
         try:
             yield
-        except CheckpointError:
-            raise
-        except OSError as error:
-            raise self._explain(error, action, path, size) from error
         except Exception as error:
-            # Drivers of remote file systems raise their own kinds; locally only OSError is expected.
-            if self.is_local:
+            # Drivers of remote file systems raise exceptions of their own; locally only OSError is expected.
+            if self.is_local and not isinstance(error, OSError):
                 raise
             raise self._explain(error, action, path, size) from error
 
@@ -238,7 +208,7 @@ class _LocalFiles:
                 shutil.rmtree(target)
             else:
                 target.unlink()
-            # What is gone stays gone, before whatever is removed or written next.
+            # The removal must reach the disk before what is removed or written next.
             _sync_folder(target.parent)
 
     def prepare(self) -> None:

@@ -1,10 +1,11 @@
-"""Writing beside training: one background thread, one job at a time."""
+"""Writing in the background while training goes on: one job at a time, in a thread of its own."""
 
 from __future__ import annotations
 
 import atexit
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -17,38 +18,33 @@ AT_EXIT_S = 5.0
 
 
 class BackgroundWriter(Generic[T]):
-    """Runs jobs, one after the other, in a daemon thread. All methods are *local* and meant for one owner thread.
+    """Runs jobs, one after the other, in daemon threads. All methods are *local* and meant for one owner thread.
 
-    At most one job is in flight. The thread is a daemon, and a process that ends gives it `AT_EXIT_S` seconds: an owner that
-    wants its job finished calls `wait` before it ends. A job must not touch what training changes meanwhile: hand it a snapshot.
+    At most one job is in flight. A process that ends gives it `AT_EXIT_S` seconds: an owner that wants its job finished calls
+    `wait` before. A job must not touch what training changes meanwhile: hand it a snapshot.
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._job: tuple[int, Callable[[], T]] | None = None
-        self._finished: list[tuple[int, T]] = []
-        self._failed: list[tuple[int, BaseException]] = []
+        self._finished: deque[tuple[int, T]] = deque()
+        self._failed: deque[tuple[int, BaseException]] = deque()
         self._closed = False
+        self._registered = False
 
     def submit(self, step: int, job: Callable[[], T]) -> None:
-        """Starts `job` in the background, after waiting for the job before it.
-
-        An error of the job before it is kept for `done` or `wait`.
+        """Starts `job` in the background, after waiting for the job before it, whose error is kept for `done` or `wait`.
 
         Raises:
             RuntimeError: The writer was closed.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: self._job is None)
-            if self._closed:
-                raise RuntimeError("the checkpoint writer was closed")
-            self._job = (step, job)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="unisono-checkpoint", daemon=True)
-                self._thread.start()
-                atexit.register(_at_exit, weakref.ref(self))
-            self._changed.notify_all()
+        self.settle()
+        if self._closed:
+            raise RuntimeError("the checkpoint writer was closed")
+        if not self._registered:
+            atexit.register(_at_exit, weakref.ref(self))
+            self._registered = True
+        self._thread = threading.Thread(target=self._run, args=(step, job), name="unisono-checkpoint", daemon=True)
+        self._thread.start()
 
     def done(self) -> list[tuple[int, T]]:
         """(step, result) of the jobs that finished since the last call, without waiting.
@@ -56,58 +52,34 @@ class BackgroundWriter(Generic[T]):
         Raises:
             CheckpointError: A job failed. Each failure is raised once; results of other jobs come with the next call.
         """
-        with self._changed:
-            if self._failed:
-                step, error = self._failed.pop(0)
-                raise _as_checkpoint_error(step, error)
-            finished, self._finished = self._finished, []
-            return finished
+        if self._failed:
+            raise _as_checkpoint_error(*self._failed.popleft())
+        return [self._finished.popleft() for _ in range(len(self._finished))]
 
     def wait(self) -> list[tuple[int, T]]:
         """Waits until no job is in flight, then as `done`."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._job is None)
-            return self.done()
+        self.settle()
+        return self.done()
 
-    def settle(self, timeout_s: float) -> None:
+    def settle(self, timeout_s: float | None = None) -> None:
         """Waits until no job is in flight, at most so many seconds."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._job is None, timeout=timeout_s)
+        if self._thread is not None:
+            self._thread.join(timeout_s)
 
     def close(self) -> None:
-        """Waits for the job in flight, then ends the thread. Results and errors stay for `done`."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._job is None)
-            self._closed = True
-            self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
+        """Waits for the job in flight, and accepts no others. Results and errors stay for `done`."""
+        self.settle()
+        self._closed = True
 
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._job is not None or self._closed)
-                if self._job is None:
-                    return
-                step, job = self._job
-            result: list[T] = []
-            failure: BaseException | None = None
-            try:
-                result.append(job())
-            except BaseException as error:  # whatever it is, the owner must hear of it, and must not wait forever
-                failure = error
-            # The snapshot that the job holds may be as large as the model.
-            del job
-            with self._changed:
-                self._finished += [(step, value) for value in result]
-                if failure is not None:
-                    self._failed.append((step, failure))
-                self._job = None
-                self._changed.notify_all()
+    def _run(self, step: int, job: Callable[[], T]) -> None:
+        try:
+            self._finished.append((step, job()))
+        except BaseException as error:  # of any kind: the owner must get it
+            self._failed.append((step, error))
 
 
 def _at_exit(writer: weakref.ref[BackgroundWriter[Any]]) -> None:
-    """A daemon thread that is within C++ code when the interpreter goes takes the process with it, by SIGABRT."""
+    """A daemon thread that runs C++ code when the interpreter ends would abort the process (SIGABRT)."""
     if (alive := writer()) is not None:
         alive.settle(AT_EXIT_S)
 
