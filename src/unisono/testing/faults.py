@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def flip_bit(tensor: Tensor, element: int = 0, bit: int = 0) -> None:
-    """*local*. Flips one bit in memory, as a cosmic ray would: no version counter, no autograd, hears of it.
+    """*local*. Flips one bit in memory, as a cosmic ray would: neither version counters nor autograd notice.
 
     Args:
         tensor: Contiguous.

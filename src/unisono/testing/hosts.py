@@ -1,7 +1,7 @@
-"""Several hosts on one machine: network namespaces, joined by virtual cables. Linux only, and for a user who may make them.
+"""Several hosts on one machine: network namespaces, joined by virtual cables. Linux only, and for a user who may create them.
 
-Nothing here has a name, so nothing can be left behind: a namespace lives as long as a process in it, and the process that
-holds it ends when whoever made it closes its pipe, or dies.
+The namespaces have no names, so nothing can be left behind: a namespace exists as long as a process in it, and the process that
+holds it ends when its creator closes its pipe, or dies.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SWITCH = "switch"
 
 
 class NoNamespaces(Exception):
-    """This process may not make network namespaces; the message says why."""
+    """This process cannot create network namespaces; the message says why."""
 
 
 def address(host: int) -> str:
@@ -28,11 +28,11 @@ def address(host: int) -> str:
 
 
 class VirtualHosts:
-    """Network namespaces that can reach each other and nobody else.
+    """Network namespaces that can reach only each other.
 
     Args:
         holders: The process that holds each host's network namespace.
-        machines: Those that hold the namespaces of each host's processes; none if the hosts have them in common.
+        machines: Each host's process namespace; empty if the hosts share one.
     """
 
     def __init__(self, holders: Sequence[int], machines: Sequence[ProcessNamespace] = ()) -> None:
@@ -40,21 +40,21 @@ class VirtualHosts:
         self._machines = tuple(machines)
 
     def command(self, host: int, command: Sequence[str]) -> list[str]:
-        """The command line that runs ``command`` on a host. Where hosts have processes of their own, what it starts is a child
-        that does not get the signals which it gets, and begins in the root folder."""
+        """The command line that runs ``command`` on a host. If hosts have process namespaces, the command is a child of it, does
+        not get its signals, and starts in the root folder."""
         within = self._machines[host].options if self._machines else []
         return ["nsenter", f"--net={self.namespace(host)}", *within, *command]
 
     def processes(self, host: int) -> dict[int, int]:
-        """The processes of a host that has its own, by their numbers there, with the numbers that they have here."""
+        """The processes of a host with a process namespace: their PIDs there, and here."""
         return self._machines[host].processes()
 
     def lose(self, host: int) -> None:
-        """Ends all processes of a host that has its own, at once, as a power cut does. Others can be started there afterwards."""
+        """Ends all processes of a host with a process namespace at once, like a power cut. Others can be started there again."""
         self._machines[host].restart()
 
     def set_link(self, host: int, state: str) -> None:
-        """Pulls the wire out of a host ("down"), or plugs it in ("up")."""
+        """Unplugs a host's network cable ("down"), or plugs it in ("up")."""
         self.run(host, "ip", "link", "set", WIRE, state)
 
     def namespace(self, host: int) -> Path:
@@ -62,7 +62,7 @@ class VirtualHosts:
         return Path(f"/proc/{self._holders[host]}/ns/net")
 
     def sent(self, host: int) -> int:
-        """Bytes that have left a host through the wire so far, those of all protocols."""
+        """Bytes that a host has sent so far, of all protocols."""
         for line in Path(f"/proc/{self._holders[host]}/net/dev").read_text().splitlines():
             name, _, counts = line.partition(":")
             if name.strip() == WIRE:
@@ -79,14 +79,14 @@ class VirtualHosts:
 
 
 class ProcessNamespace:
-    """A namespace of processes: those in it see each other only, and all end with it. Used as a context; all *local*.
+    """A process namespace: processes in it see only each other, and all end with it. A context manager; all *local*.
 
     Args:
-        network: The file of the network namespace in which they are.
+        network: The file of the network namespace that they are in.
     """
 
     _OWN = (1, 2)
-    """What holds it: a shell, which buries the orphans that it inherits, and the command that it waits for."""
+    """The PIDs that hold it: a shell, which reaps orphans, and the command that it waits for."""
 
     def __init__(self, network: Path) -> None:
         self._network = network
@@ -103,12 +103,12 @@ class ProcessNamespace:
 
     @property
     def options(self) -> list[str]:
-        """Those of nsenter that lead into it."""
+        """The options of nsenter that enter it."""
         namespaces = f"/proc/{self._holder.pid}/ns"
         return [f"--pid={namespaces}/pid_for_children", f"--mount={namespaces}/mnt"]
 
     def processes(self) -> dict[int, int]:
-        """Numbers of the processes in it, but for those that hold it: inside, and as seen from here."""
+        """PIDs of the processes in it, except for those that hold it: inside, and as seen from here."""
         found = {}
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):  # it has ended
@@ -119,7 +119,7 @@ class ProcessNamespace:
         return {inside: here for inside, here in found.items() if inside not in self._OWN}
 
     def restart(self) -> None:
-        """Ends all that runs in it at once, and makes a new one."""
+        """Ends everything in it at once, and creates a new one."""
         self._holder.kill()
         while self.processes():
             time.sleep(0.001)
@@ -129,15 +129,15 @@ class ProcessNamespace:
 
 @contextlib.contextmanager
 def virtual_hosts(count: int = 2, *, megabit: float | None = None, machines: bool = False) -> Iterator[VirtualHosts]:
-    """VirtualHosts that are joined by a switch, for as long as the body runs.
+    """Hosts joined by a switch, for as long as the body runs.
 
     Args:
         count: How many.
-        megabit: Limits the wire in each direction to so many megabits a second.
-        machines: Whether the hosts cannot see each other's processes, as real ones cannot.
+        megabit: Bandwidth of each host's cable in each direction, in Mbit/s; None: unlimited.
+        machines: Whether each host has a process namespace: like real hosts, they cannot see each other's processes.
 
     Raises:
-        NoNamespaces: They cannot be made here.
+        NoNamespaces: They cannot be created here.
     """
     missing = [name for name in ("unshare", "nsenter", "ip", *(["tc"] if megabit else [])) if shutil.which(name) is None]
     if missing:
@@ -167,7 +167,7 @@ def virtual_hosts(count: int = 2, *, megabit: float | None = None, machines: boo
 
 @contextlib.contextmanager
 def _held(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """The process that holds a namespace: it says when it is ready, and ends with its input."""
+    """A process that holds a namespace: it prints "ready", and ends with its input."""
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with holder:  # closes the pipes, and waits for the end
         assert holder.stdout is not None

@@ -36,15 +36,15 @@ def run_workers(size: int, work: Callable[..., T], *args: Any, transport: Transp
 
 
 class Workers:
-    """Processes for workers, forked from one that has imported PyTorch already: after the first they start at once.
+    """Worker processes, forked from one that has imported PyTorch already: after the first they start at once.
 
-    Used as a context; whatever was started ends with it, and with this process, whatever kills that. A worker has this process's
-    module path, folder, streams and variables as they are when it starts; variables that are read while PyTorch loads (see
-    `unisono.system.fork_server`) as they are when the context is entered. Where a process cannot be forked like that, as on
-    macOS, each worker is a new interpreter. *Local*, for one thread at a time.
+    Used as a context manager; all processes end with it, and with this process, however that ends. A worker has this process's
+    module path, working directory, streams and environment as they are when it starts; variables that PyTorch reads while it
+    loads (see `unisono.system.fork_server`) as they are when the context is entered. Where processes cannot be forked like that,
+    as on macOS, each worker is a new interpreter. *Local*, for one thread at a time.
 
     Args:
-        preload: Modules that most tasks need; they are imported once, too.
+        preload: More modules to import before forking.
     """
 
     def __init__(self, preload: Sequence[str] = ()) -> None:
@@ -68,23 +68,25 @@ class Workers:
         Args:
             size: Number of workers.
             work: A function of a module (it is pickled by name), as are ``args`` and its result.
-            transport: How they talk: "gloo" (torch.distributed) or "shared memory".
-            timeout_s: When workers that have not ended by then are killed.
+            transport: "gloo" (torch.distributed) or "shared memory".
+            timeout_s: Workers that have not ended after so many seconds are killed.
 
         Returns:
             What each worker returned, by rank.
 
         Raises:
-            WorkerFailure: with every failed worker's traceback, or naming those that did not end in time.
+            WorkerFailure: A worker failed or did not end in time; with every failed worker's traceback.
         """
         deadline_s = time.monotonic() + timeout_s
         with tempfile.TemporaryDirectory(prefix="unisono-test-") as name:
             folder = Path(name)
-            _task_file(folder).write_bytes(pickle.dumps((_surroundings(), pickle.dumps((work, args)))))
+            (folder / "task.pickle").write_bytes(pickle.dumps((_surroundings(), pickle.dumps((work, args)))))
             processes: list[Child] = []
             try:
                 for rank in range(size):
-                    processes.append(self._start({"folder": name, "rank": rank, "size": size, "transport": transport}))
+                    spec = {"folder": name, "rank": rank, "size": size, "transport": transport}
+                    function, streams = "unisono.testing.processes:enter", standard_streams()
+                    processes.append(self._fork_server.start(function, spec, environment=os.environ, streams=streams))
                 late = self._wait(processes, deadline_s)
             finally:
                 end_processes(process.pid for process in processes if process.returncode is None)
@@ -95,34 +97,28 @@ class Workers:
             raise WorkerFailure("\n".join(failures))
         return [result for _, result in outcomes]
 
-    def _start(self, spec: Mapping[str, Any]) -> Child:
-        streams = standard_streams()
-        return self._fork_server.start("unisono.testing.processes:enter", spec, environment=os.environ, streams=streams)
-
     def _wait(self, processes: Sequence[Child], deadline_s: float) -> list[int]:
-        """Until all have ended, with what they have started; the numbers of those that have not."""
+        """Waits until all have ended, and ends what these have started; the ranks of those that have not."""
         while True:
-            left = [number for number, process in enumerate(processes) if process.returncode is None]
-            for number in left:
-                process = processes[number]
-                if process.poll() is not None:
+            for process in processes:
+                if process.returncode is None and process.poll() is not None:
                     end_groups([process.pid], grace_s=_LEFTOVERS_S)
                     self._reaper.remove(process.pid)
-            left = [number for number in left if processes[number].returncode is None]
+            left = {rank: process for rank, process in enumerate(processes) if process.returncode is None}
             if not left or time.monotonic() >= deadline_s:
-                return left
-            wait_for_end([processes[number] for number in left], min(deadline_s - time.monotonic(), _LOOK_S))
+                return list(left)
+            wait_for_end(list(left.values()), min(deadline_s - time.monotonic(), _LOOK_S))
 
 
 def enter(spec: Mapping[str, Any]) -> NoReturn:
-    """What a worker does, in a process that was started for it. *collective*"""
+    """*collective*. Runs the task in a worker process."""
     import torch
 
     signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED_SIGNALS)
     torch.set_num_threads(1)
     folder, rank = Path(spec["folder"]), spec["rank"]
     try:
-        surroundings, task = pickle.loads(_task_file(folder).read_bytes())
+        surroundings, task = pickle.loads((folder / "task.pickle").read_bytes())
         multiprocessing.spawn.prepare(surroundings)
         work, args = pickle.loads(task)
         collective = _connect(rank, spec["size"], spec["transport"], folder)
@@ -138,9 +134,9 @@ def enter(spec: Mapping[str, Any]) -> NoReturn:
 
 
 def _surroundings() -> dict[str, Any]:
-    """The module path, the folder and the main module of this process, as a spawned child gets them."""
+    """The module path, the working directory and the main module of this process, as a spawned child gets them."""
     found: dict[str, Any] = multiprocessing.spawn.get_preparation_data("worker")
-    del found["authkey"]  # it refuses to be written down; each process has its own
+    del found["authkey"]  # it cannot be pickled, and each process has its own
     return found
 
 
@@ -165,7 +161,7 @@ def _connect(rank: int, size: int, transport: Transport, folder: Path) -> Collec
 
 
 def _leave(status: int) -> NoReturn:
-    # All that the interpreter does at its end but for taking itself apart, which takes a second with PyTorch in it.
+    # What the interpreter does at its end, except for its teardown, which takes a second with PyTorch loaded.
     with contextlib.suppress(Exception):
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -174,24 +170,16 @@ def _leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _task_file(folder: Path) -> Path:
-    return folder / "task.pickle"
-
-
-def _result_file(folder: Path, rank: int) -> Path:
-    return folder / f"result-{rank}.pickle"
-
-
 def _answer(folder: Path, rank: int, text: str, result: Any) -> None:
     # By value: torch would send a tensor as a file descriptor, which is gone if this process ends first.
     data = pickle.dumps((text, result))
     unfinished = folder / f"result-{rank}.unfinished"
     unfinished.write_bytes(data)
-    unfinished.rename(_result_file(folder, rank))
+    unfinished.rename(unfinished.with_suffix(".pickle"))
 
 
 def _outcome(folder: Path, rank: int, late: bool) -> tuple[str, Any]:
-    file = _result_file(folder, rank)
+    file = folder / f"result-{rank}.pickle"
     if file.exists():
         text, result = pickle.loads(file.read_bytes())
         return text, result
