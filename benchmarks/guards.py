@@ -27,9 +27,8 @@ import unisono
 from unisono.collective import Collective
 from unisono.data import batches
 from unisono.guard import replicas, stragglers
-from unisono.replica import weights
 from unisono.testing import Workers
-from unisono.training import run, step
+from unisono.training import run, step, weights
 
 STEPS = {"tiny": 2560, "middle": 512, "wide": 64, "gpt": 128, "cnn": 128}
 """A multiple of 64, within which everything is looked at once."""
@@ -41,7 +40,7 @@ GUARDS: dict[str, Sequence[tuple[Any, str]]] = {
         (batches.BatchStream, "_accounts"),
         (run.Run, "_check_epoch"),
     ],
-    "headers": [(step.Stepper, "_check_headers")],
+    "headers": [(step, "check_headers")],
     "stragglers": [(stragglers.Stragglers, "add"), (stragglers.HostMonitor, "troubles")],
     "shared weights": [(weights.Weights, "check_untouched"), (weights.Weights, "remember")],
 }

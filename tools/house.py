@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "unisono"
 
 FLOORS: dict[str, int] = {
     "errors": 0, "version": 0, "system": 0,
-    "tree": 1, "order": 1, "world": 1,
+    "tree": 1, "assignment": 1, "order": 1, "world": 1,
     "layout": 2, "collective": 2,
     "sync": 3,
     "replica": 4,

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from heapq import heapify, heapreplace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
+from unisono.errors import ConfigurationError
 from unisono.tree import Span
 
 
@@ -71,6 +72,22 @@ def assignment_by_time(
         while counts[worker] <= microbatches - workers and seconds(worker, counts[worker] + 1) <= limit:
             counts[worker] += 1
     return _within(microbatches, counts, hosts or (workers,), [lo for lo, _ in previous])
+
+
+def checked_ranges(ranges: Sequence[Span], workers: int, microbatches: int) -> tuple[Span, ...]:
+    """The ranges, if they share all microbatches out to the workers.
+
+    Raises:
+        ConfigurationError: They do not.
+    """
+    edges = [0, *(hi for _, hi in ranges)]
+    whole = len(ranges) == workers and edges[-1] == microbatches
+    if not whole or list(ranges) != list(pairwise(edges)) or any(hi <= lo for lo, hi in ranges):
+        raise ConfigurationError(
+            f"ranges {list(ranges)} do not share {microbatches} microbatches out to {workers} workers: "
+            "give each worker at least one, contiguous and in order of rank"
+        )
+    return tuple((lo, hi) for lo, hi in ranges)
 
 
 def _check(microbatches: int, workers: int, hosts: tuple[int, ...]) -> None:

@@ -11,8 +11,8 @@ from unisono.collective.regions import Memory, make_file
 from unisono.collective.shared_memory import SharedMemory
 from unisono.elastic.shared_state import SharedState
 from unisono.replica.torch_replica import TorchReplica
-from unisono.replica.weights import Weights
 from unisono.sync import Exact
+from unisono.training.weights import Weights
 
 
 def open_files() -> int:

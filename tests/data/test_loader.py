@@ -289,7 +289,7 @@ def test_samples_that_cannot_be_collated_are_named() -> None:
 
 
 def test_a_loader_process_that_dies_is_an_error_and_not_a_wait() -> None:
-    with pytest.raises(DataError, match="a loader process died"):
+    with pytest.raises(DataError, match="a loader process ended unexpectedly"):
         loaded(Dies(), Loader(num_workers=1, multiprocessing_context="fork"))
 
 

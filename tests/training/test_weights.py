@@ -15,7 +15,7 @@ from tests.training.hard_problem import digest, merged, train
 from tests.training.test_promise import alone, differing
 from unisono import Callback, ConfigurationError, Exact, StepResult, Trainer
 from unisono.collective import Collective, InProcess
-from unisono.replica.weights import Weights
+from unisono.training.weights import Weights
 
 
 class Looks(Callback):

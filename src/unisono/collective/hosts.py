@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from unisono.collective.base import Collective
+
 Host = tuple[int, ...]
 """The ranks of one host's workers, in order."""
 
@@ -50,3 +52,10 @@ class HostMap:
         """The workers of other hosts for whom ``relay`` stands in."""
         host = self.of(relay)
         return [worker for worker in self._host_of if worker not in host and self.relay(worker, host) == relay]
+
+
+def host_sizes(collective: Collective) -> tuple[int, ...]:
+    """*local*. The number of workers of each host, where ranges of hosts matter, since pieces travel in two levels; else
+    nothing."""
+    hosts = HostMap(collective.hosts, collective.rank)
+    return tuple(map(len, hosts.groups)) if hosts.two_levels else ()

@@ -145,7 +145,7 @@ def load(
                     ) from error
                 if "DataLoader worker" not in str(error):
                     raise
-                raise DataError(f"a loader process died: {error} (out of memory? try fewer num_workers)") from error
+                raise DataError(f"a loader process ended unexpectedly: {error} (out of memory? try fewer num_workers)") from error
             if isinstance(microbatch, _Failure):
                 raise DataError(f"{microbatch.message}\n\n{microbatch.trace}".rstrip(), index=microbatch.index)
             yield microbatch

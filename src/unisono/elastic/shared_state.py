@@ -25,8 +25,8 @@ from unisono.collective import Collective
 from unisono.elastic.arena import Arena, Entry, new_arena
 from unisono.elastic.progress_table import BEGUN, COPIED, DONE, ProgressTable
 from unisono.replica.base import Replica
-from unisono.replica.weights import Weights
 from unisono.sync import Reduction
+from unisono.training.weights import Weights
 
 _SHARE = 0.01
 """How much of the time may go into copies, where steps may be done again."""

@@ -106,15 +106,9 @@ class Replica(abc.ABC):
         besides."""
         return ()
 
-    def describe(self) -> dict[str, Any]:
-        """What makes a run this run, as plain JSON: equal on all workers, and at every start."""
-        kinds = {slot.name: self.layout.blocks[slot.block].dtype for slot in self.layout.slots}
-        return {
-            "parameter_groups": [{key: plain(value) for key, value in group.items()} for group in self.hyperparameters()],
-            "parameters": {
-                slot.name: f"{str(kinds[slot.name]).removeprefix('torch.')}{list(slot.shape)}" for slot in self.layout.slots
-            },
-        }
+    def kinds(self) -> dict[str, str | None]:
+        """Names of what the user has given besides the model, for a person and to tell runs apart."""
+        return {"optimizer": type(self).__name__, "scheduler": None}
 
     # ------------------------------------------------------------------ a step
 
@@ -205,14 +199,3 @@ class Replica(abc.ABC):
 
     def skip_update(self) -> None:  # noqa: B027
         """The result of an update has been taken over from another worker, as if ``update`` had been called."""
-
-
-def plain(value: Any) -> Any:
-    """*local*. A setting as plain JSON, good enough to tell it from others."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, Tensor):
-        return value.tolist()
-    return getattr(value, "__qualname__", type(value).__qualname__)

@@ -104,14 +104,9 @@ class TorchReplica(Replica):
     def edits(self) -> list[int]:
         return [parameter._version for parameter in self.parameters]
 
-    def describe(self) -> dict[str, Any]:
-        found = super().describe()
-        return {
-            "optimizer": type(self.optimizer).__name__,
-            "parameter_groups": found["parameter_groups"],
-            "scheduler": type(self.scheduler).__name__ if self.scheduler is not None else None,
-            "parameters": {name: found["parameters"][name] for name, p in self._all if name in found["parameters"]},
-        }
+    def kinds(self) -> dict[str, str | None]:
+        scheduler = None if self.scheduler is None else type(self.scheduler).__name__
+        return {"optimizer": type(self.optimizer).__name__, "scheduler": scheduler}
 
     # ------------------------------------------------------------------ a step
 

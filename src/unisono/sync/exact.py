@@ -13,15 +13,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unisono.assignment import assignment
+from unisono.assignment import assignment, checked_ranges
 from unisono.collective import Collective, Expected, Pending
-from unisono.collective.hosts import HostMap
+from unisono.collective.hosts import HostMap, host_sizes
 from unisono.errors import ConfigurationError
 from unisono.layout import Layout, allocate
 from unisono.sync.base import Clock, NoClock, Reduced, Reduction, Sync
@@ -120,7 +119,9 @@ class ExactReduction(Reduction):
         self._overlaps = settings.overlaps(layout.blocks[0].device)
         hosts = HostMap(collective.hosts, collective.rank)
         self.ranges = (
-            assignment(microbatches, collective.size, host_sizes(collective)) if ranges is None else self._checked(ranges)
+            assignment(microbatches, collective.size, host_sizes(collective))
+            if ranges is None
+            else checked_ranges(ranges, collective.size, microbatches)
         )
         small = layout.nbytes <= settings.replicate_kib * 1024
         self._owners = owners = Ownership(layout, collective, hosts, per_host=per_host, small=small)
@@ -180,18 +181,8 @@ class ExactReduction(Reduction):
 
         self._stretches = {True: finished(self._small), False: finished(self._whole)}
 
-    def _checked(self, ranges: Sequence[Span]) -> tuple[Span, ...]:
-        edges = [0, *(hi for _, hi in ranges)]
-        whole = len(ranges) == self._collective.size and edges[-1] == self._microbatches
-        if not whole or list(ranges) != list(pairwise(edges)) or any(hi <= lo for lo, hi in ranges):
-            raise ConfigurationError(
-                f"ranges {list(ranges)} do not share {self._microbatches} microbatches out to {self._collective.size} workers: "
-                "give each worker at least one, contiguous and in order of rank"
-            )
-        return tuple((lo, hi) for lo, hi in ranges)
-
     def reassign(self, ranges: Sequence[Span]) -> None:
-        self.ranges = self._checked(ranges)
+        self.ranges = checked_ranges(ranges, self._collective.size, self._microbatches)
         self._pieces = [pieces(lo, hi, self._microbatches) for lo, hi in self.ranges]
         self._arriving = self._pieces
         self._fold.reassign(self.ranges[self._collective.rank])
@@ -432,10 +423,3 @@ _CPU = torch.device("cpu")
 def _finite(norm: float, gradient: Tensor) -> float:
     """The L2 norm of a gradient: squares overflow long before the values do."""
     return norm if math.isfinite(norm) else float(torch.linalg.vector_norm(gradient.double()))
-
-
-def host_sizes(collective: Collective) -> tuple[int, ...]:
-    """*local*. The number of workers of each host, where ranges of hosts matter, since pieces travel in two levels; else
-    nothing."""
-    hosts = HostMap(collective.hosts, collective.rank)
-    return tuple(map(len, hosts.groups)) if hosts.two_levels else ()

@@ -149,6 +149,10 @@ class _Life:
     calls: int = 0
     collective: Collective | None = None
 
+    def close(self) -> None:
+        if self.collective is not None:
+            self.collective.close()
+
 
 @dataclasses.dataclass(frozen=True)
 class Lives:
@@ -219,9 +223,7 @@ def run_lives(
                 errors.append(error)
             finally:
                 store.set(f"dead/thread {rank}", "died")
-                last = lives[rank].collective
-                if last is not None:
-                    last.close()
+                lives[rank].close()
 
     threads = [threading.Thread(target=run, args=(rank,), name=f"worker {rank}", daemon=True) for rank in lives]
     for thread in threads:

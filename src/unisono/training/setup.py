@@ -167,6 +167,7 @@ def describe_settings(
     on_nonfinite: str,
 ) -> dict[str, Any]:
     """*local*. What makes a run this run, as plain JSON: equal on all workers, and at every start."""
+    layout = replica.layout
     return {
         "batch_size": trainer.batch_size,
         "microbatches": trainer.microbatches,
@@ -175,7 +176,9 @@ def describe_settings(
         "on_nonfinite": on_nonfinite,
         "precision": precision,
         "sync": type(sync).__name__,
-        **replica.describe(),
+        **replica.kinds(),
+        "parameter_groups": [{key: _plain(value) for key, value in group.items()} for group in replica.hyperparameters()],
+        "parameters": {slot.name: f"{_name(layout.blocks[slot.block].dtype)}{list(slot.shape)}" for slot in layout.slots},
     }
 
 
@@ -243,5 +246,18 @@ def _structure(digests: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def _digest(tensor: Tensor) -> str:
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    kind = str(tensor.dtype).removeprefix("torch.")
-    return f"{kind}{list(tensor.shape)}:{hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()}"
+    return f"{_name(tensor.dtype)}{list(tensor.shape)}:{hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return getattr(value, "__qualname__", type(value).__qualname__)

@@ -17,8 +17,8 @@ from unisono.layout import Layout
 from unisono.observe.timing import StepClock
 from unisono.replica.base import Replica
 from unisono.replica.buffers import BufferFold
-from unisono.replica.weights import Weights
 from unisono.sync import Reduction, Sync
+from unisono.training.weights import Weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

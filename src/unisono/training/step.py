@@ -18,13 +18,12 @@ from torch import Tensor
 
 from unisono.collective import Collective
 from unisono.data.batch import Batch
-from unisono.errors import ConfigurationError, Desync
-from unisono.guard.ledger import LOWER_HALVES, NOTHING, Entry, entry, samples_of, total
+from unisono.guard.ledger import NOTHING, Entry, entry, total
 from unisono.guard.replicas import ReplicaGuard
 from unisono.order import derive_seed
 from unisono.replica.buffers import BufferFold
 from unisono.sync import Reduced, Reduction
-from unisono.training.header import Header, HeaderFormat, Signals, union
+from unisono.training.header import Header, HeaderFormat, Signals, check_headers, union
 from unisono.training.nonfinite import raise_bad_gradient, raise_bad_loss
 from unisono.training.session import Session
 from unisono.training.settings import Settings
@@ -176,7 +175,7 @@ class Stepper:
             with self._clock.phase("waiting"):
                 notes = self._reduction.notes()
             headers = [header if worker == rank else self._format.unpack(note[0]) for worker, note in enumerate(notes)]
-            desync = not self._check_headers(headers, batch, step)
+            desync = not check_headers(headers, batch, step)
             new_buffer = self._buffers.track(union([header.changed for header in headers]))
             if not (new_buffer or desync or self._reduction.must_repeat):
                 return headers, [note[1] for note in notes]
@@ -233,37 +232,6 @@ class Stepper:
         """*collective*."""
         seeds = self._seeds(batch, step)
         raise_bad_gradient(norms, batch, step, self._collective, replica=self._replica, buffers=self._buffers, seeds=seeds)
-
-    # ------------------------------------------------------------------ checks
-
-    def _check_headers(self, headers: Sequence[Header], batch: Batch, step: int) -> bool:
-        """Whether what was looked at of the replicas is alike. One pass for three guards: each of its own costs more in code that
-        is in no cache than in work.
-
-        Raises:
-            ConfigurationError: Workers were given different batches.
-            Desync: Not each sample of the batch was computed once.
-        """
-        first = headers[0]
-        alike, used = True, NOTHING
-        for rank, header in enumerate(headers):
-            if header.digest != first.digest:
-                raise ConfigurationError(
-                    f"step {step}: worker {rank} was given other samples, or another place among them, than worker 0. Nothing "
-                    "was updated. Every worker must be given the same order: seed the shuffle or sampler that makes it, alike on "
-                    "all of them"
-                )
-            used += header.ledger
-            if header.replica != first.replica:
-                alike = False
-        used &= LOWER_HALVES
-        if used != batch.ledger and batch.ledger is not None:
-            raise Desync(
-                f"step {step}: the workers together computed {samples_of(used)} samples of a global batch of {batch.samples}, "
-                "and not each of them once. Nothing was updated. Pass batches to step() as batches() gave them",
-                step=step,
-            )
-        return alike
 
 
 class _StepSink:

@@ -28,7 +28,6 @@ from unisono.order import Order, OrderLike
 from unisono.replica.base import LossFunction, MetricFunction, Replica
 from unisono.replica.buffers import BufferFold
 from unisono.replica.torch_replica import Precision, replica_for
-from unisono.replica.weights import Weights
 from unisono.sync import Exact, Sync
 from unisono.system.output import say
 from unisono.training import trace
@@ -57,6 +56,7 @@ from unisono.training.setup import (
 )
 from unisono.training.state import LocalState
 from unisono.training.step import StepResult
+from unisono.training.weights import Weights
 from unisono.world import World
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unisono.collective import Collective
+from unisono.collective.hosts import host_sizes
 from unisono.data.batch import Batch
 from unisono.guard.replicas import ReplicaGuard
 from unisono.guard.stragglers import Stragglers, warn_about
-from unisono.sync.exact import host_sizes
 from unisono.training.balance import Balance
 from unisono.training.session import Session
 from unisono.training.settings import Settings
