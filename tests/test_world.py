@@ -156,7 +156,7 @@ def test_torchrun_within_slurm_is_torchrun() -> None:
         (SLURM, {"SLURM_LOCALID": "1"}, "SLURM_LOCALID=1 contradicts"),
         (SLURM, {"SLURM_NODEID": "3"}, "SLURM_NODEID=3"),
         (SLURM, {"SLURM_STEP_TASKS_PER_NODE": "2(3)"}, "SLURM_STEP_TASKS_PER_NODE='2(3)'"),
-        (SLURM, {"SLURM_STEP_NODELIST": "node[1"}, "no Slurm node list"),
+        (SLURM, {"SLURM_STEP_NODELIST": "node[1"}, "not a Slurm node list"),
         (SLURM, {"SLURM_STEP_NODELIST": "node[a-b]"}, "'a-b'"),
     ],
 )

@@ -127,7 +127,7 @@ def threads_from_environment(env: Mapping[str, str]) -> int:
     """Threads per worker: UNISONO_THREADS, else OMP_NUM_THREADS (its first number), else 1. *local*
 
     Raises:
-        ConfigurationError: The variable is no whole number of at least 1.
+        ConfigurationError: The variable is not a whole number of at least 1.
     """
     for name in ("UNISONO_THREADS", "OMP_NUM_THREADS"):
         text = env.get(name, "").split(",")[0].strip()  # OMP_NUM_THREADS=4,2 names one count per nesting level
@@ -221,7 +221,7 @@ def _slurm_local_size(env: Mapping[str, str]) -> int:
     for part in env[name].split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
         if match is None:
-            raise ConfigurationError(f"{name}={env[name]!r} is no list of task counts such as '2(x3),1'.")
+            raise ConfigurationError(f"{name}={env[name]!r} is not a list of task counts such as '2(x3),1'.")
         tasks += [int(match[1])] * int(match[2] or 1)
     node = _number(env, "SLURM_NODEID") if len(tasks) > 1 else 0
     if node >= len(tasks):
@@ -242,7 +242,7 @@ def expand_hosts(nodelist: str) -> list[str]:
             ends = [plain] if plain else _expand_ranges(ranges, nodelist)
             names = [name + end for name in names for end in ends]
         if names == [""] or item.count("[") != item.count("]"):
-            raise ConfigurationError(f"{nodelist!r} is no Slurm node list such as 'node[001-003,7],gpu3'.")
+            raise ConfigurationError(f"{nodelist!r} is not a Slurm node list such as 'node[001-003,7],gpu3'.")
         hosts += names
     return hosts
 
@@ -252,7 +252,7 @@ def _expand_ranges(ranges: str, nodelist: str) -> list[str]:
     for part in ranges.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
         if match is None:
-            raise ConfigurationError(f"{part!r} in the Slurm node list {nodelist!r} is no range such as 001-004.")
+            raise ConfigurationError(f"{part!r} in the Slurm node list {nodelist!r} is not a range such as 001-004.")
         first, last = match[1], match[2] or match[1]
         numbers += [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
     return numbers
@@ -272,7 +272,7 @@ def _text(env: Mapping[str, str], name: str) -> str:
 def _number(env: Mapping[str, str], name: str, *, text: str | None = None, least: int = 0) -> int:
     text = _text(env, name) if text is None else text
     if not text.isdecimal() or int(text) < least:
-        raise ConfigurationError(f"{name}={text!r} is no whole number of at least {least}. Correct or unset it.")
+        raise ConfigurationError(f"{name}={text!r} is not a whole number of at least {least}. Correct or unset it.")
     return int(text)
 
 
@@ -283,7 +283,7 @@ def _seconds(env: Mapping[str, str], name: str) -> float:
     except ValueError:
         seconds = math.nan
     if not seconds >= 0:
-        raise ConfigurationError(f"{name}={text!r} is no number of seconds. Correct or unset it.")
+        raise ConfigurationError(f"{name}={text!r} is not a number of seconds. Correct or unset it.")
     return seconds
 
 
@@ -291,14 +291,14 @@ def _descriptors(env: Mapping[str, str], name: str) -> tuple[int, int]:
     text = _text(env, name)
     match = re.fullmatch(r"(\d+),(\d+)", text)
     if match is None:
-        raise ConfigurationError(f"{name}={text!r} is no pair of descriptors such as '5,6'. Unset it.")
+        raise ConfigurationError(f"{name}={text!r} is not a pair of descriptors such as '5,6'. Unset it.")
     return int(match[1]), int(match[2])
 
 
 def _port(env: Mapping[str, str]) -> int:
     port = _number(env, "MASTER_PORT", least=1)
     if port > 65535:
-        raise ConfigurationError(f"MASTER_PORT={port} is no port: it must lie between 1 and 65535.")
+        raise ConfigurationError(f"MASTER_PORT={port} is not a port: it must lie between 1 and 65535.")
     return port
 
 

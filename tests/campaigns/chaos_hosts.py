@@ -58,7 +58,7 @@ SHORT_S = (0.05, 5.0)
 AWAY_S = (0.0, 4.0)
 """How long a host stays away."""
 CUT_OFF = f"contact with the store at {address(0)}:{PORT} was lost"
-TOO_LATE = f"nobody serves the run at {address(0)}:{PORT}"
+TOO_LATE = f"no host serves the run at {address(0)}:{PORT}"
 LATE_S = 30
 """How long a host looks for the run, or for the other host, before it says that there is none."""
 END_S = 60.0

@@ -115,7 +115,7 @@ def test_a_host_that_comes_to_a_script_without_a_trainer_says_so(launcher: Launc
     assert first.hear() == ["there"]
     status, _, err = Site(launcher, "", place, "--wait", "0.5").start_plain().finish()
     assert status == 1
-    assert f"the run at {place} has made no Trainer within 0.5 s (--wait)" in err
+    assert f"the run at {place} has not made a Trainer within 0.5 s (--wait)" in err
 
 
 def test_a_worker_is_replaced_on_its_own_host_and_a_restart_of_all_takes_every_host(launcher: Launcher, place: str) -> None:
@@ -388,7 +388,7 @@ def test_hosts_that_do_not_come_are_named(launcher: Launcher, place: str) -> Non
     elsewhere = Site(launcher, "", "192.0.2.1:29400", "--wait", "0.5")  # an address for documentation, which nobody has
     status, _, err = elsewhere.start().finish()
     assert status == 1
-    assert "nobody serves the run at 192.0.2.1:29400 after 0.5 s" in err
+    assert "no host serves the run at 192.0.2.1:29400 after 0.5 s" in err
 
 
 def test_hosts_that_wait_for_others_can_be_stopped(launcher: Launcher, place: str) -> None:
@@ -405,7 +405,7 @@ def test_hosts_that_wait_for_others_can_be_stopped(launcher: Launcher, place: st
 def test_an_address_that_cannot_be_used_is_named(launcher: Launcher) -> None:
     status, _, err = Site(launcher, "", "no-such-host.invalid:29400").start().finish()
     assert status == 2
-    assert "'no-such-host.invalid' is no host that this one knows" in err
+    assert "this host cannot resolve 'no-such-host.invalid'" in err
 
 
 def test_a_host_out_of_reach_ends_with_a_clear_error_and_the_other_goes_on(launcher: Launcher, hosts: VirtualHosts) -> None:

@@ -52,7 +52,7 @@ def test_a_run_goes_on_when_nobody_reads_what_it_shows(launcher: Launcher) -> No
     assert launch.hang_up().count("\n") == 1
     status, _, err = launch.finish()
     assert (status, len(err.splitlines())) == (0, 1)
-    assert err.startswith("unisono: standard output takes no more text (Broken pipe): ")
+    assert err.startswith("unisono: standard output cannot be written to (Broken pipe): ")
     assert summary(cut)["weights_sha256"] == summary(undisturbed)["weights_sha256"]
 
 

@@ -42,7 +42,7 @@ def test_what_nobody_reads_is_dropped_and_said_once(
     unread.write("the script's own")  # Python's last flush must not fail either: the status would be 120
     unread.flush()
     assert lines(capsys.readouterr().err) == [
-        "unisono: standard output takes no more text (Broken pipe): the run goes on without showing it"
+        "unisono: standard output cannot be written to (Broken pipe): the run goes on without showing it"
     ]
 
 

@@ -21,8 +21,8 @@ from unisono.launch import cli
     [
         (["verify"], "Missing argument 'SCRIPT'"),
         (["verify", "missing.py"], "does not exist"),
-        (["verify", "--workers", "two", __file__], "no list of numbers"),
-        (["verify", "--workers", "0", __file__], "no list of numbers"),
+        (["verify", "--workers", "two", __file__], "not a list of numbers"),
+        (["verify", "--workers", "0", __file__], "not a list of numbers"),
         (["verify", "--steps", "0", __file__], "--steps"),
         (["verify", "--against", "nowhere"], "not the directory of a run"),
     ],

@@ -46,7 +46,7 @@ def _meet(context: click.Context, option: click.Parameter, value: str | None) ->
         return None
     match = re.fullmatch(r"([^:]+):(\d+)", value)
     if match is None or not 1 <= int(match[2]) <= 65535:
-        raise click.BadParameter(f"{value!r} is no address such as node1:29400")
+        raise click.BadParameter(f"{value!r} is not an address such as node1:29400")
     return match[1], int(match[2])
 
 
@@ -373,7 +373,7 @@ def verify(
 def _counts(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise click.BadParameter(f"{text!r} is no list of numbers of workers such as 2,3,8", param_hint="--workers")
+        raise click.BadParameter(f"{text!r} is not a list of numbers of workers such as 2,3,8", param_hint="--workers")
     return [int(part) for part in parts]
 
 

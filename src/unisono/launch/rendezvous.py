@@ -246,8 +246,9 @@ class Rendezvous:
             except OSError as error:
                 if time.monotonic() > deadline_s:
                     raise WorkerFailure(
-                        f"nobody serves the run at {self.address} after {self._wait_s:g} s (--wait; last answer: {error}): start "
-                        "`unisono run` with the same --meet on the host that has this address, and see that it can be reached"
+                        f"no host serves the run at {self.address} after {self._wait_s:g} s (--wait; last answer: {error}): "
+                        "start `unisono run` with the same --meet on the host that has this address, and check that it can "
+                        "be reached"
                     ) from None
             self.pause()
 
@@ -271,7 +272,7 @@ def _serve_if_possible(host: str, port: int) -> TCPStore | None:
     try:
         return _serve(socket.gethostbyname(host), port)
     except socket.gaierror as error:
-        raise ConfigurationError(f"{host!r} is no host that this one knows ({error.strerror}): correct --meet") from None
+        raise ConfigurationError(f"this host cannot resolve {host!r} ({error.strerror}): correct --meet") from None
     except OSError as error:
         # Another host's address, or the launcher that serves is on this very host.
         if error.errno not in (errno.EADDRNOTAVAIL, errno.EADDRINUSE):

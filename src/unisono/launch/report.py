@@ -178,7 +178,8 @@ def report(failure: Failure, *, size: int, host: str) -> str:
         who = f"unisono: worker {failure.rank} of {size} on {host}"
         if failure.status == RESTART:
             return (
-                f"{who} could not go on without what a lost worker held. Start the run again: it resumes from its last checkpoint"
+                f"{who} could not continue without the state of a lost worker. Start the run again: it resumes from its last "
+                "checkpoint"
             )
         return "\n".join([f"{who} (pid {failure.pid}) {ending(failure.status or 0)}", *_tail(failure.log)])
     rank = failure.rank if record.rank is None else record.rank

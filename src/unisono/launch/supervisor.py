@@ -138,8 +138,8 @@ class Supervisor:
                 raise BrokenOff
             if time.monotonic() > deadline_s:
                 raise WorkerFailure(
-                    f"the run at {self._rendezvous.address} has made no Trainer within {wait_s:g} s (--wait): only "
-                    "one with a Trainer takes in hosts that come later. Start all hosts of another script together (--hosts)"
+                    f"the run at {self._rendezvous.address} has not made a Trainer within {wait_s:g} s (--wait): only "
+                    "one with a Trainer accepts hosts that come later. For any other script, start all hosts together (--hosts)"
                 )
             self._rendezvous.pause()
         return not self._control.is_over
@@ -299,7 +299,7 @@ class Supervisor:
             self._stop_deadline_s = min(self._stop_deadline_s, time.monotonic() + self._grace_s)
         if time.monotonic() < self._stop_deadline_s or not self._processes.running:
             return False
-        self._say(f"unisono: workers still ran {self._grace_s:g} s after the stop and were ended (--grace)")
+        self._say(f"unisono: workers were still running {self._grace_s:g} s after the stop and were ended (--grace)")
         return True
 
     @property

@@ -86,6 +86,6 @@ class _Lasting:
             os.close(nowhere)
         if self._stream is not sys.stderr:
             say(
-                f"unisono: standard output takes no more text ({error.strerror or error}): the run goes on without showing it",
+                f"unisono: standard output cannot be written to ({error.strerror or error}): the run goes on without showing it",
                 error=True,
             )
