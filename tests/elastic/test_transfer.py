@@ -60,7 +60,7 @@ def test_a_pickle_from_the_network_is_refused_and_not_loaded(monkeypatch: pytest
             StateTransfer.deliver(None, collective, source=0, receivers={1})
         return str(caught.value)
 
-    assert "no unisono message" in run_threads(2, work)[1]
+    assert "not a unisono message" in run_threads(2, work)[1]
 
 
 def test_state_that_only_a_pickle_could_hold_is_named() -> None:

@@ -138,7 +138,7 @@ def test_the_odd_one_is_healed_where_most_agree(fault: Callable[[Trainer], None]
 
 def test_two_workers_cannot_heal_each_other() -> None:
     def work(collective: Collective) -> None:
-        with pytest.raises(Desync, match="with two workers nobody can say which one is right"):
+        with pytest.raises(Desync, match="with two workers it cannot be told which one is right"):
             trained(collective, Flips(1, weight), on_desync="heal", compare_every=1)
 
     run_threads(2, work)

@@ -173,7 +173,7 @@ def test_a_worker_that_was_stopped_is_said_to_be(transport: Any, run_workers: Ca
     (text, facts, _), _ = hanging(run_workers, transport, is_stopped)
     assert facts == (1, HANGS_IN, True)
     assert "in phase 'compute'" in text
-    assert "its process is stopped, by SIGSTOP or the like: kill -CONT lets it go on. A stopped process shows no stacks" in text
+    assert "its process is stopped, for instance by SIGSTOP: kill -CONT continues it. A stopped process shows no stacks" in text
     assert "Stacks of" not in text
 
 

@@ -45,7 +45,7 @@ class Meeting:
             raise LostWorker(
                 f"worker {self._gone} ended while worker {rank} was waiting for it"
                 if here
-                else f"worker {rank} waited {self.timeout_s} s for worker {table.index(None)}, which did not come",
+                else f"worker {rank} waited {self.timeout_s} s for worker {table.index(None)}, which did not arrive",
                 rank=self._gone if here else table.index(None),
             )
         self._left[call] = self._left.get(call, 0) + 1

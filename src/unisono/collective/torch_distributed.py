@@ -160,7 +160,7 @@ class TorchDistributed(Collective):
             )
         except RuntimeError as error:
             _close(abort=True)
-            raise LostWorker(f"worker {rank} could not meet the others ({str(error).splitlines()[0]})") from error
+            raise LostWorker(f"worker {rank} could not connect to the others ({str(error).splitlines()[0]})") from error
         atexit.unregister(_close)
         atexit.register(_close)
         for descriptor in _sockets() - before:
@@ -201,7 +201,9 @@ class TorchDistributed(Collective):
                     self._check()
                     looked_s = now_s
                 if now_s - began_s > self.timeout_s:
-                    raise LostWorker(f"worker {self.rank} waited {self.timeout_s:g} s for another worker's GPU in vain")
+                    raise LostWorker(
+                        f"worker {self.rank} waited {self.timeout_s:g} s for another worker's GPU, which did not answer"
+                    )
                 if now_s - began_s > _SPIN_S:
                     time.sleep(_SPIN_S / 10)
             if _has_failed():

@@ -89,7 +89,7 @@ class CallLog:
             pairs = zip(json.loads(theirs), arguments, strict=True)
             if any(there != here and there and here for there, here in pairs):
                 raise FingerprintMismatch(
-                    f"this worker (process {os.getpid()}) cannot join: its data are not those of the run (number of samples, "
+                    f"this worker (process {os.getpid()}) cannot join: its data differ from the run's (number of samples, "
                     f"digests of some, arguments of fit or batches: {arguments} here, {theirs} there). Start it with the same "
                     "command and files; the run goes on without it",
                     fields=["data"],

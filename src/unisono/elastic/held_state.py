@@ -116,7 +116,7 @@ class HeldState:
         self.shared.restore(step, parts, main=main)
         if step != self.reached:
             if not self.replay_log.begins_after(step):
-                raise StateLost(f"the buffers after step {step} are not known any more")
+                raise StateLost(f"the buffers after step {step} are no longer available")
             self.local.replica.buffers.go_to(self.replay_log.buffers)
 
     # ------------------------------------------------------------------ a step

@@ -138,7 +138,7 @@ class Link:
             self._memory = Memory()  # that of an earlier trainer stays with its model
         if not self.membership.is_founder and self.generation is None:
             if self.trainers > 1:
-                say("unisono: the run has come to another trainer before this worker could join it")
+                say("unisono: the run went on to its next Trainer before this worker could join it")
                 raise SystemExit(0)
             return SharedMemory(0, [None], memory=self._memory) if self.device.type == "cpu" else InProcess()
         while True:
@@ -272,7 +272,7 @@ class _Transports:
             if not isinstance(found, str):
                 return found
             if any(sign in found.lower() for sign in _PASSING) and self._tries < _MOST_TRIES:
-                raise LostWorker(f"generation {number} did not come about: {found}")
+                raise LostWorker(f"generation {number} could not be formed: {found}")
         generation.introduce(b"")  # all are there: from now on it takes a moment, or one of them is lost
         try:
             made = self._connect(generation, memory)

@@ -393,5 +393,5 @@ def store_is_gone(error: Exception) -> WorkerFailure:
     """The error of a worker that cannot reach the store."""
     return WorkerFailure(
         f"the launcher's store does not answer ({str(error).splitlines()[0]}), so this worker cannot know whether others go "
-        "on without it, and ends. If nobody goes on, start the same command again: it continues from the last checkpoint"
+        "on without it, and ends. If no worker goes on, start the same command again: it continues from the last checkpoint"
     )

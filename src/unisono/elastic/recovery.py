@@ -194,7 +194,7 @@ class Recovery:
         held, replicates = self._held, group.reduction.replicates
         assert self._link.generation is not None
         if not replicates and not held.share(group.collective, group.reduction, self._link.generation.number, step):
-            raise StateLost("the optimizer's state cannot be kept in memory that workers share")
+            raise StateLost("the optimizer's state cannot be kept in shared memory")
         held.local.weights.bind(group.collective, share=plan.may_share and not replicates)
         held.has_all = replicates  # only now: a worker that is lost before this leaves the state where it was
         if replicates:

@@ -69,7 +69,7 @@ class ReplayLog:
         known = {one.step: one for one in self._steps}
         wanted = range(reached + 1, committed + 1)
         if any(step not in known for step in wanted):
-            raise StateLost(f"steps {wanted[0]} to {wanted[-1]} cannot be taken again")
+            raise StateLost(f"steps {wanted[0]} to {wanted[-1]} cannot be replayed")
         return [known[step] for step in wanted]
 
     def describe(self) -> dict[str, Any]:

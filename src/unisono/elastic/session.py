@@ -129,7 +129,7 @@ class ElasticSession(Session):
         self._watch()
         reports = self._exchange_reports() if again or self._trainer > 1 else []
         if any(report.trainer < self._trainer for report in reports):
-            raise LostWorker("another worker has still to come from the trainer before this one")
+            raise LostWorker("another worker has not yet reached this trainer")
         if any(not report.is_new for report in reports):
             self._resume(reports)  # the others had heard all that they needed
             return

@@ -173,7 +173,7 @@ class ReplicaGuard:
             raise Desync(
                 f"{found}. A bit may have flipped in memory, or code changed the model on some workers only (a callback that "
                 f"depends on the rank?). The last {steps} steps may be affected: resume from a checkpoint before them"
-                + ("" if known else "; with two workers nobody can say which one is right"),
+                + ("" if known else "; with two workers it cannot be told which one is right"),
                 step=step,
                 tensor=names[0],
                 ranks=ranks if known else range(len(everybodys)),
@@ -187,7 +187,7 @@ class ReplicaGuard:
                     tensor.copy_(value)
         if self._collective.rank == 0:
             warnings.warn(
-                f"{found}, which took the state of worker {source}. Up to {steps} steps were computed with what differed",
+                f"{found}, which took the state of worker {source}. Up to {steps} steps were computed with the differing values",
                 stacklevel=2,
             )
 

@@ -234,12 +234,12 @@ def _look_at(worker: WorkerProcess) -> _Look:
         f"{time.perf_counter() - cells[SINCE]:.1f} s, and its process is {_STATES.get(state, state)}"
     )
     if state in "Tt":
-        how = "by SIGSTOP or the like: kill -CONT lets it go on" if state == "T" else "which must let it go"
+        how = "for instance by SIGSTOP: kill -CONT continues it" if state == "T" else "which must continue it"
         return _Look(f"{text}, {how}. A stopped process shows no stacks", step)
     stacks = _stacks(worker)
     if not stacks:
         stuck = state_of(worker.pid)[0] == "D"
-        why = "stuck in the kernel, mostly by a disk or a network file system" if stuck else "it did not answer"
+        why = "stuck in the kernel, usually because of a disk or a network file system" if stuck else "it did not answer"
         text += f". It shows no stacks: {why}"
     return _Look(text, step, stacks)
 
@@ -287,7 +287,7 @@ def _read_board(worker: WorkerProcess) -> memoryview[float]:
     with _open(worker, worker.board) as file:
         data = file.read(_BOARD_BYTES)
     if len(data) < _BOARD_BYTES:
-        raise FileNotFoundError(f"process {worker.pid} has no board any more")
+        raise FileNotFoundError(f"process {worker.pid} no longer has a status board")
     return memoryview(data).cast("d")
 
 
@@ -295,7 +295,7 @@ def _open(worker: WorkerProcess, descriptor: int) -> IO[bytes]:
     """Opens memory that a worker told us about, if it is still the same process and the same memory."""
     path = Path(f"/proc/{worker.pid}/fd/{descriptor}")
     if worker.is_dead or _NAME not in str(path.readlink()):
-        raise FileNotFoundError(f"process {worker.pid} has no board any more")
+        raise FileNotFoundError(f"process {worker.pid} no longer has a status board")
     return path.open("rb")
 
 
