@@ -235,7 +235,7 @@ def test_a_state_that_contains_itself_is_refused() -> None:
     ],
 )
 def test_packed_state_that_makes_no_sense_is_an_error(packed: Any) -> None:
-    with pytest.raises(CheckpointError, match="cannot understand packed state"):
+    with pytest.raises(CheckpointError, match="cannot read packed state"):
         unpack(packed, {})
 
 

@@ -161,7 +161,7 @@ def test_a_key_from_a_later_version_is_ignored() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "no JSON"), ("[]", "list"), ("{}", "'steps' is missing"), (b"\xff\xfe\xfa", "no JSON")],
+    [("{", "not JSON"), ("[]", "list"), ("{}", "'steps' is missing"), (b"\xff\xfe\xfa", "not JSON")],
 )
 def test_a_damaged_summary_is_named(text: str | bytes, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:

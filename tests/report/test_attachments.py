@@ -123,10 +123,10 @@ def test_the_same_title_replaces_the_picture_in_its_place(url: str) -> None:
         (lambda: DataTable(columns=["a"], rows=[["b", "c"]]), "row 0 has 2 cells"),
         (lambda: DataTable(columns=["a"], rows=["b"]), "sequences"),
         (lambda: TextSample(text=b"bytes"), "strings"),  # type: ignore[arg-type]
-        (lambda: "a picture", "str is no picture"),
-        (lambda: {"data": {}}, "dict is no picture"),
-        (lambda: {"data": ["a trace"]}, "dict is no picture"),
-        (lambda: {"data": [], "layout": [1]}, "dict is no picture"),
+        (lambda: "a picture", "str cannot be shown"),
+        (lambda: {"data": {}}, "dict cannot be shown"),
+        (lambda: {"data": ["a trace"]}, "dict cannot be shown"),
+        (lambda: {"data": [], "layout": [1]}, "dict cannot be shown"),
         (lambda: {"data": [{"y": list(range(400_000))}]}, "MiB of JSON; a page can carry 2 MiB"),
     ],
 )

@@ -53,7 +53,7 @@ def test_a_run_anywhere_gets_its_report_there(tmp_path: Path, opened: list[str])
 def test_what_is_no_run_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
-    for name, message in (("none", "does not exist"), ("file", "is no folder"), ("empty", "holds nothing of a run")):
+    for name, message in (("none", "does not exist"), ("file", "is not a folder"), ("empty", "holds no files of a run")):
         result = report(str(tmp_path / name))
         assert result.exit_code == 1
         assert message in " ".join(result.output.split())

@@ -223,7 +223,7 @@ class Checkpoints:
             return _parse(self._store, step, from_json(data))
         except (KeyError, TypeError, ValueError, CheckpointError) as error:
             where = self._store.where(path)
-            raise CheckpointError(f"{where} is no whole manifest: {str(error).rstrip('.')}", file=where) from error
+            raise CheckpointError(f"{where} is not a complete manifest: {str(error).rstrip('.')}", file=where) from error
 
     def _write(self, step: int, name: str, suffix: str, data: bytes) -> dict[str, FileEntry]:
         logical = name + suffix
@@ -294,7 +294,7 @@ def _parse(store: Store, step: int, manifest: Any) -> Checkpoint:
     """The checkpoint that a manifest describes; KeyError, TypeError, ValueError or CheckpointError if it is not one."""
     body = {key: value for key, value in manifest.items() if key != "sha256"} if isinstance(manifest, dict) else {}
     if not body or manifest.get("sha256") != digest(to_json(body)):
-        raise ValueError("its content does not have the SHA-256 that it names")
+        raise ValueError("its content does not match the SHA-256 in it")
     if body["format"] != FORMAT:
         raise ValueError(f"it has format {body['format']!r}, and this version of unisono reads format {FORMAT}")
     if body["step"] != step:

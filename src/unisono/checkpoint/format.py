@@ -72,7 +72,7 @@ def unpack(packed: Json, tensors: Mapping[str, Tensor]) -> Any:
         return _unpack(packed, tensors)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"cannot understand packed state ({type(error).__name__}: {error}). "
+            f"cannot read packed state ({type(error).__name__}: {error}). "
             "It was damaged, or written by another version of unisono; use an older checkpoint."
         ) from error
 

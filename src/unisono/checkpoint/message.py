@@ -47,8 +47,8 @@ def from_bytes(data: bytes, types: Sequence[type] = ()) -> Any:
     start = len(_MAGIC) + _LENGTH.size
     if data[: len(_MAGIC)] != _MAGIC or len(data) < start:
         raise CheckpointError(
-            f"{len(data):,} bytes that came from another worker are no unisono message (they begin with {data[:8]!r}); nothing "
-            "was read from them. Another program uses the run's ports, or a worker runs another version of unisono"
+            f"{len(data):,} bytes that came from another worker are not a unisono message (they begin with {data[:8]!r}); "
+            "nothing was read from them. Another program uses the run's ports, or a worker runs another version of unisono"
         )
     (length,) = _LENGTH.unpack(data[len(_MAGIC) : start])
     head: Any = from_json(data[start : start + length])
@@ -91,7 +91,7 @@ def _lift(value: Any, types: Mapping[str, type]) -> Any:
             return fields
         if value[_TYPE] not in types:
             raise CheckpointError(
-                f"a message from another worker holds a {json.dumps(value[_TYPE])}, which belongs in no message"
+                f"a message from another worker holds a {json.dumps(value[_TYPE])}, which a message cannot hold"
             )
         return types[value[_TYPE]](**fields)
     if type(value) in (list, tuple):

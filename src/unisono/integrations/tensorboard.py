@@ -44,7 +44,7 @@ class TensorBoard(Callback):
                 f"TensorBoard event files need the tensorboard package ({error}). Install it: pip install 'unisono[tensorboard]'"
             ) from error
         if every < 1:
-            raise ConfigurationError(f"TensorBoard(every={every}): give the steps between two points, from 1.")
+            raise ConfigurationError(f"TensorBoard(every={every}): the number of steps between two points must be 1 or more.")
         self._log_dir = None if log_dir is None else os.fspath(log_dir)
         self._every = every
         self._writer: SummaryWriter | None = None
@@ -92,6 +92,6 @@ class TensorBoard(Callback):
 def _default_folder(trainer: Trainer) -> str:
     run_dir = trainer.run_dir
     if run_dir is None or "://" in run_dir:
-        where = "this trainer has no run_dir" if run_dir is None else f"run_dir {run_dir!r} is no local folder"
+        where = "this trainer has no run_dir" if run_dir is None else f"run_dir {run_dir!r} is not a local folder"
         raise ConfigurationError(f"TensorBoard() writes into the run directory, but {where}. Pass TensorBoard(log_dir=...).")
     return os.path.join(run_dir, _FOLDER)  # noqa: PTH118 (TensorBoard takes a string)

@@ -177,7 +177,7 @@ def _parse(data: bytes) -> list[tuple[bytes, dict[str, Any]]]:
         record = _record(line)
         if record is None:
             raise CheckpointError(
-                f"{METRICS_FILE}, line {number} is damaged: {line[:80]!r} is no JSON object with an integer 'step'. "
+                f"{METRICS_FILE}, line {number} is damaged: {line[:80]!r} is not a JSON object with an integer 'step'. "
                 "Repair or delete that line, or move the file away; training does not read it.",
                 file=METRICS_FILE,
             )

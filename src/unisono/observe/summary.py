@@ -88,7 +88,7 @@ class Summary:
         try:
             values = json.loads(text)
         except ValueError as error:
-            raise _damaged(f"it is no JSON ({error})") from error
+            raise _damaged(f"it is not JSON ({error})") from error
         if not isinstance(values, dict):
             raise _damaged(f"it holds a {type(values).__name__} instead of an object")
         fields = {}

@@ -185,7 +185,7 @@ def _figure(given: object, title: str) -> Figure:
     layout = (plain.get("layout") or {}) if isinstance(plain, dict) else None
     if not isinstance(data, list) or not isinstance(layout, dict) or not all(isinstance(trace, dict) for trace in data):
         raise ConfigurationError(
-            f"attachment {title!r}: {type(given).__name__} is no picture. Give a figure of Plotly, its JSON (with 'data' and "
+            f"attachment {title!r}: {type(given).__name__} cannot be shown. Give a figure of Plotly, its JSON (with 'data' and "
             "'layout'), a chart of unisono.report.charts, a TextSample or a DataTable."
         )
     height = layout.get("height")

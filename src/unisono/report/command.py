@@ -54,11 +54,11 @@ def write_report(run_dirs: Sequence[str], *, output: str | os.PathLike[str] | No
 def check_is_run(store: Store) -> None:
     """ConfigurationError unless something of a run is in it."""
     if store.path is not None and not store.path.is_dir():
-        what = "is no folder" if store.path.exists() else "does not exist"
+        what = "is not a folder" if store.path.exists() else "does not exist"
         raise ConfigurationError(f"{store.url} {what}. Give the run_dir of a Trainer.")
     if not any(store.exists(name) for name in ("metrics.jsonl", "manifest.json", "summary.json", "report.json")):
         raise ConfigurationError(
-            f"{store.url} holds nothing of a run (no metrics.jsonl, manifest.json or summary.json). Give the run_dir of a "
+            f"{store.url} holds no files of a run (no metrics.jsonl, manifest.json or summary.json). Give the run_dir of a "
             "Trainer; to wait for a run that is yet to begin, use unisono watch."
         )
 

@@ -80,7 +80,7 @@ def reproduce(
         script, *args = manifest["command"]
         if not Path(script).is_file():
             raise ConfigurationError(
-                f"the manifest names the script {script!r}, which is not there from here: name it, unisono verify --against "
+                f"the manifest names the script {script!r}, which cannot be found from here: name it, unisono verify --against "
                 f"{run_dir} SCRIPT [ARGS]"
             )
     threads = int(manifest["fingerprint"]["threads"])
