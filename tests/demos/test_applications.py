@@ -116,7 +116,7 @@ def test_an_image_file_is_classified(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(shares) == 3
     assert shares == sorted(shares, reverse=True)
     (tmp_path / "no.png").write_text("not an image")
-    with pytest.raises(DataError, match=r"no\.png is no image"):
+    with pytest.raises(DataError, match=r"no\.png is not a readable image"):
         small.run_demo("vision", [*options, str(tmp_path / "no.png")], 1, monkeypatch)
 
 
@@ -205,24 +205,24 @@ BAD_INPUT = {
         r"with 1 of the rarer",
     ),
     "ten rows to train on": ("fraud", fraud_file("10,near,0\n900,far,1\n" * 6), r"9 rows to train on"),
-    "label beyond 0 and 1": ("fraud", fraud_file(GOOD + "1,near,2\n"), r"row 42, column 'fraud': 2 is no label"),
+    "label beyond 0 and 1": ("fraud", fraud_file(GOOD + "1,near,2\n"), r"row 42, column 'fraud': 2 is not a label"),
     "labels of one class": ("fraud", fraud_file("10,near,0\n" * 50), r"train on \(the first in time\) all 40 have 0"),
     "one class in the test": ("fraud", fraud_file(GOOD + "10,near,0\n" * 20), r"test on \(the last in time\) all 12 have 0"),
-    "text among numbers": ("fraud", fraud_file(GOOD + "ten,near,0\n"), r"row 42, column 'amount': 'ten' is no number"),
+    "text among numbers": ("fraud", fraud_file(GOOD + "ten,near,0\n"), r"row 42, column 'amount': 'ten' is not a number"),
     "no such column": ("fraud", "amount,country\n1,near\n", r"has no column 'fraud'; there are: amount, country"),
     "empty file": ("fraud", "", r"is empty: a header row"),
     "missing target": ("forecast", "a,arr_delay\n1,2\n2,NA\n", r"row 3, column 'arr_delay': the value is missing"),
     "one value": ("forecast", "a,arr_delay\n" + "1,2\n" * 20, r"column 'arr_delay' is 2 in all rows"),
     "few rows": ("forecast", "a,arr_delay\n1,2\n", r"too few to keep a fifth"),
     "short text": ("language", "abc", r"holds 3 characters"),
-    "rating in words": ("recommendation", "user,item,rating\n1,1,good\n", r"row 2, column 'rating': 'good' is no number"),
+    "rating in words": ("recommendation", "user,item,rating\n1,1,good\n", r"row 2, column 'rating': 'good' is not a number"),
     "a pair twice": ("recommendation", "user,item,rating\n1,1,3\n2,1,4\n1,1,5\n", r"rating 3: user 1 has rated '1' before"),
     "nothing liked": ("recommendation", "user,item,rating\n1,1,1\n1,2,1\n2,1,1\n2,2,5\n3,1,1\n", r"none is 4 or more"),
     "one item": ("recommendation", "user,item,rating\n" + "".join(f"{u},1,3\n" for u in range(9)), r"ratings of one item only"),
     "no date": (
         "forecast",
         FLIGHT + "2013,13,45,600,5,900,7,AA,JFK,LAX,9\n",
-        r"row 2, column 'month': 13 is no whole number from 1",
+        r"row 2, column 'month': 13 is not a whole number from 1",
     ),
     "no user": ("recommendation", "user,item,rating\n1,1,3\n,1,4\n", r"row 3, column 'user': the value is missing"),
 }
@@ -264,10 +264,10 @@ def movielens(folder: Path, **changed: str) -> Path:
     [
         ({"data": "1\t1\t3\t0\n1\t9\t3\t0\n"}, r"u\.data, row 2, column item: '9' is not among the 2 films"),
         ({"data": "7\t1\t3\t0\n"}, r"u\.data, row 1, column user: '7' is not among the 3 users"),
-        ({"data": "1\t1\tinf\t0\n"}, r"u\.data, rating 1: inf is no rating"),
-        ({"data": "1\t1\n"}, r"u\.data, row 1, column rating: 'nothing' is no number"),
+        ({"data": "1\t1\tinf\t0\n"}, r"u\.data, rating 1: inf is not a rating"),
+        ({"data": "1\t1\n"}, r"u\.data, row 1, column rating: 'nothing' is not a number"),
         ({"data": ""}, r"u\.data holds no ratings"),
-        ({"user": "1|old|M|writer|1\n"}, r"u\.user, row 1, column age: 'old' is no number"),
+        ({"user": "1|old|M|writer|1\n"}, r"u\.user, row 1, column age: 'old' is not a number"),
         ({"user": "1|24\n"}, r"u\.user, row 1 has 2 fields instead of 5"),
         ({"item": "1|A\n"}, r"u\.item, row 1 has 2 fields instead of 24"),
     ],

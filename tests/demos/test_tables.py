@@ -48,7 +48,7 @@ def test_what_comes_late_in_a_long_file_is_still_named_by_its_row(tmp_path: Path
     words = table.words("word")
     assert np.flatnonzero(words.codes >= 0).tolist() == [30_000]
     rows[41_234] = "many,"
-    with pytest.raises(DataError, match=r"row 41236, column 'n': 'many' is no number"):
+    with pytest.raises(DataError, match=r"row 41236, column 'n': 'many' is not a number"):
         read_csv(write(tmp_path / "t.csv", "n,word\n" + "\n".join(rows)))
 
 
@@ -61,7 +61,7 @@ def test_what_comes_late_in_a_long_file_is_still_named_by_its_row(tmp_path: Path
         ("a,b\n1,2\n\n3,4\n", "row 3 is empty"),
         ("a,a\n1,2\n", "row 1: two columns are called 'a'"),
         ("a,b\n1,2\n1,inf\n", "row 3, column 'b': 'inf' is infinite"),
-        ("a,b\n1,2\nx,2\n", "row 3, column 'a': 'x' is no number"),
+        ("a,b\n1,2\nx,2\n", "row 3, column 'a': 'x' is not a number"),
     ],
 )
 def test_a_file_that_is_no_table_is_refused_with_the_place(content: str, words: str, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_file_that_is_no_table_is_refused_with_the_place(content: str, words: 
 
 def test_bytes_that_are_no_text_and_damaged_archives_are_refused(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(b"a,b\n\xff\xfe,1\n")
-    with pytest.raises(DataError, match="no UTF-8 text"):
+    with pytest.raises(DataError, match="not UTF-8 text"):
         read_csv(tmp_path / "t.csv")
     for name in ("t.zip", "t.csv.gz"):
         (tmp_path / name).write_bytes(b"damaged")
@@ -88,7 +88,7 @@ def test_a_missing_value_and_words_for_numbers_are_named_where_they_are_asked_fo
     table = read_csv(write(tmp_path / "t.csv", SMALL))
     with pytest.raises(DataError, match="row 3, column 'sales, gross': the value is missing"):
         table.numbers("sales, gross")
-    with pytest.raises(DataError, match="row 2, column 'city': 'Bonn' is no number"):
+    with pytest.raises(DataError, match="row 2, column 'city': 'Bonn' is not a number"):
         table.numbers("city")
     with pytest.raises(DataError, match="has no column 'town'; there are: day, city"):
         table.words("town")

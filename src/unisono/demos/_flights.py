@@ -43,7 +43,7 @@ def flight_columns(table: Table) -> tuple[Table, Integers]:
         wrong = (values < low) | (values > high) | (values % 1 != 0)
         if wrong.any():
             row = int(np.argmax(wrong))
-            raise table.error(row, name, f"{values[row]:g} is no whole number from {low} to {high}")
+            raise table.error(row, name, f"{values[row]:g} is not a whole number from {low} to {high}")
     year, month, day = (table.numbers(name) for name in ("year", "month", "day"))
     months = ((year - 1970) * 12 + month - 1).astype("datetime64[M]")
     days = months.astype("datetime64[D]").astype(np.int64) + day.astype(np.int64) - 1

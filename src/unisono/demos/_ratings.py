@@ -153,7 +153,7 @@ def _from_recbole(path: Path) -> Ratings:
 def _tables(data: _Rows, user: _Rows, films: list[str], titles: list[str], genres: list[list[str]]) -> Ratings:
     """From ``data`` (user, item, rating), ``user`` (id, age, gender, occupation, zip code), and films' ids, titles and genres."""
     people = user.of(5)
-    age = user.column("age", 1, int, "is no number")
+    age = user.column("age", 1, int, "is not a number")
     user_place = {person[0]: place for place, person in enumerate(people)}
     item_place = {film: place for place, film in enumerate(films)}
     occupations = sorted({person[3] for person in people})
@@ -164,7 +164,7 @@ def _tables(data: _Rows, user: _Rows, films: list[str], titles: list[str], genre
     return Ratings(
         users=data.column("user", 0, user_place.__getitem__, f"is not among the {len(people):,} users").long(),
         items=data.column("item", 1, item_place.__getitem__, f"is not among the {len(films):,} films").long(),
-        values=data.column("rating", 2, float, "is no number").float(),
+        values=data.column("rating", 2, float, "is not a number").float(),
         user_names=[person[0] for person in people],
         titles=titles,
         user_features=user_features,
@@ -199,7 +199,7 @@ def _checked(ratings: Ratings, file: str) -> Ratings:
         raise DataError(f"{file} holds no ratings")
     if not torch.isfinite(ratings.values).all():
         row = int((~torch.isfinite(ratings.values)).nonzero()[0])
-        raise DataError(f"{file}, rating {row + 1}: {float(ratings.values[row])} is no rating. Correct it.")
+        raise DataError(f"{file}, rating {row + 1}: {float(ratings.values[row])} is not a rating. Correct it.")
     pairs = (ratings.users * len(ratings.titles) + ratings.items).numpy()
     _, first = np.unique(pairs, return_index=True)
     if len(first) < len(pairs):

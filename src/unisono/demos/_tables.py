@@ -60,7 +60,7 @@ class Table:
             if (column.codes < 0).all():
                 raise DataError(f"{self.file}: column {name!r} is empty, numbers are needed there")
             first = int(np.argmax(column.codes >= 0))
-            raise self.error(first, name, f"{column.vocabulary[column.codes[first]]!r} is no number")
+            raise self.error(first, name, f"{column.vocabulary[column.codes[first]]!r} is not a number")
         if complete and np.isnan(column).any():
             row = int(np.argmax(np.isnan(column)))
             raise self.error(row, name, "the value is missing. Fill it in, or leave the row out.")
@@ -129,7 +129,7 @@ def read_csv(path: Path) -> Table:
                     column.add(values, first)
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{path} is no UTF-8 text ({error.reason} at byte {error.start}): save it as a UTF-8 CSV file"
+                f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as a UTF-8 CSV file"
             ) from None
         except csv.Error as error:
             raise DataError(f"{path}, row {reader.line_num}: no CSV ({error})") from None
@@ -194,7 +194,7 @@ class _Column:
         except ValueError:
             row = next(i for i, value in enumerate(values) if value.strip() not in MISSING and not _is_number(value))
             raise DataError(
-                f"{self.path}, row {first + row}, column {self.name!r}: {values[row]!r} is no number, but the column's first "
+                f"{self.path}, row {first + row}, column {self.name!r}: {values[row]!r} is not a number, but the column's first "
                 "value is one. Correct it, or leave the field empty."
             ) from None
         if np.isinf(numbers).any():
@@ -246,7 +246,7 @@ class Features:
             elif not np.isnan(column).all():
                 numbers[name] = (float(np.nanmean(column)), float(np.nanstd(column)) or 1.0)
         if not numbers and not words:
-            raise DataError(f"{table.file} has no column to learn from beside {', '.join(leave_out)}")
+            raise DataError(f"{table.file} has no column to learn from besides {', '.join(leave_out)}")
         return cls(numbers=numbers, words=words)
 
     @classmethod

@@ -14,7 +14,7 @@ def read_text(path: str | None) -> str:
     """*local*. The file's text, or Python's help on its topics with each paragraph once.
 
     Raises:
-        DataError: The file is no UTF-8 text, or too short.
+        DataError: The file is not UTF-8 text, or too short.
     """
     if path is None:
         from pydoc_data.topics import topics
@@ -25,7 +25,7 @@ def read_text(path: str | None) -> str:
     try:
         text = existing(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
+        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     if len(text) < 4000:

@@ -83,7 +83,7 @@ def split(table: Table, label: str, when: Floats, delay: float) -> tuple[Integer
     labels = table.numbers(label)
     if not np.isin(labels, (0, 1)).all():
         row = int(np.argmax(~np.isin(labels, (0, 1))))
-        raise table.error(row, label, f"{labels[row]:g} is no label. Write 0 or 1.")
+        raise table.error(row, label, f"{labels[row]:g} is not a label. Write 0 or 1.")
     test_from = np.quantile(when, 1 - TEST_SHARE)
     train, test = np.flatnonzero(when < test_from - delay), np.flatnonzero(when >= test_from)
     for part, rows in (("train on (the first in time)", train), ("test on (the last in time)", test)):

@@ -119,7 +119,9 @@ def read_idx(file: Path) -> Tensor:
     dimensions = data[3] if len(data) > 4 and data[:3] == b"\0\0\x08" else 0
     sizes = np.frombuffer(data, ">u4", dimensions, 4).tolist() if len(data) >= 4 + 4 * dimensions else []
     if not dimensions or len(data) - 4 - 4 * dimensions != np.prod(sizes):
-        raise unisono.DataError(f"{file} is no whole MNIST file: it has {len(data):,} bytes and begins with {data[:4].hex()!r}")
+        raise unisono.DataError(
+            f"{file} is not a complete MNIST file: it has {len(data):,} bytes and begins with {data[:4].hex()!r}"
+        )
     return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(sizes).copy())
 
 
@@ -136,7 +138,9 @@ def load(folder: Path, part: str) -> TensorDataset:
             f"{folder}: {part} has images {list(images.shape)} and labels {list(labels.shape)}, not [N, 28, 28]"
         )
     if labels.max() >= len(CLASSES):
-        raise unisono.DataError(f"{folder}: label {labels.max()} of {part} number {labels.argmax()} is beyond the ten classes")
+        raise unisono.DataError(
+            f"{folder}: label {labels.max()} of {part} number {labels.argmax()} is not one of the ten classes"
+        )
     if part == "train" and labels.min() == labels.max():
         raise unisono.DataError(f"{folder}: all {len(labels):,} labels of {part} are {labels[0]}: there is nothing to tell apart")
     return TensorDataset(images, labels)
@@ -160,7 +164,7 @@ def read_image(file: str) -> Tensor:
     try:
         grey = Image.open(file).convert("L")
     except (OSError, UnidentifiedImageError) as error:
-        raise unisono.DataError(f"{file} is no image that can be read: {error}") from None
+        raise unisono.DataError(f"{file} is not a readable image: {error}") from None
     pixels = np.asarray(grey.resize((SIDE, SIDE)))
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     return torch.from_numpy(255 - pixels if np.median(border) > 127 else pixels.copy())
