@@ -84,7 +84,7 @@ def checked_ranges(ranges: Sequence[Span], workers: int, microbatches: int) -> t
     whole = len(ranges) == workers and edges[-1] == microbatches
     if not whole or list(ranges) != list(pairwise(edges)) or any(hi <= lo for lo, hi in ranges):
         raise ConfigurationError(
-            f"ranges {list(ranges)} do not share {microbatches} microbatches out to {workers} workers: "
+            f"ranges {list(ranges)} do not divide {microbatches} microbatches among {workers} workers: "
             "give each worker at least one, contiguous and in order of rank"
         )
     return tuple((lo, hi) for lo, hi in ranges)

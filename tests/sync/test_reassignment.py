@@ -151,10 +151,10 @@ def test_a_hundred_changes_take_no_more_memory_than_the_largest_of_the_ranges_ne
 def test_ranges_that_do_not_share_everything_out_are_refused(ranges: Ranges) -> None:
     def work(collective: Collective) -> None:
         layout = layout_of(list(nn.Linear(2, 2).named_parameters()))
-        with pytest.raises(ConfigurationError, match="do not share 8 microbatches out to 2 workers"):
+        with pytest.raises(ConfigurationError, match="do not divide 8 microbatches among 2 workers"):
             Exact().bind(layout, collective, 8, ranges=ranges)
         reduction = Exact().bind(layout, collective, 8, ranges=((0, 1), (1, 8)))
-        with pytest.raises(ConfigurationError, match="do not share 8 microbatches out to 2 workers"):
+        with pytest.raises(ConfigurationError, match="do not divide 8 microbatches among 2 workers"):
             reduction.reassign(ranges)
         assert reduction.ranges == ((0, 1), (1, 8))
 

@@ -229,10 +229,10 @@ def test_a_wrapped_model() -> None:
         dist.destroy_process_group()
 
 
-def test_an_optimizer_that_misses_trainable_parameters() -> None:
+def test_an_optimizer_that_lacks_trainable_parameters() -> None:
     model = Net()
     refused(
-        r"misses 4 trainable parameters: norm.weight, norm.bias, tied.weight, tied.bias. Pass model.parameters\(\), or freeze",
+        r"lacks 4 trainable parameters: norm.weight, norm.bias, tied.weight, tied.bias. Pass model.parameters\(\), or freeze",
         model,
         optimizer=lambda p: torch.optim.SGD([*model.first.parameters(), *model.last.parameters()], 0.1),
     )

@@ -426,7 +426,7 @@ def test_only_what_differs_is_named(stopped: Path) -> None:
 def test_other_data_in_the_middle_of_an_epoch_is_refused(stopped: Path) -> None:
     def work(collective: Collective) -> None:
         trainer = make_trainer(collective, run_dir=stopped)
-        with pytest.raises(ConfigurationError, match=r"in the middle of epoch 2 over other data.*32.*31.*choose another run_dir"):
+        with pytest.raises(ConfigurationError, match=r"in the middle of epoch 2 on other data.*32.*31.*choose another run_dir"):
             trainer.fit(Augmented(31), EPOCHS)
         with pytest.raises(ConfigurationError, match=r"shuffle.*sequential"):
             trainer.batches(Augmented(), EPOCHS, order="sequential")
@@ -447,7 +447,7 @@ def test_between_epochs_the_data_may_grow(tmp_path: Path) -> None:
         trainer.fit(Augmented(48), 2)
         return trainer.position.samples
 
-    with pytest.warns(UserWarning, match="trained on other data so far .*'samples': 32.* than is given now .*'samples': 48"):
+    with pytest.warns(UserWarning, match="trained on other data so far .*'samples': 32.* than those given now .*'samples': 48"):
         assert run_threads(2, work) == [32 + 48] * 2
 
 

@@ -22,7 +22,7 @@ def test_numbers_that_count_something_are_whole(name: str) -> None:
 
 
 def test_callbacks_are_callbacks() -> None:
-    with pytest.raises(ConfigurationError, match=r"print>, which is no unisono\.Callback: derive a class"):
+    with pytest.raises(ConfigurationError, match=r"print>, which is not a unisono\.Callback: derive a class"):
         make_trainer(callbacks=[print])
 
 

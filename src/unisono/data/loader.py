@@ -140,7 +140,7 @@ def load(
                 if "DataLoader timed out" in str(error):
                     raise DataError(
                         f"no microbatch came from {settings.num_workers} loader process{'es'[: 2 * (settings.num_workers > 1)]} "
-                        f"in {timeout_s:g} s. What they have printed may say why (samples that cannot be pickled, a file that "
+                        f"in {timeout_s:g} s. Their output may say why (samples that cannot be pickled, a file that "
                         "cannot be read); if they were only slow, raise timeout_s or num_workers; with num_workers=0 errors show"
                     ) from error
                 if "DataLoader worker" not in str(error):

@@ -25,7 +25,7 @@ def check_optimizer(optimizer: Any, trainable: Iterable[tuple[str, nn.Parameter]
     if isinstance(optimizer, LBFGS) or (step is not None and step.default is inspect.Parameter.empty):
         raise ConfigurationError(
             f"{type(optimizer).__name__} evaluates the loss several times a step and mixes all parameters in its update, so "
-            "their update cannot be shared out to owners: use an optimizer that updates each parameter on its own (SGD, "
+            "the update cannot be divided among owners: use an optimizer that updates each parameter on its own (SGD, "
             "AdamW, Muon, ...)"
         )
     if isinstance(optimizer, SparseAdam):
@@ -42,7 +42,7 @@ def check_optimizer(optimizer: Any, trainable: Iterable[tuple[str, nn.Parameter]
     missing = [name for name, parameter in trainable if id(parameter) not in held]
     if missing:
         raise ConfigurationError(
-            f"the optimizer misses {len(missing)} trainable parameter{'s'[: len(missing) != 1]}: {_some(missing)}. Pass "
+            f"the optimizer lacks {len(missing)} trainable parameter{'s'[: len(missing) != 1]}: {_some(missing)}. Pass "
             "model.parameters(), or freeze them with requires_grad_(False)"
         )
     foreign = [

@@ -71,8 +71,8 @@ def layout_of(named: Named) -> Layout:
         other = first_at.setdefault(parameter.data_ptr(), name) if parameter.numel() else name
         if other != name:
             raise ConfigurationError(
-                f"parameters {other!r} and {name!r} share memory, but are two Parameter objects, which would be torn apart. Tie "
-                "them by assigning the Parameter itself (decoder.weight = encoder.weight), not its .data"
+                f"parameters {other!r} and {name!r} share memory, but are two Parameter objects, which would no longer be tied. "
+                "Tie them by assigning the Parameter itself (decoder.weight = encoder.weight), not its .data"
             )
     return Layout(_spec(name, parameter) for name, parameter in named)
 

@@ -129,7 +129,7 @@ def check_headers(headers: Sequence[Header], batch: Batch, step: int) -> bool:
     for rank, header in enumerate(headers):
         if header.digest != first.digest:
             raise ConfigurationError(
-                f"step {step}: worker {rank} was given other samples, or another place among them, than worker 0. Nothing "
+                f"step {step}: worker {rank} was given other samples than worker 0, or another position in the data. Nothing "
                 "was updated. Every worker must be given the same order: seed the shuffle or sampler that makes it, alike on "
                 "all of them"
             )

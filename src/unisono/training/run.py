@@ -124,7 +124,8 @@ class Run:
         if ledger != whole(data["samples"]):
             raise Desync(
                 f"epoch {batch.epoch + 1} used {samples_of(ledger)} samples of {data['samples']}, or not each of them once. "
-                "The steps stand; start again from a checkpoint before this epoch, and check the script with unisono verify",
+                "The steps were not undone; start again from a checkpoint before this epoch, and check the script with "
+                "unisono verify",
                 step=self.position.step,
             )
 
@@ -222,13 +223,13 @@ class Run:
             return
         if self.position.batch and self.data not in (None, data):
             raise ConfigurationError(
-                f"the run stopped in the middle of epoch {self.position.epoch + 1} over other data ({self.data}) than "
-                f"is given now ({data}): give it the same data, or choose another run_dir"
+                f"the run stopped in the middle of epoch {self.position.epoch + 1} on other data ({self.data}) than "
+                f"those given now ({data}): give it the same data, or choose another run_dir"
             )
         if self.resumed not in (None, data) and self.is_main:
             warnings.warn(
-                f"the run was trained on other data so far ({self.resumed}) than is given now ({data}): its weights depend "
-                "on both, so this command alone, in a new run_dir, gives others",
+                f"the run was trained on other data so far ({self.resumed}) than those given now ({data}): its weights depend "
+                "on both, so the same command in a new run_dir gives other weights",
                 stacklevel=5,
             )
         self.resumed, self.data = None, data

@@ -381,9 +381,7 @@ class RunDirectory:
         failure: UnisonoError | None = None
         if self._collective.rank == 0:
             if self._is_over():
-                raise LostWorker(
-                    "the other workers have gone on; this one, which has not noticed, leaves the run directory alone"
-                )
+                raise LostWorker("the other workers have gone on without this one, so it no longer writes to the run directory")
             try:
                 answer = {"ok": work()}
             except UnisonoError as error:

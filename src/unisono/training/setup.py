@@ -81,7 +81,7 @@ def check_helpers(callbacks: Sequence[Any], loader: Any, scheduler: Any, optimiz
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise ConfigurationError(
-                f"callbacks holds {callback!r}, which is no unisono.Callback: derive a class from it that overrides on_step, "
+                f"callbacks holds {callback!r}, which is not a unisono.Callback: derive a class from it that overrides on_step, "
                 "on_epoch or on_evaluate"
             )
     check_loader(loader)
@@ -89,7 +89,7 @@ def check_helpers(callbacks: Sequence[Any], loader: Any, scheduler: Any, optimiz
     if other is not optimizer:
         raise ConfigurationError(
             f"scheduler is a {type(scheduler).__name__} over another optimizer ({type(other).__name__}), whose learning rates "
-            "nobody uses: make it over the optimizer that is given to the Trainer"
+            "are not used: make it over the optimizer that is given to the Trainer"
         )
 
 
