@@ -127,7 +127,7 @@ def main(run_dir: str, log: Path, kind: str, steps: int) -> None:
         run_dir=run_dir,
         callbacks=[Tells(log, data), *([Clamps()] if kind == "edits" else [])],
         timeout_s=TIMEOUT_S,
-        sync=unisono.Exact(replicate_kib=10_000 if kind == "everywhere" else 0),
+        sync=unisono.Exact(replicate_kib=10_000 if kind == "everywhere" else 0, shard_update=True),
         on_nonfinite="skip",
         loader=unisono.Loader(num_workers=1 if kind == "loaders" else 0),
     )

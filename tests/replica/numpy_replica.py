@@ -58,6 +58,8 @@ class NumpyReplica(Replica):
         seed: Of the initial weights.
     """
 
+    updates_apart = True
+
     def __init__(self, seed: int = 0, *, rate: float = 0.01, momentum: float = 0.9) -> None:
         self.device = CPU
         self.model = Model(seed)

@@ -61,6 +61,42 @@ def test_gradients_of_few_rows_have_the_same_sum(hosts: tuple[int, ...], monkeyp
     assert several == one
 
 
+class Whole(Exact):
+    """As a large model is reduced whose optimizer may mix parameters."""
+
+    def bind(self, *args: Any, **settings: Any) -> ExactReduction:
+        reduction = super().bind(*args, **{**settings, "whole": True})
+        assert reduction.replicates
+        return reduction
+
+
+class WholePerHost(Whole, PerHost):
+    """The same in a run that can lose hosts."""
+
+
+ANYWHERE = [(2,), (3,), (5,), (1, 1), (1, 1, 1), (2, 2), (2, 1, 2), (1, 3, 1, 2)]
+
+
+@pytest.mark.parametrize("kind", [Whole, WholePerHost])
+@pytest.mark.parametrize("hosts", ANYWHERE, ids=str)
+def test_every_worker_updates_everything_with_the_same_sums(
+    hosts: tuple[int, ...], kind: type[Exact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = torch.randint(0, 30, (40, 5), generator=torch.Generator().manual_seed(0))
+    expected = alone(8)
+    one, _ = trained(1, lambda: tables(True), tokens, forward=rated)
+    together(hosts, monkeypatch)
+    monkeypatch.setattr("tests.training.hard_problem.Exact", kind)
+    size = sum(hosts)
+
+    several, _ = trained(size, lambda: tables(True), tokens, forward=rated, settings=kind(replicate_kib=0))
+    found = run_threads(size, lambda collective: train(collective, 8, size))
+
+    assert several == one
+    for rank, worker in enumerate(found):
+        assert differing(worker, expected) == [], rank
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("hosts", [(1,) * 3, (1,) * 5, (1, 3, 1, 2)], ids=str)
 def test_training_ends_with_the_bits_of_one_worker(

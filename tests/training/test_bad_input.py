@@ -257,7 +257,7 @@ def test_an_optimizer_with_a_closure() -> None:
         def step(self, closure: Callable[[], float]) -> None:  # type: ignore[override]
             closure()
 
-    refused("LBFGS evaluates the loss several times a step.*use an optimizer that updates each", optimizer=torch.optim.LBFGS)
+    refused("LBFGS evaluates the loss several times a step.*use an optimizer that needs no closure", optimizer=torch.optim.LBFGS)
     refused("Searching evaluates the loss several times a step", optimizer=Searching)
 
 
@@ -266,7 +266,7 @@ def test_an_optimizer_for_sparse_gradients_only() -> None:
 
 
 def test_an_optimizer_that_is_none() -> None:
-    refused("optimizer is a list, not a torch.optim.Optimizer", optimizer=list)
+    refused(r"optimizer is a list: give one.*Several become one by a class", optimizer=list)
 
 
 # ---------------------------------------------------------------------- changes after the trainer was made

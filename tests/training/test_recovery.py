@@ -96,7 +96,7 @@ def train(
         microbatches=MICROBATCHES,
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=6),
         max_grad_norm=0.5,
-        sync=unisono.Exact(replicate_kib=replicate_kib),
+        sync=unisono.Exact(replicate_kib=replicate_kib, shard_update=True),
         run_dir=f"memory://recovery-{run or uuid.uuid4().hex}",
         checkpoint_every=2,
         on_nonfinite="error" if unusable is None else "skip",

@@ -62,6 +62,8 @@ class Replica(abc.ABC):
         loss: What is trained; as a metric, what an evaluation measures by default.
         buffers: What forward changes besides the trainable parameters.
         sparse: Slots (by index) that get gradients of few rows, as ``torch.sparse_coo`` tensors.
+        updates_apart: Whether the optimizer is known to update each parameter on its own, and to draw no random numbers, so that
+            each worker can update a part of them. Else every worker updates all.
     """
 
     layout: Layout
@@ -70,6 +72,7 @@ class Replica(abc.ABC):
     loss: MetricFunction
     buffers: Buffers
     sparse: Collection[int] = frozenset()
+    updates_apart: bool = False
 
     # ------------------------------------------------------------------ the model
 
@@ -130,6 +133,11 @@ class Replica(abc.ABC):
         Raises:
             ConfigurationError: Loss function or model cannot be trained exactly.
         """
+
+    def seed_update(self, seed: int) -> None:
+        """Seeds what the optimizer may draw from in the next update with 64 bits."""
+        if not self.updates_apart:
+            self.seed(seed)
 
     @abc.abstractmethod
     def update(self, slots: Sequence[int], gradients: Sequence[Tensor]) -> None:

@@ -7,10 +7,45 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer, SparseAdam
+from torch import Tensor, nn, optim
+from torch.optim import LBFGS, Adafactor, Optimizer, SparseAdam
+from torch.optim import optimizer as torch_optimizer
 
 from unisono.errors import CheckpointError, ConfigurationError
+
+_APART = frozenset(
+    {
+        *(optim.ASGD, optim.SGD, optim.Adadelta, optim.Adafactor, optim.Adagrad, optim.Adam, optim.Adamax, optim.AdamW),
+        *(optim.Muon, optim.NAdam, optim.RAdam, optim.RMSprop, optim.Rprop),
+    }
+)
+"""Known by reading (PyTorch 2.13) to update each parameter from its own gradient, state and settings; drawing nothing."""
+
+
+def updates_apart(optimizer: Optimizer) -> bool:
+    """*local*. Whether ``optimizer`` is known to update each parameter on its own. No experiment tells: some couple parameters at
+    large gradients only, some at small ones, some at their own learning rate only. So a subclass is not known, and neither is
+    one whose step calls somebody's hooks."""
+    if type(optimizer) not in _APART or calls_hooks(optimizer):
+        return False
+    step = vars(optimizer).get("step")
+    if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
+        return False  # somebody has put another step in its place
+    # Where eps[0] is None, Adafactor takes the epsilon of the first dtype that it meets, for parameters of other dtypes, too.
+    return not isinstance(optimizer, Adafactor) or not any(
+        group["eps"][0] is None and len({parameter.dtype for parameter in group["params"]}) > 1
+        for group in optimizer.param_groups
+    )
+
+
+def calls_hooks(optimizer: Optimizer) -> bool:
+    """*local*. Whether the optimizer's step calls hooks, which may do anything."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or torch_optimizer._global_optimizer_pre_hooks
+        or torch_optimizer._global_optimizer_post_hooks
+    )
 
 
 def check_optimizer(optimizer: Any, trainable: Iterable[tuple[str, nn.Parameter]], model: nn.Module) -> None:
@@ -19,14 +54,18 @@ def check_optimizer(optimizer: Any, trainable: Iterable[tuple[str, nn.Parameter]
     Raises:
         ConfigurationError: It does not; the message says why and what to do.
     """
+    if isinstance(optimizer, (list, tuple, dict)):
+        raise ConfigurationError(
+            f"optimizer is a {type(optimizer).__name__}: give one torch.optim.Optimizer. Several become one by a class "
+            'whose step() calls theirs and whose state_dict() holds theirs: see "Several optimizers" in docs/guide.md'
+        )
     if not isinstance(optimizer, Optimizer):
         raise ConfigurationError(f"optimizer is a {type(optimizer).__name__}, not a torch.optim.Optimizer")
     step = inspect.signature(type(optimizer).step).parameters.get("closure")
     if isinstance(optimizer, LBFGS) or (step is not None and step.default is inspect.Parameter.empty):
         raise ConfigurationError(
-            f"{type(optimizer).__name__} evaluates the loss several times a step and mixes all parameters in its update, so "
-            "the update cannot be divided among owners: use an optimizer that updates each parameter on its own (SGD, "
-            "AdamW, Muon, ...)"
+            f"{type(optimizer).__name__} evaluates the loss several times a step, by a closure; unisono evaluates each "
+            "microbatch once, and calls step() without one: use an optimizer that needs no closure (SGD, AdamW, Muon, ...)"
         )
     if isinstance(optimizer, SparseAdam):
         raise ConfigurationError(

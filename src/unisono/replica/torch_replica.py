@@ -71,6 +71,7 @@ class TorchReplica(Replica):
         self._groups = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self._frozen = [parameter for parameter in self._held if not parameter.requires_grad]
         self._addresses = [parameter.data_ptr() for parameter in self.parameters]
+        self.updates_apart = optimizers.updates_apart(optimizer)
         self._is_first = True
         self._hooks: list[RemovableHandle] = []
         self._early: GradientSink | None = None  # takes the gradients of the backward that runs
@@ -188,8 +189,9 @@ class TorchReplica(Replica):
             if parameter._version != version:
                 raise ConfigurationError(
                     f"parameter {name!r} is changed in place by forward or backward, so it would depend on which microbatches a "
-                    "worker computes. Embedding(max_norm=...) does this; so do statistics that a model keeps in frozen "
-                    "parameters: make these buffers, and change weights between steps, on every worker, in a callback"
+                    "worker computes. Embedding(max_norm=...) does this, as do optimizers that update in backward (LOMO), and "
+                    "statistics that a model keeps in frozen parameters: make these buffers, and change weights between steps, "
+                    "on every worker, in a callback"
                 )
 
     def _install_hooks(self) -> None:
@@ -213,6 +215,11 @@ class TorchReplica(Replica):
         return contextlib.nullcontext()
 
     def update(self, slots: Sequence[int], gradients: Sequence[Tensor]) -> None:
+        if self.updates_apart and optimizers.calls_hooks(self.optimizer):
+            raise ConfigurationError(
+                f"a hook was registered on the step of {type(self.optimizer).__name__} after the Trainer was made, and may mix "
+                "parameters that different workers update: register it before Trainer(...)"
+            )
         for slot, gradient in zip(slots, gradients, strict=True):
             self.parameters[slot].grad = gradient
         try:
@@ -222,7 +229,8 @@ class TorchReplica(Replica):
                 self.parameters[slot].grad = None
 
     def learning_rates(self) -> tuple[float, ...]:
-        return tuple(float(group["lr"]) for group in self.optimizer.param_groups if "lr" in group)
+        rates = (group.get("lr") for group in self.optimizer.param_groups)
+        return tuple(float(rate) for rate in rates if rate is not None)  # None: the optimizer finds one itself
 
     # ------------------------------------------------------------------ evaluation
 

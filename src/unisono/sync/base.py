@@ -60,6 +60,7 @@ class Sync(abc.ABC):
         *,
         sparse: Collection[int] = (),
         per_host: bool = False,
+        whole: bool = False,
         ranges: Sequence[Span] | None = None,
         clock: Clock | None = None,
     ) -> Reduction:
@@ -68,6 +69,7 @@ class Sync(abc.ABC):
         Args:
             sparse: Slots (by index) whose gradients have few rows.
             per_host: Whether the workers of each host are to update all parameters among them, so that each host has all state.
+            whole: Whether every worker is to update all parameters, since the optimizer may mix them.
             ranges: Each worker's microbatches: contiguous, in order of rank, at least one each. None: as even as can be.
             clock: Told what ``finish`` and ``publish`` spend time on.
 
@@ -98,6 +100,7 @@ class Reduction(abc.ABC):
         segments: For each block of the layout, the elements of which each worker holds the weights and the optimizer's state when
             all have been published.
         replicates: Whether, where there are several workers, every one updates every parameter.
+        updates_whole: Whether it does so only since the optimizer is not known to update each parameter on its own.
         must_repeat: Whether the step must be done again, as all workers know once they have the notes: the reduction does then
             what it did not expect.
     """
@@ -105,6 +108,7 @@ class Reduction(abc.ABC):
     ranges: Sequence[Span]
     segments: Sequence[Sequence[Segment]]
     replicates: bool
+    updates_whole: bool = False
     must_repeat: bool = False
 
     def takes_early(self, microbatch: int) -> bool:

@@ -3,7 +3,7 @@
 Each worker folds the gradients of its microbatches into its pieces. The owner of a segment receives every piece's part of
 that segment and finishes the tree. For aligned ranges these are the bytes of a ring all-reduce, but the order of summation
 is ours: it depends on the number of microbatches alone. Between hosts of several workers, pieces travel in two levels
-(``two_levels.py``). Where more than two hosts update everything each, sums travel once more (``delivery.py``).
+(``two_levels.py``). Where more than two hosts, or workers, update everything each, sums travel once more (``delivery.py``).
 
 Where gradients are sent during backward, they go in buckets, last layers first, in the same order on every worker.
 """
@@ -54,11 +54,20 @@ class Exact(Sync):
     unless a callback may edit weights. True: in loops of your own, too; then nothing but the trainer may change weights between
     steps, since a change made by every worker would be made several times."""
 
+    shard_update: bool | None = None
+    """Whether each worker updates a part of the parameters. That is exact only if the optimizer updates each parameter on its
+    own, from that parameter's gradient, state and settings, and draws no random numbers. None: it does for the classes of
+    ``torch.optim`` themselves, which are known to, without hooks on their step. Every other optimizer is updated whole by every
+    worker, which is exact for all of them, but each worker then has all of its state and does all of its work. True: you vouch
+    for your optimizer. False: every worker updates everything, whatever the optimizer."""
+
     def __post_init__(self) -> None:
         if not self.bucket_mib > 0:
             raise ConfigurationError(f"bucket_mib must be positive, got {self.bucket_mib}")
         if not self.replicate_kib >= 0:
             raise ConfigurationError(f"replicate_kib must be 0 or more, got {self.replicate_kib}")
+        if self.shard_update not in (True, False, None):
+            raise ConfigurationError(f"shard_update must be True, False or None, got {self.shard_update!r}")
 
     def bind(self, layout: Layout, collective: Collective, microbatches: int, **options: Any) -> ExactReduction:
         return ExactReduction(self, layout, collective, microbatches, **options)
@@ -108,6 +117,7 @@ class ExactReduction(Reduction):
         *,
         sparse: Collection[int] = (),
         per_host: bool = False,
+        whole: bool = False,
         ranges: Sequence[Span] | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -124,7 +134,9 @@ class ExactReduction(Reduction):
             else checked_ranges(ranges, collective.size, microbatches)
         )
         small = layout.nbytes <= settings.replicate_kib * 1024
-        self._owners = owners = Ownership(layout, collective, hosts, per_host=per_host, small=small)
+        whole = whole if settings.shard_update is None else not settings.shard_update
+        self._owners = owners = Ownership(layout, collective, hosts, per_host=per_host, small=small, whole=whole)
+        self.updates_whole = whole and not small and settings.shard_update is None
         self.segments, self.replicates = owners.segments, owners.replicates
         self._delivery = Delivery(layout, collective, owners.summed, owners.updated) if owners.delivers else None
         # What several workers sum up each for itself, they read of each other.
@@ -354,8 +366,9 @@ class ExactReduction(Reduction):
                 holder = self._finisher.finish(stretch, own, received, origin, self._state.filled, count)
                 norms.add(stretch, holder)
                 found.update((slot.index, holder.views[slot.index]) for slot in stretch.slots)
+        mine = set(self.saved_by(self._collective.rank)) if self._owners.delivers and self._rows.slots else ()
         for slot, rows, gradient in self._rows.finish(own, count):
-            if not self._owners.delivers or self._collective.rank in self._owners.savers:  # other hosts have the same sum
+            if not self._owners.delivers or slot.index in mine:  # others have the same sum
                 norms.add_tensors([slot.index], [real(rows.values)])
             found[slot.index] = gradient
         present = self._state.present

@@ -1,8 +1,9 @@
 """Who sums up, updates and saves which parameters. Everything here is *local*, and the same on all workers.
 
 Usually each worker does all three for the parameters of its segment. A small model is summed up and updated by every worker as a
-whole. Where each host is to have all state, the workers of every host divide all parameters among them; on more than two such
-hosts, each gradient is still summed up by one worker of all, who relays it to the others (``delivery.py``).
+whole, and so is one whose optimizer may mix parameters in its update. Where each host is to have all state, the workers of every
+host divide all parameters among them. On more than two such hosts, and where more than two workers update a large model as a
+whole, each gradient is still summed up by one worker of all, who relays it to the others (``delivery.py``).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Ownership:
         hosts: The same by host.
         per_host: Whether each host is to have all state.
         small: Whether every worker may well update the whole model.
+        whole: Whether every worker has to.
 
     Attributes:
         segments: For each block, each worker's segment: what it saves, and what it publishes.
@@ -40,7 +42,9 @@ class Ownership:
         savers: Workers that save what they update; the others update the same.
     """
 
-    def __init__(self, layout: Layout, collective: Collective, hosts: HostMap, *, per_host: bool, small: bool) -> None:
+    def __init__(
+        self, layout: Layout, collective: Collective, hosts: HostMap, *, per_host: bool, small: bool, whole: bool = False
+    ) -> None:
         everybody = tuple(range(collective.size))
         self.apart = per_host and len(hosts.groups) > 1
         groups = hosts.groups if self.apart else [everybody]
@@ -52,9 +56,9 @@ class Ownership:
         self._updaters = next(group for group in groups if collective.rank in group)
         # Only CPU memory can be held in common by a host: elsewhere every worker has to have everything.
         lone = max(map(len, groups)) == 1 if self.apart else per_host and layout.blocks[0].device.type != "cpu"
-        self.replicates = small or lone
+        self.replicates = small or lone or whole
         self.replicated = collective.size > 1 and self.replicates
-        self.delivers = self.apart and len(groups) > 2 and not small
+        self.delivers = not small and ((self.apart and len(groups) > 2) or (whole and collective.size > 2))
         self.measurers = everybody if self.delivers else self._updaters
         self._summed_segments = layout.segments(collective.size) if self.delivers else self.segments
         everything = [[(0, block.numel)] * collective.size for block in layout.blocks]

@@ -77,7 +77,18 @@ class Participant:
         settle_state(self.local.replica, updates, collective)
         if not self._session.is_outside:
             self._run.resume(self._group)
+            self._tell_whole(self._group)
         return self._run.position.step
+
+    def _tell_whole(self, group: WorkerGroup) -> None:
+        may_be_several = group.collective.size > 1 or self._session.can_change
+        if group.reduction.updates_whole and may_be_several and group.collective.rank == 0:
+            name = self._alike.get("optimizer", "the optimizer")
+            self._screen.tell(
+                f"{name} is not known to update each parameter on its own, so every worker updates the whole model: exact, but "
+                "with all of the optimizer's state and work on each of them. If you know that it does, pass "
+                "sync=Exact(shard_update=True)"
+            )
 
     def redo(self, key: StepKey, flags: int) -> None:
         """*collective*. Takes a step again that has been taken before."""

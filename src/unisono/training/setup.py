@@ -254,10 +254,12 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)  # JSON has no infinity
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, Tensor):
-        return value.tolist()
+        return _plain(value.tolist())
     return getattr(value, "__qualname__", type(value).__qualname__)

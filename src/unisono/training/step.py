@@ -121,7 +121,7 @@ class Stepper:
             self._explain_gradient(reduced.norms, batch, step)
         learning_rates = self._replica.learning_rates()
         with self._session.updating(step, _flags(told), _passed_s(before, self._seconds)), self._clock.phase("compute"):
-            self._update(reduced, norm)
+            self._update(reduced, norm, step)
         self._reduction.publish(self._weights.flats)
         if self._weights.shared:
             self._weights.remember()
@@ -214,12 +214,13 @@ class Stepper:
     def _seeds(self, batch: Batch, step: int) -> list[int]:
         return [derive_seed("step", self._settings.seed, step, part.number) for part in batch.parts]
 
-    def _update(self, reduced: Reduced, norm: float) -> None:
+    def _update(self, reduced: Reduced, norm: float, step: int) -> None:
         if self._settings.max_grad_norm is not None:
             scale = self._settings.max_grad_norm / (norm + 1e-6)
             if scale < 1:
                 for alike in _by_dtype(reduced.gradients):
                     torch._foreach_mul_(alike, scale)
+        self._replica.seed_update(derive_seed("update", self._settings.seed, step))
         self._replica.update([slot.index for slot in reduced.slots], reduced.gradients)
 
     def _explain_loss(self, losses: Sequence[float], counts: Sequence[float], batch: Batch, step: int) -> None:

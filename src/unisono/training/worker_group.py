@@ -54,6 +54,7 @@ class WorkerGroup:
             settings.microbatches,
             sparse=local.replica.sparse,
             per_host=session.can_change,
+            whole=not local.replica.updates_apart,
             clock=local.clock,
         )
         for one in learned:
