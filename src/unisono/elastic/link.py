@@ -18,7 +18,7 @@ from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[a
 from unisono.collective import Collective, InProcess, LostWorker
 from unisono.collective.regions import Memory
 from unisono.collective.shared_memory import SharedMemory, host_identity
-from unisono.elastic.membership import Generation, Member, Membership, Store, store_is_gone
+from unisono.elastic.membership import Generation, KeyValueStore, Member, Membership, store_is_gone
 from unisono.errors import WorkerFailure
 from unisono.system.output import say
 from unisono.system.process import Process
@@ -67,7 +67,7 @@ class Link:
     """For a trainer that is given a link in place of a collective."""
 
     def __init__(
-        self, membership: Membership, store: Store, connect: Connect, *, minimum: int = 1, wait_s: float = 300.0
+        self, membership: Membership, store: KeyValueStore, connect: Connect, *, minimum: int = 1, wait_s: float = 300.0
     ) -> None:
         self.store = store
         self.generation: Generation | None = None

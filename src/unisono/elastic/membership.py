@@ -35,7 +35,7 @@ _LAST_CHANCE_S = 0.5
 """How long those who meet wait for one that has not answered in time before."""
 
 
-class Store(Protocol):
+class KeyValueStore(Protocol):
     """The part of torch.distributed's stores that is used here."""
 
     def set(self, key: str, value: str | bytes, /) -> None: ...
@@ -169,7 +169,7 @@ class Membership:
 
     def __init__(
         self,
-        store: Store,
+        store: KeyValueStore,
         me: Member,
         founders: Sequence[str],
         *,

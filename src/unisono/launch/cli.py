@@ -52,75 +52,78 @@ def _meet(context: click.Context, option: click.Parameter, value: str | None) ->
 
 def _launch_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that `run` and `demo` share."""
-    for option in (
-        click.option(
-            "--profile",
-            is_flag=True,
-            help="Like --trace, and run torch.profiler over the same steps: one file per worker.",
-        ),
-        click.option(
-            "--trace",
-            is_flag=True,
-            help="Write a Chrome/Perfetto trace of five steps on all workers, from the third step on, to RUN_DIR/trace (without "
-            "a run directory ./trace).",
-        ),
-        click.option(
-            "--grace",
-            "grace_s",
-            type=click.FloatRange(min=0),
-            metavar="SECONDS",
-            default=_GRACE_S,
-            show_default=True,
-            help="How long workers may take to save their work and leave after Ctrl-C or SIGTERM.",
-        ),
-        click.option(
-            "--wait",
-            "wait_s",
-            type=click.FloatRange(min=0),
-            metavar="SECONDS",
-            default=300.0,
-            show_default=True,
-            help="How long to wait for missing workers (fewer than MIN) or hosts.",
-        ),
-        click.option(
-            "--max-restarts",
-            type=click.IntRange(min=0),
-            metavar="R",
-            default=3,
-            show_default=True,
-            help="Total number of replacements of dead workers, and of restarts of all from a checkpoint.",
-        ),
-        click.option(
-            "--hosts",
-            type=click.IntRange(min=1),
-            metavar="N",
-            default=1,
-            show_default=True,
-            help="Number of hosts to wait for at the start; others may join later. Needs --meet.",
-        ),
-        click.option(
-            "--meet",
-            callback=_meet,
-            metavar="HOST:PORT",
-            help="Where several hosts meet: an address of one of them, and a free port there. Run the same command on each.",
-        ),
-        click.option(
-            "--threads",
-            type=click.IntRange(min=1),
-            metavar="T",
-            help="Threads per worker; default: OMP_NUM_THREADS, or 1. Another number may give other weights.",
-        ),
-        click.option(
-            "--workers",
-            callback=_workers,
-            metavar="N|MIN:MAX",
-            help="Number of workers. Default: one per GPU, or without GPUs one per usable core (divided by --threads), but no "
-            "more than the Trainer's microbatches. MIN:MAX keeps that within bounds; with fewer than MIN workers left, the run "
-            "waits for more.",
-        ),
-    ):
+    for option in _OPTIONS:
         command = option(command)
     return command
+
+
+_OPTIONS = (
+    click.option(
+        "--profile",
+        is_flag=True,
+        help="Like --trace, and run torch.profiler over the same steps: one file per worker.",
+    ),
+    click.option(
+        "--trace",
+        is_flag=True,
+        help="Write a Chrome/Perfetto trace of five steps on all workers, from the third step on, to RUN_DIR/trace (without "
+        "a run directory ./trace).",
+    ),
+    click.option(
+        "--grace",
+        "grace_s",
+        type=click.FloatRange(min=0),
+        metavar="SECONDS",
+        default=_GRACE_S,
+        show_default=True,
+        help="How long workers may take to save their work and leave after Ctrl-C or SIGTERM.",
+    ),
+    click.option(
+        "--wait",
+        "wait_s",
+        type=click.FloatRange(min=0),
+        metavar="SECONDS",
+        default=300.0,
+        show_default=True,
+        help="How long to wait for missing workers (fewer than MIN) or hosts.",
+    ),
+    click.option(
+        "--max-restarts",
+        type=click.IntRange(min=0),
+        metavar="R",
+        default=3,
+        show_default=True,
+        help="Total number of replacements of dead workers, and of restarts of all from a checkpoint.",
+    ),
+    click.option(
+        "--hosts",
+        type=click.IntRange(min=1),
+        metavar="N",
+        default=1,
+        show_default=True,
+        help="Number of hosts to wait for at the start; others may join later. Needs --meet.",
+    ),
+    click.option(
+        "--meet",
+        callback=_meet,
+        metavar="HOST:PORT",
+        help="Where several hosts meet: an address of one of them, and a free port there. Run the same command on each.",
+    ),
+    click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        metavar="T",
+        help="Threads per worker; default: OMP_NUM_THREADS, or 1. Another number may give other weights.",
+    ),
+    click.option(
+        "--workers",
+        callback=_workers,
+        metavar="N|MIN:MAX",
+        help="Number of workers. Default: one per GPU, or without GPUs one per usable core (divided by --threads), but no "
+        "more than the Trainer's microbatches. MIN:MAX keeps that within bounds; with fewer than MIN workers left, the run "
+        "waits for more.",
+    ),
+)
 
 
 class Command(click.Command):

@@ -133,10 +133,8 @@ class TorchReplica(Replica):
         try:
             for microbatch, seed in zip(microbatches, seeds, strict=True):
                 parts.append(self._backward(microbatch, seed, sink))
-                gradients = [parameter.grad for parameter in self.parameters]
-                for parameter in self.parameters:
-                    parameter.grad = None
-                sink.add(microbatch.number, gradients)
+                # Nothing here holds on to them: the next microbatch computes in the memory that they leave.
+                sink.add(microbatch.number, self._take_gradients())
         except BaseException:
             self._early = None
             for parameter in self.parameters:
@@ -144,6 +142,12 @@ class TorchReplica(Replica):
             raise
         self.buffers.check_known()
         return parts
+
+    def _take_gradients(self) -> list[Tensor | None]:
+        gradients = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        return gradients
 
     def _backward(self, microbatch: Microbatch, seed: int, sink: GradientSink) -> LossPart:
         versions = [parameter._version for _, parameter in self._all]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -225,14 +225,18 @@ def run_lives(
                 store.set(f"dead/thread {rank}", "died")
                 lives[rank].close()
 
-    threads = [threading.Thread(target=run, args=(rank,), name=f"worker {rank}", daemon=True) for rank in lives]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=10 * timeout_s)
+    _run_threads(run, lives, limit_s=10 * timeout_s)
     if errors:
         raise errors[0]
     return Lives(results, {rank: life.calls for rank, life in lives.items()})
+
+
+def _run_threads(work: Callable[[int], None], ranks: Iterable[int], *, limit_s: float) -> None:
+    threads = [threading.Thread(target=work, args=(rank,), name=f"worker {rank}", daemon=True) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=limit_s)
 
 
 def _groups(generation: Generation) -> list[tuple[int, ...]]:

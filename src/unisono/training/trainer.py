@@ -262,7 +262,7 @@ class Trainer:
         Raises:
             DataError: A sample cannot be read, or a loss or gradient is not finite; the last step stands.
             Desync: Replicas differ, or the samples of an epoch were not each used once.
-            WorkerFailure: A worker was lost, and the others cannot go on without it.
+            WorkerFailure: Another worker has failed, and this one cannot go on.
             SystemExit: With status 128 + signal number, after a checkpoint, when asked to stop.
         """
         check_loader(loader)
@@ -316,8 +316,6 @@ class Trainer:
 
     def step(self, batch: Batch) -> StepResult:
         """*collective*. One optimizer step on a batch from ``batches``.
-
-        If a worker is lost meanwhile, and the launcher is ``unisono run``, the others do the step again without it.
 
         Returns:
             Loss, gradient norm and so on; the same on every worker.
@@ -435,8 +433,8 @@ class Trainer:
 
     @property
     def collective(self) -> Collective:
-        """*local*. The current workers; under ``unisono run`` they change when one is lost, leaves or joins. On a worker that has
-        yet to join them it is a stand-in with rank 1, so that it speaks for nobody, which cannot communicate."""
+        """*local*. The current workers; under ``unisono run`` they may change between and during steps. On a worker that has yet
+        to join them it is a stand-in of rank 1, which cannot communicate."""
         return self._session.collective
 
     # ------------------------------------------------------------------ the parts of a step

@@ -115,16 +115,12 @@ class ProbeTrainer(Trainer):
     @property
     def world(self) -> World:
         """Who takes part; a look at it is noted."""
-        frame, watch = sys._getframe(1), self.bench.watch
+        frame, watch, world = sys._getframe(1), self.bench.watch, super().world
         if is_users(frame.f_code.co_filename):
             watch.note("rank", "trainer.world", frame)
             if watch.hides_rank():
-                return dataclasses.replace(self._probe_world, rank=0, size=1, local_rank=0, local_size=1)
-        return self._probe_world
-
-    @world.setter
-    def world(self, value: World) -> None:
-        self._probe_world = value
+                return dataclasses.replace(world, rank=0, size=1, local_rank=0, local_size=1)
+        return world
 
     # ------------------------------------------------------------------ few steps
 
