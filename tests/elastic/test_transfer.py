@@ -27,6 +27,7 @@ def given(numel: int = 1000) -> StateTransfer:
         groups=[{"lr": 0.1, "growth": float("inf")}],
         scheduler=None,
         replay_log={"steps": [], "buffers": [], "allowed": True},
+        frozen={},
         run={},
     )
 

@@ -22,7 +22,7 @@ from unisono.elastic.link import Link
 from unisono.elastic.membership import StateLost
 from unisono.elastic.recovery_plan import RecoveryPlan, TrainerFinished, WorkerReport
 from unisono.elastic.shared_state import Point
-from unisono.elastic.transfer import StateTransfer
+from unisono.elastic.transfer import StateTransfer, unlike_frozen
 from unisono.training.participant import Participant
 from unisono.training.worker_group import WorkerGroup
 
@@ -163,6 +163,8 @@ class Recovery:
         if not receivers:
             return
         held, rank = self._held, group.collective.rank
+        newcomers = [one for one in receivers if plan.reports[one].is_new]
+        frozen = unlike_frozen(held.local.replica, group.collective, plan.source, newcomers) if newcomers else ()
         given = None
         if rank == plan.source:
             state = plan.ahead.has_all or bool(needy)
@@ -170,6 +172,7 @@ class Recovery:
                 held,
                 weights=state or not held.local.weights.shared,
                 state=state,
+                frozen=frozen,
                 run={"run": self._participant.describe(), "calls": self._calls.describe()},
             )
         received = StateTransfer.deliver(given, group.collective, plan.source, receivers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,9 @@ from unisono.checkpoint.message import from_bytes, to_bytes
 from unisono.collective import Collective
 from unisono.elastic.held_state import HeldState, Outcome
 from unisono.elastic.replay_log import PastStep
+from unisono.guard.replicas import digest_of
 from unisono.observe.summary import Summary
+from unisono.replica.base import Replica
 from unisono.training.header import Signals
 from unisono.training.session import StepKey
 from unisono.training.step import StepResult
@@ -37,16 +40,19 @@ class StateTransfer:
     """Hyperparameters of the optimizer, by parameter group."""
     scheduler: Mapping[str, Any] | None
     replay_log: dict[str, Any]
+    frozen: Mapping[str, Tensor]
+    """Parameters that are not trained and are not what a newcomer has made of them, by name."""
     run: dict[str, Any]
     """How far the run has come, for those who are new."""
 
     @classmethod
-    def of(cls, held: HeldState, *, weights: bool, state: bool, run: dict[str, Any]) -> StateTransfer:
+    def of(cls, held: HeldState, *, weights: bool, state: bool, frozen: Collection[str], run: dict[str, Any]) -> StateTransfer:
         """What this worker can give.
 
         Args:
             weights: Whether the weights are wanted.
             state: Whether the optimizer's state is.
+            frozen: Names of the parameters that are not trained and are wanted.
             run: How far the run has come.
         """
         local, replica = held.local, held.local.replica
@@ -59,6 +65,7 @@ class StateTransfer:
             groups=replica.hyperparameters(),
             scheduler=replica.schedule_state(),
             replay_log=held.replay_log.describe(),
+            frozen={name: tensor.detach() for name, tensor in replica.frozen().items() if name in frozen},
             run=run,
         )
 
@@ -100,9 +107,22 @@ class StateTransfer:
             for slot, values in self.state.items():
                 replica.set_slot_state(slot, values)
         if held.is_new:
+            mine = replica.frozen()
+            with torch.no_grad():
+                for name, value in self.frozen.items():
+                    mine[name].copy_(value)
             replica.set_hyperparameters(self.groups)
             replica.set_schedule_state(self.scheduler)
         local.buffers.begin()
         replica.skip_update()
         held.outcome = self.outcome
         held.replay_log.adopt(self.replay_log)
+
+
+def unlike_frozen(replica: Replica, collective: Collective, source: int, newcomers: Collection[int]) -> set[str]:
+    """*collective*. Names of the parameters that are not trained and are not alike on ``source`` and ``newcomers``: code between
+    two steps has changed them, or they were drawn without a seed. (A frozen backbone may be large: what is alike is not sent.)"""
+    takes_part = collective.rank == source or collective.rank in newcomers
+    mine = {name: digest_of([tensor]).hex() for name, tensor in replica.frozen().items()} if takes_part else {}
+    told = [json.loads(text) for text in collective.all_gather_bytes(json.dumps(mine).encode())]
+    return {name for name, digest in told[source].items() if any(told[rank].get(name) != digest for rank in newcomers)}

@@ -99,7 +99,7 @@ class ReplicaGuard:
         looked_at = self._due(passed_s) if self._collective.size > 1 else []
         self._rest = self._pause(passed_s)
         self._steps = self._rest + 1
-        return int.from_bytes(_digest(looked_at), "little") | 1 if looked_at else 0  # 0 is for no piece
+        return int.from_bytes(digest_of(looked_at), "little") | 1 if looked_at else 0  # 0 is for no piece
 
     def _due(self, passed_s: float) -> list[Part]:
         """The pieces whose turn it is."""
@@ -143,7 +143,7 @@ class ReplicaGuard:
         """
         if self._collective.size == 1:
             return
-        mine = _digest(self._tensors())
+        mine = digest_of(self._tensors())
         everybodys = self._collective.all_gather(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
         if any(not torch.equal(other, everybodys[0]) for other in everybodys):
             self.settle(step)
@@ -154,7 +154,7 @@ class ReplicaGuard:
         Raises:
             Desync: It was not healed.
         """
-        mine = {name: _digest([tensor]).hex() for name, tensor in self._holdings()}
+        mine = {name: digest_of([tensor]).hex() for name, tensor in self._holdings()}
         everybodys: list[dict[str, str]] = [
             json.loads(text) for text in self._collective.all_gather_bytes(json.dumps(mine).encode())
         ]
@@ -219,9 +219,9 @@ def _cost(piece: Sequence[Tensor]) -> float:
     return _PIECE_S + len(piece) * _TENSOR_S + sum(tensor.nbytes for tensor in piece) / _BYTES_PER_S
 
 
-def _digest(parts: Sequence[Part]) -> bytes:
-    """64 bits of the bytes of these. Many bytes are first summed as integers in columns: any single bit that differs changes a
-    sum, and the cost is that of reading the memory."""
+def digest_of(parts: Sequence[Part]) -> bytes:
+    """*local*. 64 bits of the bytes of these. Many bytes are first summed as integers in columns: any single bit that differs
+    changes a sum, and the cost is that of reading the memory."""
     found = blake2b(digest_size=8)
     small: list[Array] = []
     for part in parts:

@@ -85,6 +85,11 @@ class Replica(abc.ABC):
     def tensors(self) -> dict[str, Tensor]:
         """All parameters (frozen ones, too) and buffers, each once, by name: their memory."""
 
+    def frozen(self) -> dict[str, Tensor]:
+        """The parameters that are not trained, each once, by name: their memory. Nobody averages or publishes them, but code
+        between two steps may change them (a target network, say)."""
+        return {}
+
     @abc.abstractmethod
     def model_state(self) -> dict[str, Any]:
         """What the model's file holds, by name."""

@@ -86,6 +86,18 @@ class TorchReplica(Replica):
     def tensors(self) -> dict[str, Tensor]:
         return {**dict(self.model.named_parameters()), **self.buffers.named()}
 
+    def frozen(self) -> dict[str, Tensor]:
+        # Those in a format of their own (quantized, say) are as the script made them: their bytes are their own affair.
+        return {
+            name: parameter
+            for name, parameter in self._all
+            if not parameter.requires_grad
+            and type(parameter.data) is Tensor
+            and parameter.layout is torch.strided
+            and parameter.numel()
+            and not parameter.is_meta
+        }
+
     def model_state(self) -> dict[str, Any]:
         found: dict[str, Any] = self.model.state_dict()
         return found

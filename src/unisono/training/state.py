@@ -94,6 +94,8 @@ class State:
         replica = self.local.replica
         if self._own_weights:
             yield from self.local.weights.named()
+        for name, parameter in replica.frozen().items():
+            yield f"frozen parameter {name!r}", parameter
         for name, buffer in replica.buffers.named().items():
             yield f"buffer {name!r}", buffer
         for slot, key, value in self._replicated_state():
@@ -101,8 +103,10 @@ class State:
 
     def replicated_tensors(self) -> list[Tensor]:
         """The same in the same order, weights as they lie in memory: to look at it costs by the number of tensors."""
+        replica = self.local.replica
+        weights = self.local.weights.flats if self._own_weights else ()
         state = [value for _, _, value in self._replicated_state()]
-        return [*(self.local.weights.flats if self._own_weights else ()), *self.local.replica.buffers.named().values(), *state]
+        return [*weights, *replica.frozen().values(), *replica.buffers.named().values(), *state]
 
     @property
     def _own_weights(self) -> bool:
