@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -65,20 +64,28 @@ def train(
         "sync": unisono.Exact(replicate_kib=0),
         "loss": loss,
     }
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what other libraries have to say
-        trainer = unisono.Trainer(model, make(model), collective=collective, **{**defaults, **settings})
-        trainer.fit(drawn(), epochs)
+    trainer = unisono.Trainer(model, make(model), collective=collective, **{**defaults, **settings})
+    trainer.fit(drawn(), epochs)
     assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
     return digest(torch.cat([value.reshape(-1).view(torch.uint8) for value in model.state_dict().values()]))
 
 
 def in_threads(workers: int, make: MakeOptimizer, **settings: Any) -> str:
     """The digest that all workers agree on."""
-    found = set(run_threads(workers, lambda collective: train(make, collective, **settings)))
+    with _quietly():
+        found = set(run_threads(workers, lambda collective: train(make, collective, **settings)))
     assert len(found) == 1
     return found.pop()
 
 
 def in_lives(workers: int, make: MakeOptimizer, deaths: dict[int, Death], *, joiners: int = 0, **settings: Any) -> Lives:
-    return run_lives(workers, lambda link: train(make, link, **settings), deaths, joiners=joiners)
+    with _quietly():
+        return run_lives(workers, lambda link: train(make, link, **settings), deaths, joiners=joiners)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what other libraries warn of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

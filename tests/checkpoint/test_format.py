@@ -208,7 +208,7 @@ def test_any_other_type_is_refused_by_path_and_type(value: object) -> None:
         pack({"optimizer": {"state": {3: {"foo": value}}}})
 
 
-@pytest.mark.parametrize("key", [True, 1.5, (1, 2), None, np.int64(1), Colour.RED])
+@pytest.mark.parametrize("key", [True, (1, None), None, np.int64(1), Colour.RED])
 def test_keys_that_would_not_come_back_are_refused(key: object) -> None:
     with pytest.raises(CheckpointError, match=r"optimizer: its key .* is a "):
         pack({"optimizer": {key: 1}})

@@ -156,7 +156,7 @@ class NumpyReplica(Replica):
     def place_state(self, slot: int, key: str, value: Any) -> None:
         self._states.setdefault(slot, {})[key] = value
 
-    def set_slot_state(self, slot: int, state: Mapping[str, Any]) -> None:
+    def set_slot_state(self, slot: int, state: Mapping[str, Any], *, strides: bool = True) -> None:
         self._states[slot] = {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
 
     def clear_state(self, slots: Collection[int] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import random
 import signal
@@ -52,11 +53,10 @@ class DiesWhileUpdating(torch.optim.AdamW):
     def __init__(self, *args: Any, at: int, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.at = at
-        self.updates = 0
+        self.updates = itertools.count(1)
 
     def step(self, closure: Any = None) -> Any:
-        self.updates += 1
-        if self.updates == self.at:
+        if next(self.updates) == self.at:
             due = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
             for parameter in due[len(due) // 2 :]:
                 parameter.grad = None

@@ -1,7 +1,9 @@
 """How state becomes files: a safetensors file for the tensors, strict JSON for everything else. Nothing is pickled.
 
 JSON has no tuples, no integer keys, no NaN. Such a value becomes an object with the key "$" that names its kind:
-``{"$": "tuple", "items": [...]}``. A tensor becomes ``{"$": "tensor", "name": ...}``, its name in the safetensors file.
+``{"$": "tuple", "items": [...]}``. A tensor becomes ``{"$": "tensor", "name": ...}``, its name in the safetensors file, with
+``"stride"`` if it is not contiguous: kernels go on from equal values in another memory order to other bits. A tensor that occurs
+twice has one name.
 All other values are written as they are, so that the file can be read with any JSON tool.
 """
 
@@ -11,13 +13,13 @@ import hashlib
 import json
 import math
 import re
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeAlias, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unisono.errors import CheckpointError
 
@@ -31,6 +33,10 @@ _NUMPY = {
 }  # fmt: skip
 # Larger integers are exact in Python, but not in every reader of JSON.
 _EXACT_INT = 2**53
+_KEYS = {str, int, float}
+_TENSORS = {Tensor, nn.Parameter, nn.Buffer}
+# What torch says of a tensor of which several elements surely lie in one place.
+_OVERLAPS = 1
 # An entry of the safetensors header, which no tensor can be named after.
 _RESERVED = "__metadata__"
 _DTYPES = {
@@ -44,8 +50,9 @@ def pack(state: object) -> tuple[Json, dict[str, Tensor]]:
     """Splits nested state into JSON and named tensors. *local*
 
     Args:
-        state: None, bool, int, float, str, torch.Tensor, torch.dtype, NumPy scalar, or a list, tuple, dict, OrderedDict
-            or Counter of such, with str or int keys. Exactly these types: a subclass would come back as something else.
+        state: None, bool, int, float, str, torch.Tensor, torch.dtype, NumPy scalar, or a list, tuple, deque, dict, OrderedDict or
+            Counter of such, with str, int or float keys, or tuples of these. Exactly these types: a subclass would come back as
+            something else.
 
     Returns:
         The JSON value, and the tensors themselves (not copied) under their paths, for example "state[3].exp_avg".
@@ -53,9 +60,9 @@ def pack(state: object) -> tuple[Json, dict[str, Tensor]]:
     Raises:
         CheckpointError: A value of another type; its path and type are named.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors = _Tensors()
     try:
-        return _pack(state, "", tensors), tensors
+        return _pack(state, "", tensors), tensors.named
     except RecursionError as error:
         raise CheckpointError(
             "cannot save a state that is nested too deeply or contains itself. Keep only plain values in it."
@@ -69,7 +76,7 @@ def unpack(packed: Json, tensors: Mapping[str, Tensor]) -> Any:
         CheckpointError: `packed` or `tensors` is not what `pack` returned.
     """
     try:
-        return _unpack(packed, tensors)
+        return _unpack(packed, dict(tensors))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"cannot read packed state ({type(error).__name__}: {error}). "
@@ -84,6 +91,16 @@ def snapshot(state: Any) -> Any:
     """
     packed, tensors = pack(state)
     return unpack(packed, {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()})
+
+
+def check(state: object) -> None:
+    """Whether `state` can be saved and sent. *local*
+
+    Raises:
+        CheckpointError: It cannot; the value that is to blame is named.
+    """
+    for name, tensor in pack(state)[1].items():
+        _check_plain(name, tensor)
 
 
 def encode(tensors: Mapping[str, Tensor]) -> bytes:
@@ -159,7 +176,21 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not standard JSON")
 
 
-def _pack(value: object, path: str, tensors: dict[str, Tensor]) -> Json:
+class _Tensors:
+    """Tensors by name, each once."""
+
+    def __init__(self) -> None:
+        self.named: dict[str, Tensor] = {}
+        self._names: dict[int, str] = {}
+
+    def name(self, tensor: Tensor, path: str) -> str:
+        """The name of the tensor: ``path``, unless it has one already."""
+        name = self._names.setdefault(id(tensor), path)
+        self.named[name] = tensor
+        return name
+
+
+def _pack(value: object, path: str, tensors: _Tensors) -> Json:
     kind = type(value)
     if value is None or kind is bool or kind is str:
         return value  # type: ignore[return-value]
@@ -168,13 +199,14 @@ def _pack(value: object, path: str, tensors: dict[str, Tensor]) -> Json:
     if type(value) is float:
         return value if math.isfinite(value) else {_TAG: "float", "value": repr(value)}
     if isinstance(value, Tensor):
-        name = path or "state"  # a state that is a single tensor has no path
-        tensors[name] = value
-        return {_TAG: "tensor", "name": name}
+        return _pack_tensor(value, path or "state", tensors)  # a state that is a single tensor has no path
     if kind is list or kind is tuple:
         sequence = cast("list[object] | tuple[object, ...]", value)
         items = [_pack(item, f"{path}[{i}]", tensors) for i, item in enumerate(sequence)]
         return items if kind is list else {_TAG: "tuple", "items": items}
+    if kind is deque:
+        ends = cast("deque[object]", value)
+        return {_TAG: "deque", "items": _pack([*ends], path, tensors), "maxlen": ends.maxlen}
     if kind in _MAPPING_TAGS:
         return _pack_mapping(value, path, tensors)  # type: ignore[arg-type]
     if isinstance(value, torch.dtype):
@@ -187,12 +219,24 @@ def _pack(value: object, path: str, tensors: dict[str, Tensor]) -> Json:
     )
 
 
-def _pack_mapping(value: dict[Any, Any], path: str, tensors: dict[str, Tensor]) -> Json:
+def _pack_tensor(value: Tensor, path: str, tensors: _Tensors) -> Json:
+    if type(value) not in _TENSORS:
+        raise CheckpointError(
+            f"cannot save {path}: its type is {type(value).__module__}.{type(value).__qualname__}, a tensor that would come "
+            "back as another. A checkpoint holds plain tensors; leave it out of the state_dict, or make it one."
+        )
+    node: dict[str, Json] = {_TAG: "tensor", "name": tensors.name(value, path)}
+    if value.layout is torch.strided and not value.is_contiguous() and torch._debug_has_internal_overlap(value) != _OVERLAPS:
+        node["stride"] = [*value.stride()]
+    return node
+
+
+def _pack_mapping(value: dict[Any, Any], path: str, tensors: _Tensors) -> Json:
     for key in value:
-        if type(key) is not str and type(key) is not int:
+        if any(type(part) not in _KEYS for part in (key if type(key) is tuple else (key,))):
             raise CheckpointError(
                 f"cannot save {path or 'the state'}: its key {key!r} is a {type(key).__name__}. "
-                "Keys in a checkpoint are strings or integers."
+                "Keys in a checkpoint are strings, numbers, or tuples of these."
             )
     items = {key: _pack(item, _join(path, key), tensors) for key, item in value.items()}
     if type(value) is dict and _TAG not in items and all(type(key) is str for key in items):
@@ -201,14 +245,14 @@ def _pack_mapping(value: dict[Any, Any], path: str, tensors: dict[str, Tensor]) 
     return {_TAG: _MAPPING_TAGS[type(value)], "items": pairs}
 
 
-def _join(path: str, key: str | int) -> str:
+def _join(path: str, key: str | float | tuple[str | float, ...]) -> str:
     """The path of a mapping's item. Different keys give different paths, because these are the names of tensors."""
     if type(key) is str and re.fullmatch(r"[A-Za-z_]\w*", key, re.ASCII) and key != _RESERVED:
         return f"{path}.{key}" if path else key
     return f"{path}[{key!r}]"
 
 
-def _unpack(node: Json, tensors: Mapping[str, Tensor]) -> Any:
+def _unpack(node: Json, tensors: dict[str, Tensor]) -> Any:
     if isinstance(node, list):
         return [_unpack(item, tensors) for item in node]
     if isinstance(node, dict):
@@ -218,12 +262,18 @@ def _unpack(node: Json, tensors: Mapping[str, Tensor]) -> Any:
     return node
 
 
-def _unpack_tagged(node: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+def _unpack_tagged(node: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     tag = node[_TAG]
     if tag == "tensor":
-        return tensors[node["name"]]
+        tensor = tensors[node["name"]]
+        if "stride" in node and [*tensor.stride()] != node["stride"]:
+            restrided = torch.empty_strided(tensor.shape, node["stride"], dtype=tensor.dtype, device=tensor.device)
+            tensors[node["name"]] = tensor = restrided.copy_(tensor)
+        return tensor
     if tag == "tuple":
         return tuple(_unpack(item, tensors) for item in node["items"])
+    if tag == "deque":
+        return deque((_unpack(item, tensors) for item in node["items"]), node["maxlen"])
     if tag in _MAPPINGS:
         return _MAPPINGS[tag]({_unpack(key, tensors): _unpack(item, tensors) for key, item in node["items"]})
     if tag == "int":
@@ -239,7 +289,7 @@ def _unpack_tagged(node: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
     raise ValueError(f"unknown kind {tag!r}")
 
 
-def _plain(name: str, tensor: Tensor) -> Tensor:
+def _check_plain(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise CheckpointError(
             f"cannot save {name!r} of the state dict: it is a {type(tensor).__name__}, and safetensors holds tensors only. "
@@ -252,6 +302,10 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
             f"cannot save tensor {name!r}: safetensors has no {tensor.layout} {tensor.dtype} on {tensor.device.type}. "
             "Make it a dense tensor of a plain dtype, or leave it out of the state_dict."
         )
+
+
+def _plain(name: str, tensor: Tensor) -> Tensor:
+    _check_plain(name, tensor)
     try:
         return tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
     except (RuntimeError, ValueError) as error:

@@ -12,10 +12,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from unisono.checkpoint.format import Json, decode, encode, from_json, pack, to_json, unpack
+from unisono.checkpoint.format import decode, encode, from_json, pack, to_json, unpack
 from unisono.errors import CheckpointError
 
 _LENGTH = struct.Struct("<Q")
@@ -33,8 +30,7 @@ def to_bytes(state: Any, types: Sequence[type] = ()) -> bytes:
         CheckpointError: It holds something else; the path and the type are named.
     """
     packed, tensors = pack(_lower(state, types))
-    strides: dict[str, Json] = {name: [*tensor.stride()] for name, tensor in tensors.items() if not _is_contiguous(tensor)}
-    head = to_json([packed, strides])
+    head = to_json(packed)
     return b"".join((_MAGIC, _LENGTH.pack(len(head)), head, encode(tensors)))
 
 
@@ -51,21 +47,8 @@ def from_bytes(data: bytes, types: Sequence[type] = ()) -> Any:
             "nothing was read from them. Another program uses the run's ports, or a worker runs another version of unisono"
         )
     (length,) = _LENGTH.unpack(data[len(_MAGIC) : start])
-    head: Any = from_json(data[start : start + length])
-    if not (isinstance(head, list) and len(head) == 2 and isinstance(head[1], dict)):
-        raise CheckpointError("a message from another worker is damaged: its JSON is not that of a message")
-    tensors = {name: _restride(tensor, head[1].get(name)) for name, tensor in decode(data[start + length :]).items()}
-    return _lift(unpack(head[0], tensors), {kind.__name__: kind for kind in types})
-
-
-def _is_contiguous(tensor: Tensor) -> bool:
-    return tensor.layout is not torch.strided or tensor.is_contiguous()
-
-
-def _restride(tensor: Tensor, stride: Sequence[int] | None) -> Tensor:
-    if stride is None:
-        return tensor
-    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
+    state = unpack(from_json(data[start : start + length]), decode(data[start + length :]))
+    return _lift(state, {kind.__name__: kind for kind in types})
 
 
 _TYPE = "$type"

@@ -36,6 +36,8 @@ class StateTransfer:
     """Flat, a tensor a block; None: the receiver's host has them."""
     state: Mapping[int, Mapping[str, Any]] | None
     """All of the optimizer's state, by slot; None: the receiver's host has it."""
+    whole: Any = None
+    """The same, if it is more than a state of slots; None: it is not, or the receiver's host has it."""
     groups: list[dict[str, Any]]
     """Hyperparameters of the optimizer, by parameter group."""
     scheduler: Mapping[str, Any] | None
@@ -56,12 +58,15 @@ class StateTransfer:
             run: How far the run has come.
         """
         local, replica = held.local, held.local.replica
-        states = ((slot.index, dict(replica.slot_state(slot.index))) for slot in local.layout.slots)
+        whole = replica.whole_state() if state else None
+        slots = local.layout.slots if whole is None else ()
+        states = ((slot.index, dict(replica.slot_state(slot.index))) for slot in slots)
         return cls(
             outcome=held.outcome,
             buffers=replica.buffers.values(),
             weights=list(local.weights.flats) if weights else None,
             state={slot: found for slot, found in states if found} if state else None,
+            whole=whole,
             groups=replica.hyperparameters(),
             scheduler=replica.schedule_state(),
             replay_log=held.replay_log.describe(),
@@ -102,7 +107,9 @@ class StateTransfer:
         replica.buffers.go_to(self.buffers)
         for flat, value in zip(local.weights.flats, self.weights or (), strict=self.weights is not None):
             flat.copy_(value)
-        if state and self.state is not None:
+        if state and self.whole is not None:
+            replica.set_whole_state(self.whole)
+        elif state and self.state is not None:
             replica.clear_state()
             for slot, values in self.state.items():
                 replica.set_slot_state(slot, values)

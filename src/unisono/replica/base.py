@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -175,9 +175,34 @@ class Replica(abc.ABC):
         puts another in its place, as some optimizers do)."""
 
     @abc.abstractmethod
-    def set_slot_state(self, slot: int, state: Mapping[str, Any]) -> None:
+    def set_slot_state(self, slot: int, state: Mapping[str, Any], *, strides: bool = True) -> None:
         """Gives the parameter a copy of a state that ``slot_state`` gave, of this or another replica, where the optimizer would
-        have it."""
+        have it.
+
+        Args:
+            strides: Whether its tensors have the strides that they had; else those of a parameter's shape get the parameter's.
+        """
+
+    def whole_state(self) -> Any:
+        """All that the optimizer keeps, as plain values and tensors that are its own, if that is more than ``slot_state`` and
+        ``hyperparameters`` tell; else None."""
+        return None
+
+    def set_whole_state(self, state: Any) -> None:
+        """Gives the optimizer what ``whole_state`` gave, of this or another replica; the tensors become its own.
+
+        Raises:
+            CheckpointError: It does not take it.
+        """
+        raise NotImplementedError
+
+    def proving(self) -> AbstractContextManager[None]:
+        """Around the first update, if what the optimizer keeps must be saved or handed over: that all of it is told.
+
+        Raises:
+            ConfigurationError: The optimizer keeps what ``slot_state`` or ``whole_state`` do not tell.
+        """
+        return nullcontext()
 
     @abc.abstractmethod
     def clear_state(self, slots: Collection[int] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.optim import LBFGS, Adafactor, Optimizer, SparseAdam
 from torch.optim import optimizer as torch_optimizer
 
 from unisono.errors import CheckpointError, ConfigurationError
+from unisono.replica.optimizer_state import has_state_hooks, is_code
 
 _APART = frozenset(
     {
@@ -22,11 +24,16 @@ _APART = frozenset(
 """Known by reading (PyTorch 2.13) to update each parameter from its own gradient, state and settings; drawing nothing."""
 
 
+def is_known(optimizer: Optimizer) -> bool:
+    """*local*. Whether ``optimizer`` is one of those that are known by reading, and nobody's hooks take part in its state."""
+    return type(optimizer) in _APART and not has_state_hooks(optimizer)
+
+
 def updates_apart(optimizer: Optimizer) -> bool:
     """*local*. Whether ``optimizer`` is known to update each parameter on its own. No experiment tells: some couple parameters at
     large gradients only, some at small ones, some at their own learning rate only. So a subclass is not known, and neither is
     one whose step calls somebody's hooks."""
-    if type(optimizer) not in _APART or calls_hooks(optimizer):
+    if not is_known(optimizer) or calls_hooks(optimizer):
         return False
     step = vars(optimizer).get("step")
     if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
@@ -98,9 +105,13 @@ def check_optimizer(optimizer: Any, trainable: Iterable[tuple[str, nn.Parameter]
 
 
 def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """*local*. Copies of the parameter groups, without their parameters."""
+    """*local*. Copies of the parameter groups, without their parameters and without code, which every start makes anew."""
     return [
-        {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items() if key != "params"}
+        {
+            key: value.clone() if isinstance(value, Tensor) else value
+            for key, value in group.items()
+            if key != "params" and not is_code(value)
+        }
         for group in optimizer.param_groups
     ]
 
@@ -120,7 +131,7 @@ def set_hyperparameters(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]
             "optimizer as it was made for this run, or choose another run_dir"
         )
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
-        for key in [key for key in group if exactly and key != "params" and key not in saved]:
+        for key in [key for key in group if exactly and key != "params" and key not in saved and not is_code(group[key])]:
             del group[key]
         for key, value in saved.items():
             # A tensor learning rate may be captured in a graph or held by a scheduler: keep the object.
@@ -130,17 +141,25 @@ def set_hyperparameters(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]
                 group[key] = value
 
 
-def placed(value: Any, parameter: nn.Parameter, key: str, group: Mapping[str, Any]) -> Any:
-    """*local*. A saved value where torch.optim keeps it: beside the parameter, but step counts on the CPU unless kernels read
-    them."""
+def placed(value: Any, parameter: nn.Parameter, key: str, group: Mapping[str, Any], *, strides: bool) -> Any:
+    """*local*. A copy of a saved value where torch.optim keeps it: beside the parameter, but step counts on the CPU unless
+    kernels read them."""
+    if type(value) in (list, tuple, deque):
+        items = (placed(item, parameter, key, group, strides=strides) for item in value)
+        return deque(items, value.maxlen) if isinstance(value, deque) else type(value)(items)
+    if type(value) is dict:
+        return {name: placed(item, parameter, key, group, strides=strides) for name, item in value.items()}
     if not isinstance(value, Tensor):
         return value
-    if value.shape == parameter.shape and value.dim() > 0:
+    if not strides and value.shape == parameter.shape and value.dim() > 0:
         # With the parameter's strides: reductions over a tensor see its memory order.
         return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
-    if key == "step" and not (group.get("capturable") or group.get("fused")):
-        return value.clone()
-    return value.to(parameter.device, copy=True)
+    stays = key == "step" and not (group.get("capturable") or group.get("fused"))
+    device = value.device if stays else parameter.device
+    if value.layout is not torch.strided or value.is_contiguous():
+        return value.to(device, copy=True)
+    # A copy by PyTorch's own rules would close gaps.
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device).copy_(value)
 
 
 def _some(names: list[str]) -> str:

@@ -17,6 +17,7 @@ from unisono.layout import Allocate
 from unisono.replica import optimizer as optimizers
 from unisono.replica.base import LossFunction, LossPart, MetricFunction, Microbatch, Replica
 from unisono.replica.loss import sum_and_count, to_device
+from unisono.replica.optimizer_state import Twin, generators, load_whole_state, seed_generator, whole_state
 from unisono.replica.parameters import adopt, check_model, in_slot_order, layout_of, trainable
 from unisono.replica.tables import Tables
 from unisono.replica.torch_buffers import TorchBuffers
@@ -72,6 +73,8 @@ class TorchReplica(Replica):
         self._frozen = [parameter for parameter in self._held if not parameter.requires_grad]
         self._addresses = [parameter.data_ptr() for parameter in self.parameters]
         self.updates_apart = optimizers.updates_apart(optimizer)
+        self._generators: list[Any] | None = None
+        self._has_updated = False
         self._is_first = True
         self._hooks: list[RemovableHandle] = []
         self._early: GradientSink | None = None  # takes the gradients of the backward that runs
@@ -230,6 +233,15 @@ class TorchReplica(Replica):
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
+    def seed_update(self, seed: int) -> None:
+        if self.updates_apart:
+            return  # it draws nothing
+        self.seed(seed)
+        if self._generators is None:
+            self._generators = generators(self.optimizer)
+        for number, generator in enumerate(self._generators):
+            seed_generator(generator, seed ^ (number + 1))
+
     def update(self, slots: Sequence[int], gradients: Sequence[Tensor]) -> None:
         if self.updates_apart and optimizers.calls_hooks(self.optimizer):
             raise ConfigurationError(
@@ -240,9 +252,17 @@ class TorchReplica(Replica):
             self.parameters[slot].grad = gradient
         try:
             self.optimizer.step()
+        except Exception as error:
+            if self._has_updated or optimizers.is_known(self.optimizer):
+                raise
+            raise ConfigurationError(
+                f"the first update failed: {type(self.optimizer).__name__}.step() raised {type(error).__name__}: {error} "
+                "(unisono calls step() without a closure, with gradients that no further backward can go through)"
+            ) from error
         finally:
             for slot in slots:
                 self.parameters[slot].grad = None
+        self._has_updated = True
 
     def learning_rates(self) -> tuple[float, ...]:
         rates = (group.get("lr") for group in self.optimizer.param_groups)
@@ -282,10 +302,27 @@ class TorchReplica(Replica):
     def place_state(self, slot: int, key: str, value: Any) -> None:
         self.optimizer.state[self.parameters[slot]][key] = value
 
-    def set_slot_state(self, slot: int, state: Mapping[str, Any]) -> None:
+    def set_slot_state(self, slot: int, state: Mapping[str, Any], *, strides: bool = True) -> None:
         parameter = self.parameters[slot]
         group = self.optimizer.param_groups[self._groups[id(parameter)]]
-        self.optimizer.state[parameter] = {key: optimizers.placed(value, parameter, key, group) for key, value in state.items()}
+        self.optimizer.state[parameter] = {
+            key: optimizers.placed(value, parameter, key, group, strides=strides) for key, value in state.items()
+        }
+
+    def whole_state(self) -> dict[str, Any] | None:
+        return None if optimizers.is_known(self.optimizer) else whole_state(self.optimizer, self.parameters)
+
+    def set_whole_state(self, state: Any) -> None:
+        load_whole_state(self.optimizer, state)
+
+    @contextlib.contextmanager
+    def proving(self) -> Iterator[None]:
+        if optimizers.is_known(self.optimizer):
+            yield
+            return
+        twin = Twin(self.optimizer)
+        yield
+        twin.check()
 
     def clear_state(self, slots: Collection[int] | None = None) -> None:
         if slots is None:

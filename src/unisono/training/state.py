@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unisono.checkpoint.checkpoints import Checkpoint
+from unisono.checkpoint.format import check
 from unisono.checkpoint.message import from_bytes, to_bytes
 from unisono.collective import Collective
+from unisono.errors import CheckpointError, ConfigurationError
 from unisono.layout import Layout
 from unisono.observe.timing import StepClock
 from unisono.replica.base import Replica
@@ -32,6 +36,8 @@ class LocalState:
     """What becomes of its buffers."""
     sync: Sync
     clock: StepClock
+    carries: bool = False
+    """Whether what the optimizer keeps must be saved, or handed to other workers."""
 
     @property
     def layout(self) -> Layout:
@@ -55,7 +61,10 @@ class State:
         """What all workers have alike and the model's file does not hold."""
         replica = self.local.replica
         persistent = set(replica.model_state())
+        whole = replica.whole_state()
         return {
+            **({} if whole is None else {"optimizer": whole}),
+            "strides": True,  # of the optimizer's tensors: they are as they were
             "groups": replica.hyperparameters(),
             "scheduler": replica.schedule_state(),
             **self.reduction.state_dict(),
@@ -63,8 +72,11 @@ class State:
         }
 
     def own(self) -> dict[str, Any]:
-        """The part that this worker saves: the optimizer's state of the parameters that it owns, by name."""
+        """The part that this worker saves: the optimizer's state of the parameters that it owns, by name. Nothing if it is in
+        ``common``."""
         replica = self.local.replica
+        if replica.whole_state() is not None:
+            return {}
         owned = self.reduction.saved_by(self.collective.rank)
         return {replica.layout.names[slot]: dict(state) for slot in owned if (state := replica.slot_state(slot))}
 
@@ -78,8 +90,15 @@ class State:
                 if name in common["buffers"]:
                     buffer.copy_(common["buffers"][name])
         self.reduction.load_state_dict(common)
+        self._restore_optimizer(checkpoint, common)
         replica.set_hyperparameters(common["groups"])
         replica.set_schedule_state(common["scheduler"])
+
+    def _restore_optimizer(self, checkpoint: Checkpoint, common: Mapping[str, Any]) -> None:
+        replica = self.local.replica
+        if "optimizer" in common:
+            replica.set_whole_state(common["optimizer"])
+            return
         state: dict[str, Any] = {}
         for name in checkpoint.part_names("optimizer-"):
             state.update(checkpoint.part(name)["state"])
@@ -87,7 +106,7 @@ class State:
         for slot in self.reduction.updated_by(self.collective.rank):
             saved = state.get(replica.layout.names[slot])
             if saved is not None:
-                replica.set_slot_state(slot, saved)
+                replica.set_slot_state(slot, saved, strides=common.get("strides", False))
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
         """What all workers hold alike, each in memory of its own, by name for a person."""
@@ -99,7 +118,7 @@ class State:
         for name, buffer in replica.buffers.named().items():
             yield f"buffer {name!r}", buffer
         for slot, key, value in self._replicated_state():
-            yield f"{key!r} of the optimizer for {replica.layout.names[slot]!r}", value
+            yield f"{key!r} of the optimizer" + ("" if slot is None else f" for {replica.layout.names[slot]!r}"), value
 
     def replicated_tensors(self) -> list[Tensor]:
         """The same in the same order, weights as they lie in memory: to look at it costs by the number of tensors."""
@@ -113,12 +132,40 @@ class State:
         """Shared weights are one copy a host: there is something to compare between hosts only."""
         return not self.local.weights.shared or len(self.collective.hosts) > 1
 
-    def _replicated_state(self) -> Iterator[tuple[int, str, Tensor]]:
+    def _replicated_state(self) -> Iterator[tuple[int | None, str, Tensor]]:
         if self.collective.size > 1 and self.reduction.replicates:
+            if (whole := self.local.replica.whole_state()) is not None:
+                yield from ((None, name, value) for name, value in _tensors(whole, ""))
+                return
             for slot in self.reduction.updated_by(self.collective.rank):
                 for key, value in sorted(self.local.replica.slot_state(slot).items()):
                     if isinstance(value, Tensor):
                         yield slot, key, value
+
+
+def _tensors(state: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(state, Tensor):
+        yield path, state
+    parts = state.items() if isinstance(state, Mapping) else enumerate(state) if isinstance(state, (list, tuple, deque)) else ()
+    for key, part in parts:
+        yield from _tensors(part, f"{path}[{key!r}]")
+
+
+def check_carried(replica: Replica, reduction: Reduction, rank: int) -> None:
+    """*local*, after the first update. Whether what the optimizer keeps can be saved and handed over.
+
+    Raises:
+        CheckpointError: It cannot be written.
+        ConfigurationError: It cannot be divided among workers.
+    """
+    whole = replica.whole_state()
+    if whole is not None and not reduction.replicates:
+        raise ConfigurationError(
+            "Exact(shard_update=True), but the optimizer keeps more than a state for each parameter and settings for each group: "
+            "what else its state_dict() holds would differ from worker to worker. Leave shard_update away"
+        )
+    slots = {replica.layout.names[slot]: dict(replica.slot_state(slot)) for slot in reduction.updated_by(rank)}
+    check({"param_groups": replica.hyperparameters(), "state": slots if whole is None else whole})
 
 
 def settle_state(replica: Replica, owners: Sequence[Sequence[int]], collective: Collective) -> None:
@@ -146,3 +193,18 @@ def settle_state(replica: Replica, owners: Sequence[Sequence[int]], collective: 
                 if slot in owners[rank]:
                     replica.set_slot_state(slot, state)
     replica.clear_state(set(mine) - set(owners[rank]))
+    _settle_whole(replica, collective)
+
+
+def _settle_whole(replica: Replica, collective: Collective) -> None:
+    """*collective*. What belongs to no parameter is worker 0's, if the workers have it differently."""
+    whole = replica.whole_state() if collective.size > 1 else None
+    if whole is None:
+        return
+    try:
+        mine = to_bytes(whole)
+    except CheckpointError:  # check_carried() will say so, if it matters
+        return
+    if len(set(collective.all_gather_bytes(hashlib.sha256(mine).digest()))) > 1:
+        found = collective.all_gather_bytes(mine if collective.rank == 0 else b"")[0]
+        replica.set_whole_state(from_bytes(found))

@@ -27,7 +27,7 @@ from unisono.training.header import Header, HeaderFormat, Signals, check_headers
 from unisono.training.nonfinite import raise_bad_gradient, raise_bad_loss
 from unisono.training.session import Session
 from unisono.training.settings import Settings
-from unisono.training.state import LocalState
+from unisono.training.state import LocalState, check_carried
 from unisono.tree import fold_all
 
 
@@ -84,6 +84,7 @@ class Stepper:
         self._reduction = reduction
         self._guard = guard
         self._session = session
+        self._must_prove = local.carries
         self._sink = _StepSink(reduction, local.buffers)
         self._format = HeaderFormat(settings.microbatches, len(local.buffers.changed))
         self.work_s = 0.0
@@ -221,7 +222,14 @@ class Stepper:
                 for alike in _by_dtype(reduced.gradients):
                     torch._foreach_mul_(alike, scale)
         self._replica.seed_update(derive_seed("update", self._settings.seed, step))
-        self._replica.update([slot.index for slot in reduced.slots], reduced.gradients)
+        slots = [slot.index for slot in reduced.slots]
+        if not self._must_prove:
+            self._replica.update(slots, reduced.gradients)
+            return
+        with self._replica.proving():
+            self._replica.update(slots, reduced.gradients)
+        check_carried(self._replica, self._reduction, self._collective.rank)
+        self._must_prove = False
 
     def _explain_loss(self, losses: Sequence[float], counts: Sequence[float], batch: Batch, step: int) -> None:
         """*collective*. Raises if the loss of a microbatch, or the count of all, is to blame; else a gradient will be."""

@@ -170,6 +170,7 @@ class Trainer:
             buffers=BufferFold(replica.buffers, microbatches),
             sync=sync or Exact(),
             clock=StepClock(shown=None if board is None else board.cells),
+            carries=run_dir is not None or session.can_change,
         )
         steps = Settings(
             batch_size=batch_size,
