@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import unisono
-from tests.catalogue.optimizers import NAMES, WRAPPERS, other, schedule_free_wrapper
+from tests.catalogue.optimizers import NAMES, WRAPPERS, other
 from tests.catalogue.trained import Net, drawn, in_threads, loss
 from unisono.collective import Collective
 from unisono.errors import ConfigurationError
@@ -49,7 +49,7 @@ def test_an_optimizer_of_others_gives_the_same_weights_on_any_number_of_workers(
     assert len({in_threads(workers, other(name), epochs=1) for workers in (1, 2, 3)}) == 1
 
 
-@pytest.mark.parametrize("make", [make for make in WRAPPERS if make is not schedule_free_wrapper])
+@pytest.mark.parametrize("make", WRAPPERS)
 def test_an_optimizer_that_holds_another_gives_the_same_weights(make: Callable[[nn.Module], Optimizer]) -> None:
     assert len({in_threads(workers, make) for workers in (1, 2, 3)}) == 1
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import unisono
-from tests.catalogue.optimizers import WRAPPERS, MuonAndAdamW, by_dimensions, other, schedule_free_wrapper
+from tests.catalogue.optimizers import WRAPPERS, MuonAndAdamW, by_dimensions, other
 from tests.catalogue.trained import Death, Net, drawn, in_lives, in_threads, loss
 from unisono.collective import Collective
 from unisono.errors import CheckpointError, ConfigurationError
@@ -38,7 +38,7 @@ CASES: dict[str, Make] = {
     # queues, and numbers as keys
     "adashift": other("adashift"),
     "aggmo": other("aggmo"),
-    **{make.__name__: make for make in WRAPPERS if make is not schedule_free_wrapper},
+    **{make.__name__: make for make in WRAPPERS},
 }
 
 

@@ -8,8 +8,9 @@ of another framework shares its memory with them (DLPack, NumPy views), or copie
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -64,6 +65,8 @@ class Replica(abc.ABC):
         sparse: Slots (by index) that get gradients of few rows, as ``torch.sparse_coo`` tensors.
         updates_apart: Whether the optimizer is known to update each parameter on its own, and to draw no random numbers, so that
             each worker can update a part of them. Else every worker updates all.
+        has_modes: Whether the optimizer trains other weights than those to use, and needs the state of all to tell one from the
+            other.
     """
 
     layout: Layout
@@ -73,6 +76,7 @@ class Replica(abc.ABC):
     buffers: Buffers
     sparse: Collection[int] = frozenset()
     updates_apart: bool = False
+    has_modes: bool = False
 
     # ------------------------------------------------------------------ the model
 
@@ -117,6 +121,26 @@ class Replica(abc.ABC):
     def kinds(self) -> dict[str, str | None]:
         """Names of what the user has given besides the model, for a person and to tell runs apart."""
         return {"optimizer": type(self).__name__, "scheduler": None}
+
+    def final_state(self) -> dict[str, Any]:
+        """What the model's file holds of a run that ends here: ``model_state`` with the weights to use, if the optimizer trains
+        others."""
+        return self.model_state()
+
+    def rest(self) -> None:  # noqa: B027 - most optimizers train the weights to use
+        """Training has ended, perhaps for now: the model has the weights to use. ``train`` undoes that, bit by bit."""
+
+    def train(self) -> bool:
+        """The model has the weights that are trained; whether it had others. Called before anything is done with others."""
+        return False
+
+    @contextlib.contextmanager
+    def trained_weights(self) -> Iterator[None]:
+        """While the body runs the model has the weights that are trained; afterwards those that it had."""
+        had_others = self.train()
+        yield
+        if had_others:
+            self.rest()
 
     # ------------------------------------------------------------------ a step
 

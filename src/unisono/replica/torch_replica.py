@@ -17,6 +17,7 @@ from unisono.layout import Allocate
 from unisono.replica import optimizer as optimizers
 from unisono.replica.base import LossFunction, LossPart, MetricFunction, Microbatch, Replica
 from unisono.replica.loss import sum_and_count, to_device
+from unisono.replica.optimizer_modes import Modes
 from unisono.replica.optimizer_state import Twin, generators, load_whole_state, seed_generator, whole_state
 from unisono.replica.parameters import adopt, check_model, in_slot_order, layout_of, trainable
 from unisono.replica.tables import Tables
@@ -73,6 +74,8 @@ class TorchReplica(Replica):
         self._frozen = [parameter for parameter in self._held if not parameter.requires_grad]
         self._addresses = [parameter.data_ptr() for parameter in self.parameters]
         self.updates_apart = optimizers.updates_apart(optimizer)
+        self._modes = Modes(optimizer)
+        self.has_modes = self._modes.exist
         self._generators: list[Any] | None = None
         self._has_updated = False
         self._is_first = True
@@ -108,6 +111,18 @@ class TorchReplica(Replica):
     def load_model_state(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state)
 
+    def final_state(self) -> dict[str, Any]:
+        if not self.has_modes:
+            return self.model_state()
+        with self._modes.evaluating():
+            return {name: value.clone() if isinstance(value, Tensor) else value for name, value in self.model_state().items()}
+
+    def rest(self) -> None:
+        self._modes.rest()
+
+    def train(self) -> bool:
+        return self._modes.train()
+
     def check_unchanged(self) -> None:
         known = set(map(id, self.parameters))
         for name, parameter in self.model.named_parameters():
@@ -140,6 +155,7 @@ class TorchReplica(Replica):
                 "a parameter that was frozen when the Trainer was made now requires a gradient: make a new Trainer after "
                 "unfreezing"
             )
+        self._modes.train()
         for parameter in self._held:
             parameter.grad = None  # what a backward of the user's own may have left behind
 
@@ -277,7 +293,7 @@ class TorchReplica(Replica):
         self.model.eval()
         try:
             # Not inference_mode: what a model caches in it could never be used in training.
-            with torch.no_grad():
+            with torch.no_grad(), self._modes.evaluating():
                 yield
         finally:
             for module, training in modes:

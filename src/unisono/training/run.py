@@ -313,7 +313,7 @@ class Run:
         def act() -> None:
             self._settle(directory)
             if finished:
-                directory.publish(self._replica.model_state() if self.is_main else None)
+                directory.publish(self._replica.final_state() if self.is_main else None)
             # Last, and told to all: whoever knows that the act is done knows that everything is written.
             directory.write_summary(self._summary(finished=finished))
 
@@ -326,7 +326,7 @@ class Run:
     def _summary(self, *, finished: bool) -> Summary:
         directory, collective = self._directory, self._session.collective
         rates = self.record.rates(collective)
-        weights = self._replica.model_state() if self.is_main else None
+        weights = self._replica.final_state() if self.is_main else None
         mine = digest(encode(weights)).encode() if weights is not None else b""
         sha256 = collective.all_gather_bytes(mine)[0].decode()
         earlier = directory.read_summary() if directory is not None else None

@@ -70,7 +70,7 @@ class Trainer:
     Args:
         model: The bare model (or a ``Replica`` of one of another framework: then optimizer and loss are None). If its replicas
             differ at the start, worker 0's values win, with a warning.
-        optimizer: Any ``torch.optim`` optimizer that updates each parameter on its own, over the model's parameters.
+        optimizer: Any ``torch.optim.Optimizer`` over the model's parameters whose ``step()`` needs no closure.
         loss: ``loss(model, batch)`` returns the microbatch's loss *sum* and the *count* to divide by, once, over the global
             batch; or one scalar, which is a mean over samples.
         batch_size: Samples of one optimizer step, over all workers.
@@ -250,8 +250,7 @@ class Trainer:
         """*collective*. Trains until ``epochs`` epochs of the whole run are done, earlier starts included.
 
         Shows progress; writes checkpoints, metrics and, at the end, ``model.safetensors`` and ``summary.json``. A run that is
-        done already is left as it is. SIGINT, SIGTERM and SIGHUP end it after the current step, with a
-        checkpoint.
+        done already is left as it is. SIGINT, SIGTERM and SIGHUP end it after the current step, with a checkpoint.
 
         Args:
             dataset: Map-style: ``len(dataset)`` samples, read by number.
@@ -277,6 +276,7 @@ class Trainer:
                 else:
                     summary = self._train(dataset, samples, epochs, loader or self._loader)
                 call.result = dataclasses.asdict(summary)
+        self._local.replica.rest()
         return Summary(**call.result)
 
     def _train(self, dataset: Any, samples: Order, epochs: int, loader: Loader) -> Summary:
@@ -381,7 +381,7 @@ class Trainer:
             loader: How samples are loaded.
         """
         call = self._session.enter_call()
-        with self._session.making(call):
+        with self._session.making(call), self._local.replica.trained_weights():
             if not call.is_done:
                 call.result = self._evaluate(dataset, metrics, batch_size, loader or self._loader)
         results: dict[str, float] = call.result
@@ -428,7 +428,7 @@ class Trainer:
         if not self._run.is_kept:
             raise ConfigurationError("there is no run directory to save to: pass run_dir=... to Trainer")
         call = self._session.enter_call()
-        with self._session.making(call):
+        with self._session.making(call), self._local.replica.trained_weights():
             if not call.is_done:
                 self._run.save()
 
@@ -443,10 +443,12 @@ class Trainer:
     def _own_batches(self, call: Call, dataset: Any, samples: Order, epochs: int, loader: Loader) -> Iterator[Batch]:
         with self._session.making(call):
             yield from self._loop.batches(dataset, samples, epochs, loader, own_loop=True)
+        self._local.replica.rest()
 
     def _enter_call(self, dataset: Any, order: OrderLike, drop_last: bool, epochs: int, *, own_loop: bool) -> Call:
         """*collective*. A call that a worker can enter in the middle. If the others had finished it before this one came, this
         one takes the weights that they have published."""
+        self._local.replica.train()
         if self._session.is_outside:
             self._local.weights.want(self._loop.may_share(own_loop))
         arguments = functools.partial(self._loop.arguments, dataset, order, drop_last=drop_last, epochs=epochs)

@@ -8,6 +8,7 @@ from typing import Any
 from unisono.collective import Collective
 from unisono.collective.hosts import host_sizes
 from unisono.data.batch import Batch
+from unisono.errors import ConfigurationError
 from unisono.guard.replicas import ReplicaGuard
 from unisono.guard.stragglers import Stragglers, warn_about
 from unisono.training.balance import Balance
@@ -57,6 +58,11 @@ class WorkerGroup:
             whole=not local.replica.updates_apart,
             clock=local.clock,
         )
+        if local.replica.has_modes and not self.reduction.replicates and collective.size > 1:
+            raise ConfigurationError(
+                "Exact(shard_update=True), but the optimizer has train() and eval(), which need the state of all parameters on "
+                "every worker: leave shard_update away"
+            )
         for one in learned:
             self.reduction.load_state_dict(one)
         self.stragglers = Stragglers(self.reduction.ranges, warn_about(session.watch.identity, main=collective.rank == 0))
