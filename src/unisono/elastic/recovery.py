@@ -212,7 +212,10 @@ class Recovery:
         now = replica.hyperparameters()
         try:
             for past in steps:
-                replica.set_hyperparameters(past.groups, exactly=True)
-                held.run_step(past, functools.partial(self._participant.redo, past.key, held.grown))
+                assert past.visible is not None
+                with self._participant.showing(past.visible):
+                    # Schedulers write learning rates when they are loaded: these come last.
+                    replica.set_hyperparameters(past.groups, exactly=True)
+                    held.run_step(past, functools.partial(self._participant.redo, past.key, held.grown))
         finally:  # another worker may be lost meanwhile
             replica.set_hyperparameters(now, exactly=True)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from unisono.elastic.membership import StateLost
+from unisono.training.participant import Visible
 from unisono.training.session import StepKey
 
 
@@ -19,6 +20,8 @@ class PastStep:
     key: StepKey
     groups: list[dict[str, Any]]
     """The optimizer's hyperparameters before it, by parameter group."""
+    visible: Visible | None
+    """What user code could read; None: the step will not be taken again once it is done."""
 
     @property
     def step(self) -> int:

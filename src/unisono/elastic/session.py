@@ -194,7 +194,8 @@ class ElasticSession(Session):
 
     def _take(self, key: StepKey, body: Callable[[], Any]) -> Outcome:
         held, replica = self._held, self._held.local.replica
-        past = PastStep(key, replica.hyperparameters())
+        visible = self._participant.visible() if held.replay_log.allowed else None
+        past = PastStep(key, replica.hyperparameters(), visible)
         tries = 0
         computed = False
 

@@ -18,10 +18,12 @@ from unisono.guard.replicas import digest_of
 from unisono.observe.summary import Summary
 from unisono.replica.base import Replica
 from unisono.training.header import Signals
+from unisono.training.participant import Visible
+from unisono.training.record import Position
 from unisono.training.session import StepKey
 from unisono.training.step import StepResult
 
-_TYPES = (Outcome, PastStep, StepKey, StepResult, Signals, Summary)
+_TYPES = (Outcome, PastStep, Position, Signals, StepKey, StepResult, Summary, Visible)
 """What a message may hold beside plain values."""
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from unisono.collective import Collective
 from unisono.errors import Desync
+from unisono.guard.values import Values
 from unisono.system.budget import Credit
 
 PERIOD = 64
@@ -61,6 +62,7 @@ class ReplicaGuard:
         collective: The workers.
         on_desync: "error", or "heal": where more than half agree, the others take their state.
         every: Everything is looked at once in this many steps; None: as often as time allows.
+        values: Numbers and texts that are compared in every step, besides.
     """
 
     def __init__(
@@ -70,12 +72,14 @@ class ReplicaGuard:
         collective: Collective,
         on_desync: OnDesync,
         every: int | None = None,
+        values: Values | None = None,
     ) -> None:
         self._holdings = holdings
         self._tensors = tensors
         self._collective = collective
         self._on_desync = on_desync
         self._every = every
+        self._values = values or Values(lambda: (), lambda: 0, dict)
         self._places: list[tuple[int, int]] = []  # addresses and sizes of the tensors that the pieces are made of
         self._pieces: list[tuple[list[Part], float]] = []
         self._next = 0
@@ -86,17 +90,21 @@ class ReplicaGuard:
         self._read_s = math.nan
 
     def digest(self, seconds: Sequence[float]) -> int:
-        """*local*. 64 bits of the pieces whose turn it is; 0 if it is no piece's turn.
+        """*local*. 64 bits of the values, and of the pieces whose turn it is; 0 if this worker is alone.
 
         Args:
             seconds: Clock readings whose sum grows as time passes, the same on all workers; NaN if unknown.
         """
+        return self._digest_pieces(seconds) ^ self._values.digest() if self._collective.size > 1 else 0
+
+    def _digest_pieces(self, seconds: Sequence[float]) -> int:
+        """64 bits of the pieces whose turn it is; 0 if it is no piece's turn."""
         if self._rest:
             self._rest -= 1
             return 0
         before_s, self._read_s = self._read_s, sum(seconds)
         passed_s = 0.0 if math.isnan(self._read_s - before_s) else self._read_s - before_s
-        looked_at = self._due(passed_s) if self._collective.size > 1 else []
+        looked_at = self._due(passed_s)
         self._rest = self._pause(passed_s)
         self._steps = self._rest + 1
         return int.from_bytes(digest_of(looked_at), "little") | 1 if looked_at else 0  # 0 is for no piece
@@ -143,7 +151,8 @@ class ReplicaGuard:
         """
         if self._collective.size == 1:
             return
-        mine = digest_of(self._tensors())
+        values = json.dumps(self._values.named()).encode()
+        mine = digest_of(self._tensors()) + blake2b(values, digest_size=8).digest()
         everybodys = self._collective.all_gather(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
         if any(not torch.equal(other, everybodys[0]) for other in everybodys):
             self.settle(step)
@@ -154,6 +163,7 @@ class ReplicaGuard:
         Raises:
             Desync: It was not healed.
         """
+        self._settle_values(step)
         mine = {name: digest_of([tensor]).hex() for name, tensor in self._holdings()}
         everybodys: list[dict[str, str]] = [
             json.loads(text) for text in self._collective.all_gather_bytes(json.dumps(mine).encode())
@@ -190,6 +200,28 @@ class ReplicaGuard:
                 f"{found}, which took the state of worker {source}. Up to {steps} steps were computed with the differing values",
                 stacklevel=2,
             )
+
+    def _settle_values(self, step: int) -> None:
+        """Names a number or text that differs. (None is healed: what has set it will set it again.)"""
+        mine = self._values.named()
+        told = [json.loads(text) for text in self._collective.all_gather_bytes(json.dumps(mine).encode())]
+        names = [name for name in {**told[0], **told[-1], **mine} if len({other.get(name) for other in told}) > 1]
+        if not names:
+            return
+        found = ", ".join(f"{_short(other.get(names[0], 'not there'))} on worker {rank}" for rank, other in enumerate(told[:4]))
+        more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+        raise Desync(
+            f"step {step}: the workers differ in {names[0]} ({found}{', ...' if len(told) > 4 else ''}){more}. This step has "
+            "updated nothing. Every worker must set it alike: look for a callback or schedule that depends on the rank, on time "
+            "or on what this worker alone has seen",
+            step=step,
+            tensor=names[0],
+            ranks=range(len(told)),
+        )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _pieces(tensors: Sequence[Tensor]) -> list[tuple[list[Part], float]]:

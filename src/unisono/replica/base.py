@@ -247,6 +247,10 @@ class Replica(abc.ABC):
             CheckpointError: There is another number of groups.
         """
 
+    def groups(self) -> Sequence[Mapping[str, Any]]:
+        """The same settings where the optimizer has them: what is done to them later shows."""
+        return self.hyperparameters()
+
     # ------------------------------------------------------------------ the schedule
 
     def advance_schedule(self, loss: float) -> None:  # noqa: B027

@@ -353,6 +353,9 @@ class TorchReplica(Replica):
     def set_hyperparameters(self, groups: Sequence[Mapping[str, Any]], *, exactly: bool = False) -> None:
         optimizers.set_hyperparameters(self.optimizer, groups, exactly=exactly)
 
+    def groups(self) -> Sequence[Mapping[str, Any]]:
+        return self.optimizer.param_groups
+
     # ------------------------------------------------------------------ the schedule
 
     def advance_schedule(self, loss: float) -> None:

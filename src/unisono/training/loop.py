@@ -39,7 +39,7 @@ class Loop:
         run: How far the run has come.
         machine: What this worker runs on.
         observer: Sees the batches, and may end them.
-        edits_weights: Whether a callback may change weights: asked when a loop begins.
+        begin: Tells callbacks that steps will follow.
 
     Attributes:
         stop: Whether a person asked to stop; None between loops.
@@ -54,10 +54,10 @@ class Loop:
         *,
         machine: HostMonitor,
         observer: Observer,
-        edits_weights: Callable[[], bool],
+        begin: Callable[[], None],
     ) -> None:
         self._local, self._settings, self._session, self._run = local, settings, session, run
-        self._machine, self._observer, self._edits_weights = machine, observer, edits_weights
+        self._machine, self._observer, self._begin = machine, observer, begin
         self._troubles = machine.troubles()
         self._feed: Feed | None = None
         self._arguments: list[str] = []
@@ -121,6 +121,7 @@ class Loop:
             self._run.complete(epochs)
             return
         local, session = self._local, self._session
+        self._begin()
         local.replica.check_unchanged()
         local.clock.at(self._run.position.step + 1)
         self._run.begin_log(epochs=epochs, steps=self.planned(samples, epochs))
@@ -139,8 +140,12 @@ class Loop:
 
     def _in_order(self, feed: Feed) -> Iterator[Batch]:
         batch = feed.at(self._run.position.epoch, self._run.position.batch)
+        is_first = True
         while batch is not None:
             yield batch
+            if is_first:  # and not with the first checkpoint, which may be hours away
+                is_first = False
+                self._local.user.describe()
             # Here, so that a worker that joins has missed nothing of what a user's own loop does after the step.
             self._session.between_steps(self._run.flush_log)
             batch = feed.at(*following(batch))
@@ -183,7 +188,7 @@ class Loop:
 
     def _may_redo(self, own_loop: bool) -> bool:
         """Whether steps may be taken again: nothing that a user's code has written would be left out then."""
-        return not own_loop and not self._edits_weights()
+        return not own_loop and not self._local.user.edits_weights()
 
     # ------------------------------------------------------------------ a step
 

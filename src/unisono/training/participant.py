@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from unisono.collective import Collective
 from unisono.training.loop import Loop
+from unisono.training.record import Position
 from unisono.training.run import Run
 from unisono.training.screen import Screen
 from unisono.training.session import Session, StepKey
@@ -16,6 +19,17 @@ from unisono.training.settings import Settings
 from unisono.training.setup import check_alike, unify_replicas
 from unisono.training.state import LocalState, settle_state
 from unisono.training.worker_group import WorkerGroup
+
+
+@dataclasses.dataclass(frozen=True)
+class Visible:
+    """What user code may read of a trainer at some moment."""
+
+    position: Position
+    state: dict[str, Any]
+    """``trainer.state``."""
+    schedule: Any
+    """Where the schedule is."""
 
 
 class Participant:
@@ -94,13 +108,32 @@ class Participant:
         """*collective*. Takes a step again that has been taken before."""
         self._loop.redo(key, flags)
 
+    def visible(self) -> Visible:
+        """*local*. What user code may read of the trainer while the next step is computed."""
+        return Visible(dataclasses.replace(self._run.position), self.local.user.snapshot(), self.local.replica.schedule_state())
+
+    @contextlib.contextmanager
+    def showing(self, visible: Visible) -> Iterator[None]:
+        """*local*. While the body runs user code reads this, as it did then."""
+        run, replica = self._run, self.local.replica
+        now, schedule = run.position, replica.schedule_state()
+        run.position = dataclasses.replace(visible.position)
+        replica.set_schedule_state(visible.schedule)
+        try:
+            with self.local.user.showing(visible.state):
+                yield
+        finally:
+            run.position = now
+            replica.set_schedule_state(schedule)
+
     def describe(self) -> dict[str, Any]:
         """*local*. How far the run has come, for a worker that joins it."""
-        return self._run.describe()
+        return {**self._run.describe(), "user": self.local.user.describe()}
 
     def adopt(self, description: Mapping[str, Any]) -> None:
         """*local*. Takes over what another worker's ``describe`` has returned."""
         self._run.adopt(description)
+        self.local.user.adopt(description["user"])
         self.local.clock.at(self._run.position.step + 1)
 
     def announce(self, texts: Sequence[str], event: Mapping[str, Any]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
 
 from unisono.observe.progress import Progress, ProgressDisplay, SilentProgress
+from unisono.observe.summary import Summary, show_summary
 from unisono.observe.timing import StepClock
 from unisono.system.output import say
 from unisono.training.record import show
@@ -58,3 +60,25 @@ class Screen:
         self._progress.note(text)
         if isinstance(self._progress, SilentProgress):
             say(text)
+
+    def sum_up(self, run: Run, summary: Summary) -> None:
+        """The run is finished."""
+        if run.is_main and run.url is not None:
+            show_summary(summary, run.url)
+
+    def tell_finished(self, run: Run, summary: Summary) -> None:
+        """The run was finished before this start."""
+        if run.is_main:
+            where = f"the run in {run.url}" if run.is_kept else "this run"
+            say(f"{where} is finished ({run.position.epoch} epochs, {run.position.step} steps): nothing to do")
+        self.sum_up(run, summary)
+
+    def tell_stopped(self, run: Run, stop: int) -> None:
+        """The run has stopped, as this signal asked it to."""
+        note = f"stopped by {signal.Signals(stop).name} after step {run.position.step}"
+        if not run.is_kept:
+            note += "; nothing is saved, since the Trainer has no run_dir"
+        else:
+            note += f"; checkpoint written to {run.url}. Start the same command again to go on, on any number of workers"
+        if run.is_main:
+            self.tell(note)

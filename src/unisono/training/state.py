@@ -22,6 +22,7 @@ from unisono.observe.timing import StepClock
 from unisono.replica.base import Replica
 from unisono.replica.buffers import BufferFold
 from unisono.sync import Reduction, Sync
+from unisono.training.user_state import UserState
 from unisono.training.weights import Weights
 
 
@@ -38,6 +39,8 @@ class LocalState:
     clock: StepClock
     carries: bool = False
     """Whether what the optimizer keeps must be saved, or handed to other workers."""
+    user: UserState
+    """What belongs to the user's code."""
 
     @property
     def layout(self) -> Layout:
@@ -68,6 +71,7 @@ class State:
             "groups": replica.hyperparameters(),
             "scheduler": replica.schedule_state(),
             **self.reduction.state_dict(),
+            "user": self.local.user.describe(),
             "buffers": {name: buffer for name, buffer in replica.buffers.named().items() if name not in persistent},
         }
 
@@ -91,6 +95,7 @@ class State:
                     buffer.copy_(common["buffers"][name])
         self.reduction.load_state_dict(common)
         self._restore_optimizer(checkpoint, common)
+        self.local.user.resume(common["user"])
         replica.set_hyperparameters(common["groups"])
         replica.set_schedule_state(common["scheduler"])
 
@@ -117,6 +122,7 @@ class State:
             yield f"frozen parameter {name!r}", parameter
         for name, buffer in replica.buffers.named().items():
             yield f"buffer {name!r}", buffer
+        yield from self.local.user.tensors()
         for slot, key, value in self._replicated_state():
             yield f"{key!r} of the optimizer" + ("" if slot is None else f" for {replica.layout.names[slot]!r}"), value
 
@@ -124,8 +130,9 @@ class State:
         """The same in the same order, weights as they lie in memory: to look at it costs by the number of tensors."""
         replica = self.local.replica
         weights = self.local.weights.flats if self._own_weights else ()
+        users = [tensor for _, tensor in self.local.user.tensors()]
         state = [value for _, _, value in self._replicated_state()]
-        return [*weights, *replica.frozen().values(), *replica.buffers.named().values(), *state]
+        return [*weights, *replica.frozen().values(), *replica.buffers.named().values(), *users, *state]
 
     @property
     def _own_weights(self) -> bool:

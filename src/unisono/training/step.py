@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unisono.collective import Collective
 from unisono.data.batch import Batch
+from unisono.errors import ConfigurationError
 from unisono.guard.ledger import NOTHING, Entry, entry, total
 from unisono.guard.replicas import ReplicaGuard
 from unisono.order import derive_seed
@@ -79,6 +80,7 @@ class Stepper:
         session: Session,
     ) -> None:
         self._replica, self._weights, self._buffers, self._clock = local.replica, local.weights, local.buffers, local.clock
+        self._user = local.user
         self._settings = settings
         self._collective = collective
         self._reduction = reduction
@@ -193,7 +195,13 @@ class Stepper:
         replica = self._guard.digest(self._seconds)
         tally = batch.tally
         began = time.perf_counter()
+        mark = self._user.mark()
         parts = self._replica.gradients(batch.parts, self._seeds(batch, step), self._sink)
+        if self._user.mark() != mark:
+            raise ConfigurationError(
+                "the loss changes trainer.state, which would then depend on the samples that this worker computes: change it in "
+                "a callback's on_step, or between two steps of a loop of your own"
+            )
         counts = [0.0] * self._settings.microbatches
         losses = [0.0] * self._settings.microbatches
         if parts:

@@ -22,14 +22,13 @@ from unisono.errors import ConfigurationError
 from unisono.guard.replicas import OnDesync
 from unisono.guard.silence import StatusBoard
 from unisono.guard.stragglers import HostMonitor
-from unisono.observe.summary import Summary, show_summary
+from unisono.observe.summary import Summary
 from unisono.observe.timing import StepClock
 from unisono.order import Order, OrderLike
 from unisono.replica.base import LossFunction, MetricFunction, Replica
 from unisono.replica.buffers import BufferFold
 from unisono.replica.torch_replica import Precision, replica_for
 from unisono.sync import Exact, Sync
-from unisono.system.output import say
 from unisono.training import trace
 from unisono.training.callbacks import Callback
 from unisono.training.evaluation import evaluate, seed_after_evaluation
@@ -56,6 +55,7 @@ from unisono.training.setup import (
 )
 from unisono.training.state import LocalState
 from unisono.training.step import StepResult
+from unisono.training.user_state import UserState
 from unisono.training.weights import Weights
 from unisono.world import World
 
@@ -171,6 +171,7 @@ class Trainer:
             sync=sync or Exact(),
             clock=StepClock(shown=None if board is None else board.cells),
             carries=run_dir is not None or session.can_change,
+            user=UserState(self.callbacks),
         )
         steps = Settings(
             batch_size=batch_size,
@@ -205,7 +206,7 @@ class Trainer:
             self._run,
             machine=machine,
             observer=self.observer,
-            edits_weights=lambda: any(callback.edits_weights for callback in self.callbacks),
+            begin=functools.partial(self._local.user.begin, self),
         )
         alike = {**settings, "checkpoint_every": checkpoint_every, "run_dir": None if run_dir is None else "given"}
         named = {name if name == "script" else f"fingerprint {name}": value for name, value in ground.items()}
@@ -230,6 +231,14 @@ class Trainer:
     def position(self) -> Position:
         """How far the run has come; the same on all workers."""
         return self._run.position
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """State of your own, read and written as ``trainer.state[...]``, the same on all workers: tensors, numbers, strings,
+        None, and dicts and lists of these. It is saved with checkpoints, given to workers that join, compared in every step, and
+        reads as it did when steps are taken again. Give initial values with ``setdefault``, and write in callbacks or a loop of
+        your own, not in the loss: each worker computes the loss of other samples."""
+        return self._local.user.values
 
     @property
     def clock(self) -> StepClock:
@@ -272,7 +281,8 @@ class Trainer:
                 samples = self._loop.order(dataset, order, drop_last=drop_last, epochs=epochs)
                 if self._loop.is_done(epochs):
                     self._run.complete(epochs)
-                    summary = self._say_finished()
+                    summary = self._run.summary()
+                    self._screen.tell_finished(self._run, summary)
                 else:
                     summary = self._train(dataset, samples, epochs, loader or self._loader)
                 call.result = dataclasses.asdict(summary)
@@ -290,8 +300,7 @@ class Trainer:
                 for batch in batches:
                     self.step(batch)
         summary = self._run.summary()
-        if self.collective.rank == 0 and self._run.url is not None:
-            show_summary(summary, self._run.url)
+        self._screen.sum_up(self._run, summary)
         return summary
 
     def batches(
@@ -449,6 +458,7 @@ class Trainer:
         """*collective*. A call that a worker can enter in the middle. If the others had finished it before this one came, this
         one takes the weights that they have published."""
         self._local.replica.train()
+        self._local.user.begin_call(tells=self.collective.rank == 0)
         if self._session.is_outside:
             self._local.weights.want(self._loop.may_share(own_loop))
         arguments = functools.partial(self._loop.arguments, dataset, order, drop_last=drop_last, epochs=epochs)
@@ -456,17 +466,6 @@ class Trainer:
         if call.is_done and (weights := self._run.read_model()) is not None:
             self._local.replica.load_model_state(weights)
         return call
-
-    # ------------------------------------------------------------------ end of a run
-
-    def _say_finished(self) -> Summary:
-        summary = self._run.summary()
-        if self.collective.rank == 0:
-            where = f"the run in {self._run.url}" if self._run.is_kept else "this run"
-            say(f"{where} is finished ({self.position.epoch} epochs, {self.position.step} steps): nothing to do")
-            if self._run.url is not None:
-                show_summary(summary, self._run.url)
-        return summary
 
     # ------------------------------------------------------------------ checks
 
@@ -486,15 +485,6 @@ class Trainer:
         if not stop and self._session.everyone_leaves:
             stop = int(signal.SIGTERM)
         if stop:
-            self._stop_all(stop)
-
-    def _stop_all(self, stop: int) -> None:
-        note = f"stopped by {signal.Signals(stop).name} after step {self.position.step}"
-        self._run.stop()
-        if not self._run.is_kept:
-            note += "; nothing is saved, since the Trainer has no run_dir"
-        else:
-            note += f"; checkpoint written to {self._run.url}. Start the same command again to go on, on any number of workers"
-        if self.collective.rank == 0:
-            self._screen.tell(note)
-        raise SystemExit(128 + stop)
+            self._run.stop()
+            self._screen.tell_stopped(self._run, stop)
+            raise SystemExit(128 + stop)

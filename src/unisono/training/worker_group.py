@@ -11,6 +11,7 @@ from unisono.data.batch import Batch
 from unisono.errors import ConfigurationError
 from unisono.guard.replicas import ReplicaGuard
 from unisono.guard.stragglers import Stragglers, warn_about
+from unisono.guard.values import Values
 from unisono.training.balance import Balance
 from unisono.training.session import Session
 from unisono.training.settings import Settings
@@ -70,7 +71,12 @@ class WorkerGroup:
         self.token = object()
         self.state = State(local=local, reduction=self.reduction, collective=collective)
         self.guard = ReplicaGuard(
-            self.state.replicated, self.state.replicated_tensors, collective, settings.on_desync, settings.compare_every
+            self.state.replicated,
+            self.state.replicated_tensors,
+            collective,
+            settings.on_desync,
+            settings.compare_every,
+            Values(local.replica.groups, local.user.digest, local.user.named),
         )
         self.stepper = Stepper(
             local, settings, collective=collective, reduction=self.reduction, guard=self.guard, session=session
