@@ -142,6 +142,23 @@ class Replica(abc.ABC):
         if had_others:
             self.rest()
 
+    def training(self) -> AbstractContextManager[bool]:
+        """While the body runs the model is in training mode; says whether it was not. Afterwards it is as it was."""
+        return contextlib.nullcontext(False)
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether the model as a whole is in evaluation mode now."""
+        return False
+
+    def changed_modes(self) -> dict[str, bool]:
+        """The parts of the model that someone has put into another mode since ``training`` began, by name: whether it is training
+        mode."""
+        return {}
+
+    def change_modes(self, changed: Mapping[str, bool]) -> None:  # noqa: B027
+        """What ``changed_modes`` gave, of the same run at another time or place: it is done when ``training`` begins."""
+
     # ------------------------------------------------------------------ a step
 
     def begin_step(self) -> None:  # noqa: B027

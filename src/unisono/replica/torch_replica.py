@@ -17,6 +17,7 @@ from unisono.layout import Allocate
 from unisono.replica import optimizer as optimizers
 from unisono.replica.base import LossFunction, LossPart, MetricFunction, Microbatch, Replica
 from unisono.replica.loss import sum_and_count, to_device
+from unisono.replica.model_modes import ModelModes
 from unisono.replica.optimizer_modes import Modes
 from unisono.replica.optimizer_state import Twin, generators, load_whole_state, seed_generator, whole_state
 from unisono.replica.parameters import adopt, check_model, in_slot_order, layout_of, trainable
@@ -57,6 +58,7 @@ class TorchReplica(Replica):
         optimizers.check_optimizer(optimizer, trainable(model), model)
         model.to(device)
         self.model = model
+        self._model_modes = ModelModes(model)
         self.loss = loss
         self.device = device
         self.optimizer = optimizer
@@ -138,6 +140,19 @@ class TorchReplica(Replica):
     def kinds(self) -> dict[str, str | None]:
         scheduler = None if self.scheduler is None else type(self.scheduler).__name__
         return {"optimizer": type(self.optimizer).__name__, "scheduler": scheduler}
+
+    def training(self) -> contextlib.AbstractContextManager[bool]:
+        return self._model_modes.training()
+
+    @property
+    def is_resting(self) -> bool:
+        return not self.model.training
+
+    def changed_modes(self) -> dict[str, bool]:
+        return self._model_modes.changed()
+
+    def change_modes(self, changed: Mapping[str, bool]) -> None:
+        self._model_modes.change(changed)
 
     # ------------------------------------------------------------------ a step
 
@@ -288,16 +303,9 @@ class TorchReplica(Replica):
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        # Of each module: a frozen BatchNorm may be in evaluation mode inside a model that trains.
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
-            # Not inference_mode: what a model caches in it could never be used in training.
-            with torch.no_grad(), self._modes.evaluating():
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
+        # Not inference_mode: what a model caches in it could never be used in training.
+        with self._model_modes.evaluating(), torch.no_grad(), self._modes.evaluating():
+            yield
 
     def evaluate(self, metrics: Mapping[str, MetricFunction], data: Any, samples: int, seed: int) -> Tensor:
         batch = to_device(data, self.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
@@ -129,7 +130,7 @@ class Loop:
         with session.training(), StopRequest() as self.stop, local.weights.in_common(self.may_share(own_loop)):
             try:
                 self._begin_steps(dataset, redoable=self._may_redo(own_loop))
-                yield from self._observer.around_batches(self._in_order(feed))
+                yield from self._observer.around_batches(self._in_order(feed, own_loop=own_loop))
                 session.end_steps()  # while batches can be had again
             finally:
                 self.stop = None
@@ -138,7 +139,7 @@ class Loop:
                 self._run.end_log()
         self._run.finish()
 
-    def _in_order(self, feed: Feed) -> Iterator[Batch]:
+    def _in_order(self, feed: Feed, *, own_loop: bool) -> Iterator[Batch]:
         batch = feed.at(self._run.position.epoch, self._run.position.batch)
         is_first = True
         while batch is not None:
@@ -146,9 +147,18 @@ class Loop:
             if is_first:  # and not with the first checkpoint, which may be hours away
                 is_first = False
                 self._local.user.describe()
+                self._check_mode(own_loop)
             # Here, so that a worker that joins has missed nothing of what a user's own loop does after the step.
             self._session.between_steps(self._run.flush_log)
             batch = feed.at(*following(batch))
+
+    def _check_mode(self, own_loop: bool) -> None:
+        if own_loop and self._local.replica.is_resting and self._run.is_main:
+            warnings.warn(
+                "the model is in evaluation mode (from_pretrained returns it so): it trains without dropout, and BatchNorm with "
+                "the statistics that it has. In a loop of your own call model.train() first; fit does it by itself",
+                stacklevel=4,
+            )
 
     def _begin_steps(self, dataset: Any, *, redoable: bool) -> None:
         if self._session.enter_steps():

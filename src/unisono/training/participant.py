@@ -128,12 +128,13 @@ class Participant:
 
     def describe(self) -> dict[str, Any]:
         """*local*. How far the run has come, for a worker that joins it."""
-        return {**self._run.describe(), "user": self.local.user.describe()}
+        return {**self._run.describe(), "user": self.local.user.describe(), "modes": self.local.replica.changed_modes()}
 
     def adopt(self, description: Mapping[str, Any]) -> None:
         """*local*. Takes over what another worker's ``describe`` has returned."""
         self._run.adopt(description)
         self.local.user.adopt(description["user"])
+        self.local.replica.change_modes(description["modes"])
         self.local.clock.at(self._run.position.step + 1)
 
     def announce(self, texts: Sequence[str], event: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ class Screen:
         self._batch_size = batch_size
         self._progress: ProgressDisplay = SilentProgress()
         self._stack = contextlib.ExitStack()
+        self._has_told_mode = False
         self._plan: tuple[int, int] | None = None
 
     @contextlib.contextmanager
@@ -60,6 +61,15 @@ class Screen:
         self._progress.note(text)
         if isinstance(self._progress, SilentProgress):
             say(text)
+
+    def tell_mode(self, was_resting: bool) -> None:
+        """Says once if the model was in evaluation mode, as a whole."""
+        if was_resting and not self._has_told_mode:
+            self._has_told_mode = True
+            self.tell(
+                "the model was in evaluation mode, and is trained in training mode (dropout, BatchNorm's own statistics). Parts "
+                "that are to stay in evaluation mode: call model.train() and their eval() before Trainer(...)"
+            )
 
     def sum_up(self, run: Run, summary: Summary) -> None:
         """The run is finished."""

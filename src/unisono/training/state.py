@@ -72,6 +72,7 @@ class State:
             "scheduler": replica.schedule_state(),
             **self.reduction.state_dict(),
             "user": self.local.user.describe(),
+            "modes": replica.changed_modes(),
             "buffers": {name: buffer for name, buffer in replica.buffers.named().items() if name not in persistent},
         }
 
@@ -96,6 +97,7 @@ class State:
         self.reduction.load_state_dict(common)
         self._restore_optimizer(checkpoint, common)
         self.local.user.resume(common["user"])
+        replica.change_modes(common["modes"])
         replica.set_hyperparameters(common["groups"])
         replica.set_schedule_state(common["scheduler"])
 

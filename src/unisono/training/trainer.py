@@ -292,9 +292,10 @@ class Trainer:
     def _train(self, dataset: Any, samples: Order, epochs: int, loader: Loader) -> Summary:
         # Before the look at the rank: a sampler that counts how often it is read must count alike on all workers.
         total_steps = self._loop.planned(samples, epochs)
-        with self._screen.planned(total_steps, epochs):
+        with self._screen.planned(total_steps, epochs), self._local.replica.training() as was_resting:
             if self.collective.rank == 0:
                 self._screen.begin(self._run, self.collective.size)
+                self._screen.tell_mode(was_resting)
             # Closed also after an error, so that the log is written as far as training came.
             with contextlib.closing(self._loop.batches(dataset, samples, epochs, loader, own_loop=False)) as batches:
                 for batch in batches:
