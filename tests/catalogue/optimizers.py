@@ -15,6 +15,19 @@ _MUONS = {"adago", "adamuon", "distributedmuon", "muon", "muonclip", "normuon"}
 _OF_A_MODEL = {"adalomo", "adammini", "lomo"}
 _NEEDED: dict[str, dict[str, Any]] = {"bsam": {"num_data": 46}, "ranger21": {"num_iterations": 100}}
 NAMES: list[str] = sorted(others.get_supported_optimizers())
+REFUSED = {
+    "adahessian": "does not require grad",
+    "adalomo": "changed in place by forward or backward",
+    "alig": "closure",
+    "bsam": "closure",
+    "demo": "einops|process group",
+    "distributedmuon": "process group",
+    "lbfgs": "closure",
+    "lomo": "changed in place by forward or backward",
+    "sophiah": "does not require grad",
+    "spectralsphere": "2D",
+}
+"""Those that train nothing here, and what the error says: it is the optimizer's own, or says why unisono cannot use it."""
 
 
 def other(name: str, **settings: Any) -> Callable[[nn.Module], Optimizer]:

@@ -16,26 +16,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import unisono
-from tests.catalogue.optimizers import NAMES, WRAPPERS, other
+from tests.catalogue.optimizers import NAMES, REFUSED, WRAPPERS, other
 from tests.catalogue.trained import Net, drawn, in_threads, loss
 from unisono.collective import Collective
 from unisono.errors import ConfigurationError
 from unisono.replica.optimizer import updates_apart
 from unisono.testing import run_threads
-
-REFUSED = {
-    "adahessian": "does not require grad",
-    "adalomo": "changed in place by forward or backward",
-    "alig": "closure",
-    "bsam": "closure",
-    "demo": "einops",
-    "distributedmuon": "process group",
-    "lbfgs": "closure",
-    "lomo": "changed in place by forward or backward",
-    "sophiah": "does not require grad",
-    "spectralsphere": "2D",
-}
-"""Those that train nothing here, and what the error says: it is the optimizer's own, or says why unisono cannot use it."""
 
 
 @pytest.mark.parametrize("name", REFUSED)

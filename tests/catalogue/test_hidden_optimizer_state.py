@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import unisono
-from tests.catalogue.optimizers import WRAPPERS, MuonAndAdamW, by_dimensions, other
+from tests.catalogue.optimizers import NAMES, REFUSED, WRAPPERS, MuonAndAdamW, by_dimensions, other
 from tests.catalogue.trained import Death, Net, drawn, in_lives, in_threads, loss
 from unisono.collective import Collective
 from unisono.errors import CheckpointError, ConfigurationError
@@ -229,3 +229,27 @@ def test_the_recipe_of_the_guide_for_several_optimizers(tmp_path: Path) -> None:
     in_threads(2, make, epochs=1, run_dir=tmp_path)
     assert in_threads(3, make, epochs=2, run_dir=tmp_path) == straight
     assert set(in_lives(3, make, {0: Death(30)}).results.values()) == {straight}
+
+
+NOT_CARRIED = {
+    "conda": "projector: its type is",
+    "scalableshampoo": "pre_conditioner: its type is",
+    "emofact": "does not hold.*prev_loss",
+    "sara": "does not hold.*_mask_indices",
+}
+
+
+@pytest.mark.parametrize("name", NOT_CARRIED)
+def test_what_pytorch_optimizer_does_not_let_go_on_is_refused_where_it_would_have_to(name: str, tmp_path: Path) -> None:
+    assert in_threads(1, other(name), epochs=1) == in_threads(2, other(name), epochs=1)
+    with pytest.raises(unisono.UnisonoError, match=NOT_CARRIED[name]):
+        in_threads(2, other(name), run_dir=tmp_path)
+    with pytest.raises(unisono.UnisonoError, match=NOT_CARRIED[name]):
+        in_lives(2, other(name), {})
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(REFUSED) - set(NOT_CARRIED)))
+def test_all_others_of_pytorch_optimizer_go_on_after_a_stop(name: str, tmp_path: Path) -> None:
+    straight = in_threads(1, other(name), epochs=2)
+    in_threads(2, other(name), epochs=1, run_dir=tmp_path)
+    assert in_threads(3, other(name), epochs=2, run_dir=tmp_path) == straight

@@ -63,6 +63,7 @@ class Replica(abc.ABC):
         loss: What is trained; as a metric, what an evaluation measures by default.
         buffers: What forward changes besides the trainable parameters.
         sparse: Slots (by index) that get gradients of few rows, as ``torch.sparse_coo`` tensors.
+        wants_rows: Those of them of which the optimizer, too, is to see rows only.
         updates_apart: Whether the optimizer is known to update each parameter on its own, and to draw no random numbers, so that
             each worker can update a part of them. Else every worker updates all.
         has_modes: Whether the optimizer trains other weights than those to use, and needs the state of all to tell one from the
@@ -75,6 +76,7 @@ class Replica(abc.ABC):
     loss: MetricFunction
     buffers: Buffers
     sparse: Collection[int] = frozenset()
+    wants_rows: Collection[int] = frozenset()
     updates_apart: bool = False
     has_modes: bool = False
 
@@ -187,7 +189,8 @@ class Replica(abc.ABC):
 
     @abc.abstractmethod
     def update(self, slots: Sequence[int], gradients: Sequence[Tensor]) -> None:
-        """The optimizer's step with these gradients; all other parameters have none, and stay."""
+        """The optimizer's step with these gradients, those of ``wants_rows`` as coalesced ``torch.sparse_coo`` tensors, unless
+        they are dense; all other parameters have none, and stay."""
 
     @abc.abstractmethod
     def learning_rates(self) -> tuple[float, ...]:

@@ -2,7 +2,8 @@
 
 A batch touches a few rows of a large table, but PyTorch writes the whole gradient, zeros and all, unless the module says
 ``sparse=True``; and then most optimizers refuse it. unisono lets backward make only the rows, adds and sends only rows, and
-gives the optimizer the dense gradient that it expects: the same update, for a fraction of the memory traffic.
+gives the optimizer the dense gradient that it expects: the same update, for a fraction of the memory traffic. Only
+optimizers that are not PyTorch's own, which may do something else with rows, get the rows of tables made with ``sparse=True``.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ class Tables:
     def slots(self, parameters: Sequence[nn.Parameter]) -> frozenset[int]:
         """Which of these, by position, get gradients of few rows."""
         weights = {id(module.weight) for module in (*self._asked, *self._switched)}
+        return frozenset(index for index, parameter in enumerate(parameters) if id(parameter) in weights)
+
+    def asked(self, parameters: Sequence[nn.Parameter]) -> frozenset[int]:
+        """Which of these, by position, are tables that were made with ``sparse=True``."""
+        weights = {id(module.weight) for module in self._asked}
         return frozenset(index for index, parameter in enumerate(parameters) if id(parameter) in weights)
 
     @contextlib.contextmanager

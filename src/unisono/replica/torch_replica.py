@@ -76,6 +76,8 @@ class TorchReplica(Replica):
         self._frozen = [parameter for parameter in self._held if not parameter.requires_grad]
         self._addresses = [parameter.data_ptr() for parameter in self.parameters]
         self.updates_apart = optimizers.updates_apart(optimizer)
+        if not optimizers.is_known(optimizer):
+            self.wants_rows = self._tables.asked(self.parameters)
         self._modes = Modes(optimizer)
         self.has_modes = self._modes.exist
         self._generators: list[Any] | None = None
@@ -286,9 +288,10 @@ class TorchReplica(Replica):
         except Exception as error:
             if self._has_updated or optimizers.is_known(self.optimizer):
                 raise
+            hint = ". If it wants dense gradients, make the tables with sparse=False" if self.wants_rows else ""
             raise ConfigurationError(
                 f"the first update failed: {type(self.optimizer).__name__}.step() raised {type(error).__name__}: {error} "
-                "(unisono calls step() without a closure, with gradients that no further backward can go through)"
+                "(unisono calls step() without a closure, with gradients that no further backward can go through)" + hint
             ) from error
         finally:
             for slot in slots:

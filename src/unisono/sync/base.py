@@ -87,6 +87,8 @@ class Reduced:
     """Of each of these slots: summed over the global batch and divided by the count."""
     norms: Sequence[float]
     """L2 norm of the gradient of each slot of the layout (0: it has none); the same on all workers."""
+    rows: Mapping[int, Tensor] = dataclasses.field(default_factory=dict)
+    """Of slots (by index) whose gradient has few rows: which ones, ascending. All others are zero."""
 
 
 class Reduction(abc.ABC):

@@ -335,7 +335,7 @@ class ExactReduction(Reduction):
     def finish(self, count: float) -> Reduced:
         present = self._state.present
         with self._clock.phase("compute"):
-            found, measured, holder = self._sums(count)
+            found, measured, holder, rows = self._sums(count)
         if self._delivery is not None:
             with self._clock.phase("communication"):
                 sums = self._delivery.deliver([(bucket.block, bucket.lo, bucket.hi) for bucket in self._whole], holder)
@@ -343,7 +343,7 @@ class ExactReduction(Reduction):
             found = {index: gradient for index, gradient in found.items() if index in sparse}
             found |= {i: sums.views[i] for i in self.updated_by(self._collective.rank) if i not in sparse}
         slots = [slot for slot in self._layout.slots if slot.index in found and present[slot.index]]
-        return Reduced(slots, [found[slot.index] for slot in slots], self._agreed(measured))
+        return Reduced(slots, [found[slot.index] for slot in slots], self._agreed(measured), rows)
 
     def publish(self, flats: Sequence[Tensor]) -> None:
         if not self._owners.replicated:
@@ -353,8 +353,9 @@ class ExactReduction(Reduction):
 
     # ------------------------------------------------------------------ the end of the tree
 
-    def _sums(self, count: float) -> tuple[dict[int, Tensor], dict[int, float], Sums | None]:
-        """What this worker sums up: the gradients and their norms, by slot, and where those that are dense lie."""
+    def _sums(self, count: float) -> tuple[dict[int, Tensor], dict[int, float], Sums | None, dict[int, Tensor]]:
+        """What this worker sums up: the gradients and their norms, by slot; where those that are dense lie; and the rows of those
+        that are not."""
         norms = Norms()
         found: dict[int, Tensor] = {}
         own = self._fold.pieces()
@@ -367,12 +368,14 @@ class ExactReduction(Reduction):
                 norms.add(stretch, holder)
                 found.update((slot.index, holder.views[slot.index]) for slot in stretch.slots)
         mine = set(self.saved_by(self._collective.rank)) if self._owners.delivers and self._rows.slots else ()
+        indices: dict[int, Tensor] = {}
         for slot, rows, gradient in self._rows.finish(own, count):
+            indices[slot.index] = rows.indices
             if not self._owners.delivers or slot.index in mine:  # others have the same sum
                 norms.add_tensors([slot.index], [real(rows.values)])
             found[slot.index] = gradient
         present = self._state.present
-        return found, {i: _finite(norm, found[i]) for i, norm in norms.values().items() if present[i]}, holder
+        return found, {i: _finite(norm, found[i]) for i, norm in norms.values().items() if present[i]}, holder, indices
 
     def _agreed(self, measured: Mapping[int, float]) -> list[float]:
         """The norm of each slot's gradient, from whoever has summed it up; 0 where there is none."""

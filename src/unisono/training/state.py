@@ -149,12 +149,17 @@ class State:
             for slot in self.reduction.updated_by(self.collective.rank):
                 for key, value in sorted(self.local.replica.slot_state(slot).items()):
                     if isinstance(value, Tensor):
-                        yield slot, key, value
+                        yield from ((slot, name, part) for name, part in _tensors(value, key))
 
 
 def _tensors(state: Any, path: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(state, Tensor):
-        yield path, state
+        if hasattr(state, "__tensor_flatten__"):  # a kind of tensor that consists of others
+            for name in state.__tensor_flatten__()[0]:
+                yield from _tensors(getattr(state, name), f"{path}.{name}")
+        else:
+            yield path, state
+        return
     parts = state.items() if isinstance(state, Mapping) else enumerate(state) if isinstance(state, (list, tuple, deque)) else ()
     for key, part in parts:
         yield from _tensors(part, f"{path}[{key!r}]")

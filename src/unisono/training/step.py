@@ -231,11 +231,18 @@ class Stepper:
                     torch._foreach_mul_(alike, scale)
         self._replica.seed_update(derive_seed("update", self._settings.seed, step))
         slots = [slot.index for slot in reduced.slots]
+        gradients = reduced.gradients
+        if self._replica.wants_rows:
+            few = [slot in self._replica.wants_rows and slot in reduced.rows for slot in slots]
+            gradients = [
+                _only_rows(gradient, reduced.rows[slot]) if is_few else gradient
+                for slot, gradient, is_few in zip(slots, gradients, few, strict=True)
+            ]
         if not self._must_prove:
-            self._replica.update(slots, reduced.gradients)
+            self._replica.update(slots, gradients)
             return
         with self._replica.proving():
-            self._replica.update(slots, reduced.gradients)
+            self._replica.update(slots, gradients)
         check_carried(self._replica, self._reduction, self._collective.rank)
         self._must_prove = False
 
@@ -269,6 +276,12 @@ def _tally(batch: Batch) -> Entry:
     if batch.ledger is None:
         return NOTHING
     return total([entry(part.indices) for part in batch.parts])
+
+
+def _only_rows(gradient: Tensor, rows: Tensor) -> Tensor:
+    """These rows of a dense gradient, as an embedding table with ``sparse=True`` has them."""
+    values = gradient.index_select(0, rows)
+    return torch.sparse_coo_tensor(rows[None], values, gradient.shape, check_invariants=False, is_coalesced=True)
 
 
 def _flags(told: Sequence[Signals]) -> list[int]:
