@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from unisono.data.batch import Batch
+from unisono.data.epochs import Copies, EpochFollowers
 from unisono.data.loader import Loader, Request, load
 from unisono.guard.ledger import Entry, entries, order_sums
 from unisono.observe.timing import StepClock
@@ -103,11 +104,17 @@ class BatchStream:
         self._requests = requests = _Requests(self._plan(epoch, number, epochs))
         requests.reassign(range(*self._ranges[self._rank]))
         loaded = self._load(requests)
+        processes = self._loader.num_workers
+        copies = Copies(self._dataset, processes)
+        # Loader processes tell their copies. (Without them each microbatch is read here, when it is asked for.)
+        followers = EpochFollowers(*((self._dataset, self._loader.collate_fn) if processes else ()))
         while True:
             with self._clock.phase("data"):
                 outline = requests.next_outline()
                 if outline is None:
                     break
+                copies.check()
+                followers.set_epoch(outline.batch.epoch)
                 parts: list[Microbatch] = []
                 for key in requests.wanted(outline):
                     while not requests.has(key):

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
+from unisono.data.epochs import EpochFollowers
 from unisono.errors import ConfigurationError, DataError
 from unisono.order import derive_seed
 from unisono.replica.randomness import seed_generators
@@ -102,17 +103,25 @@ def dataset_length(dataset: Any) -> int:
 
 
 def load(
-    dataset: Any, requests: Iterable[Request], settings: Loader, *, seed: int, device: torch.device, timeout_s: float
+    dataset: Any,
+    requests: Iterable[Request],
+    settings: Loader,
+    *,
+    seed: int,
+    device: torch.device,
+    timeout_s: float,
+    trains: bool = True,
 ) -> Iterator[Any]:
     """*local*. Loads one microbatch for each request, in order, ahead of its use if there are loader processes.
 
     Args:
         timeout_s: How long to wait for loader processes, in seconds.
+        trains: Whether the requests are of epochs of training, about which data set and collate function want to know.
 
     Raises:
         DataError: A sample raised (its index is in the error), samples could not be collated, or loader processes are silent.
     """
-    fetcher = _Fetcher(dataset, settings.collate_fn, seed)
+    fetcher = _Fetcher(dataset, settings.collate_fn, seed, trains=trains)
     if settings.num_workers == 0:
         loaded: Iterable[Any] = map(fetcher.__getitem__, requests)
     else:
@@ -164,7 +173,8 @@ def read_sample(dataset: Any, index: int, *, seed: int) -> Any:
 class _Fetcher(Dataset[Any]):
     """A dataset of microbatches: seeds, reads and collates the samples of one request."""
 
-    def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any], seed: int) -> None:
+    def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any], seed: int, *, trains: bool) -> None:
+        self._followers = EpochFollowers(dataset, collate_fn) if trains else EpochFollowers()
         self._dataset = dataset
         self._collate = collate_fn
         self._seed = seed
@@ -176,6 +186,7 @@ class _Fetcher(Dataset[Any]):
             # Exactly what reading sample by sample and stacking gives, without a Python call a sample.
             index = torch.from_numpy(request.indices)
             return [tensor[index] for tensor in self._dataset.tensors]
+        self._followers.set_epoch(request.epoch)
         threads = torch.get_num_threads()
         if threads != 1:
             torch.set_num_threads(1)  # as in a loader process: the count changes bits

@@ -173,7 +173,7 @@ class Recovery:
                 weights=state or not held.local.weights.shared,
                 state=state,
                 frozen=frozen,
-                run={"run": self._participant.describe(), "calls": self._calls.describe()},
+                run={"run": self._participant.describe(), "calls": self._calls.describe()} if newcomers else {},
             )
         received = StateTransfer.deliver(given, group.collective, plan.source, receivers)
         if received is None:

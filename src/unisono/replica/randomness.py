@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -21,3 +23,15 @@ def seed_generators(seed: int, device: torch.device | None = None) -> None:
         torch.cuda.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFF_FFFF)
+
+
+@contextlib.contextmanager
+def kept_generators() -> Iterator[None]:
+    """After the body the process-wide generators are as they were before it."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])

@@ -80,7 +80,15 @@ def _fold(
             yield Request(0, np.arange(start, min(start + microbatch_size, length), dtype=np.int64))
 
     fold: Fold[Tensor] = Fold(microbatches, Tensor.add_)
-    loaded = load(dataset, requests(), loader, seed=derive_seed("evaluate", seed), device=replica.device, timeout_s=timeout_s)
+    loaded = load(
+        dataset,
+        requests(),
+        loader,
+        seed=derive_seed("evaluate", seed),
+        device=replica.device,
+        timeout_s=timeout_s,
+        trains=False,
+    )
     for microbatch, data in zip(range(*span), loaded, strict=True):
         samples = min(microbatch_size, length - microbatch * microbatch_size)
         fold.push(microbatch, replica.evaluate(metrics, data, samples, derive_seed("evaluate", seed, microbatch)))

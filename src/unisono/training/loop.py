@@ -10,15 +10,17 @@ from typing import Any
 
 from unisono.data.batch import Batch
 from unisono.data.batches import BatchStream, Feed, following
+from unisono.data.epochs import Remembered
 from unisono.data.loader import Loader, dataset_length, read_sample
 from unisono.errors import ConfigurationError
 from unisono.guard.data import check_same_data, probe
 from unisono.guard.stragglers import HostMonitor, TimingBlock
-from unisono.order import Order, OrderLike, make_order
+from unisono.order import OrderLike, make_order
 from unisono.system.signals import StopRequest
 from unisono.training.header import Signals
 from unisono.training.observer import Observer
 from unisono.training.run import Run
+from unisono.training.same_data import EpochData
 from unisono.training.session import Session, StepKey
 from unisono.training.settings import Settings
 from unisono.training.setup import check_alike
@@ -66,7 +68,7 @@ class Loop:
 
     # ------------------------------------------------------------------ the data
 
-    def order(self, dataset: Any, order: OrderLike, *, drop_last: bool, epochs: int) -> Order:
+    def order(self, dataset: Any, order: OrderLike, *, drop_last: bool, epochs: int) -> Remembered:
         """*collective*. Which samples are in which batch, and whether that is how the run began.
 
         Raises:
@@ -77,7 +79,9 @@ class Loop:
         if self._session.can_change:
             self._arguments = self.arguments(dataset, order, drop_last=drop_last, epochs=epochs)
         settings = self._settings
-        made = make_order(order, length=length, batch_size=settings.batch_size, seed=settings.seed, drop_last=drop_last)
+        made = Remembered(
+            make_order(order, length=length, batch_size=settings.batch_size, seed=settings.seed, drop_last=drop_last)
+        )
         done = self.is_done(epochs)
 
         def compare() -> None:
@@ -88,6 +92,8 @@ class Loop:
         if not self._session.is_midway:  # else the others have compared this already
             self._session.perform("compare the data", compare)
         self._run.goes_over(data, done=done)
+        if not done:
+            self._run.recall(made)
         return made
 
     def arguments(self, dataset: Any, order: OrderLike, *, drop_last: bool, epochs: int) -> list[str]:
@@ -104,7 +110,7 @@ class Loop:
         # A worker that has joined the others in their last step ends the call as they do.
         return self._run.position.epoch >= epochs and not self._session.is_midway
 
-    def planned(self, samples: Order, epochs: int) -> int:
+    def planned(self, samples: Remembered, epochs: int) -> int:
         """*local*. Steps of the whole run, as far as can be said."""
         position = self._run.position
         each = samples.epoch(min(position.epoch, epochs - 1)).batches
@@ -112,7 +118,7 @@ class Loop:
 
     # ------------------------------------------------------------------ batch after batch
 
-    def batches(self, dataset: Any, samples: Order, epochs: int, loader: Loader, *, own_loop: bool) -> Generator[Batch]:
+    def batches(self, dataset: Any, samples: Remembered, epochs: int, loader: Loader, *, own_loop: bool) -> Generator[Batch]:
         """*collective*. Those that are still to be trained; each is to be stepped before the next one.
 
         Args:
@@ -123,6 +129,8 @@ class Loop:
             return
         local, session = self._local, self._session
         self._begin()
+        data = EpochData(dataset, samples, loader, self._settings.seed)
+        self._run.goes_into(data, joins=session.is_midway)
         local.replica.check_unchanged()
         local.clock.at(self._run.position.step + 1)
         self._run.begin_log(epochs=epochs, steps=self.planned(samples, epochs))
@@ -174,7 +182,7 @@ class Loop:
 
         self._session.perform("begin a loop", begin)
 
-    def _stream(self, dataset: Any, samples: Order, loader: Loader) -> BatchStream:
+    def _stream(self, dataset: Any, samples: Remembered, loader: Loader) -> BatchStream:
         group, settings = self._session.group, self._settings
         return BatchStream(
             dataset,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 from unisono.checkpoint.format import digest, encode
 from unisono.collective import Collective
 from unisono.data.batch import Batch
-from unisono.errors import CheckpointError, ConfigurationError, Desync
+from unisono.data.epochs import Remembered
+from unisono.errors import CheckpointError, ConfigurationError, Desync, FingerprintMismatch
 from unisono.guard.ledger import LOWER_HALVES, NOTHING, samples_of, whole
 from unisono.guard.stragglers import TimingBlock
 from unisono.observe.summary import Summary
@@ -21,6 +23,7 @@ from unisono.replica.base import Replica
 from unisono.training.header import Signals
 from unisono.training.record import Position, Record, evaluation_line, log_line, straggler_line
 from unisono.training.run_directory import RunDirectory
+from unisono.training.same_data import EpochData, check_resumed
 from unisono.training.session import Session
 from unisono.training.step import StepResult
 from unisono.training.worker_group import WorkerGroup
@@ -67,6 +70,8 @@ class Run:
         self._unsaved_since: int | None = None
         self._logs = False  # since the first step of this start
         self._evaluations = 0  # since the last step
+        self._epoch_data: EpochData | None = None  # while steps are taken
+        self._identity: dict[str, Any] | None = None  # of the data in which the run has stopped, or which this worker has joined
 
     @property
     def is_kept(self) -> bool:
@@ -197,6 +202,9 @@ class Run:
         group.state.restore(checkpoint)
         self.position = Position(**checkpoint.info["position"])
         self.data = self.resumed = checkpoint.info["data"]
+        self._identity = checkpoint.info["identity"]
+        if self._identity is not None and not self._directory.is_at_home(checkpoint):
+            self._identity["samples"] = []  # another build may compute other bits: it was warned of
         last = checkpoint.info["last"]
         self.record.last = StepResult(**{**last, "learning_rates": tuple(last["learning_rates"])}) if last else None
         logger.info("resumed from step %d of %s", self.position.step, self.url)
@@ -219,13 +227,15 @@ class Run:
         """
         if done:
             if data == self.resumed:
-                self.resumed = None  # the next call may be about other data
+                self.resumed = self._identity = None  # the next call may be about other data
             return
         if self.position.batch and self.data not in (None, data):
             raise ConfigurationError(
                 f"the run stopped in the middle of epoch {self.position.epoch + 1} on other data ({self.data}) than "
                 f"those given now ({data}): give it the same data, or choose another run_dir"
             )
+        if self.resumed not in (None, data):
+            self._identity = None  # others, and this is said here
         if self.resumed not in (None, data) and self.is_main:
             warnings.warn(
                 f"the run was trained on other data so far ({self.resumed}) than those given now ({data}): its weights depend "
@@ -233,6 +243,39 @@ class Run:
                 stacklevel=5,
             )
         self.resumed, self.data = None, data
+
+    def recall(self, order: Remembered) -> None:
+        """*local*. Before anything else is asked of ``order``: the epoch before the one that this run goes on with, if it has
+        stopped between two."""
+        if self._identity is not None and self.position.epoch and not self.position.batch:
+            order.digest(self.position.epoch - 1)
+
+    def goes_into(self, data: EpochData, *, joins: bool) -> None:
+        """*local*. Steps follow over these data, from this position on.
+
+        Args:
+            joins: Whether this worker has just joined others who are among these steps.
+
+        Raises:
+            ConfigurationError: The run has stopped in the middle of an epoch that was another one.
+            FingerprintMismatch: The others are in another one.
+        """
+        there, self._identity, self._epoch_data = self._identity, None, data
+        epoch, batch = self.position.epoch, self.position.batch
+        if joins:
+            if there is not None and (found := data.differs(there, epoch, batch)):
+                raise FingerprintMismatch(
+                    f"this worker (process {os.getpid()}) cannot join in the middle of training: {found}. The run goes on "
+                    "without it",
+                    fields=["data"],
+                )
+        else:
+            check_resumed(data, there, epoch, batch, tells=self.is_main)
+
+    def _identify(self) -> dict[str, Any] | None:
+        """What the data of the next batch are known by, for those who go on from here."""
+        position = self.position
+        return None if self._epoch_data is None else self._epoch_data.identify(position.epoch, position.batch)
 
     def complete_checkpoint(self, told: Sequence[Signals]) -> None:
         """*collective*, after each step. Completes the checkpoint under way if all have written their parts of it."""
@@ -275,6 +318,7 @@ class Run:
             info={
                 "position": dataclasses.asdict(self.position),
                 "data": self.data,
+                "identity": self._identify() if main else None,
                 "workers": self._session.collective.size,
                 "last": dataclasses.asdict(self.record.last) if self.record.last else None,
             },
@@ -391,6 +435,7 @@ class Run:
         return {
             "position": dataclasses.asdict(self.position),
             "data": self.data,
+            "identity": self._identify(),
             "last": self.record.last,
             "unsaved_since": self._unsaved_since,
             "logs": self._logs,
@@ -401,6 +446,7 @@ class Run:
         """*local*. Takes over what another worker has described."""
         self.position = Position(**description["position"])
         self.data = description["data"]
+        self._identity = description["identity"]
         self.record.last = description["last"]
         self._unsaved_since = description["unsaved_since"]
         self._logs, self._evaluations = description["logs"], description["evaluations"]

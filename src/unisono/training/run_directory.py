@@ -183,6 +183,11 @@ class RunDirectory:
         if self._collective.rank == 0 or self._strict:
             fingerprints.check(checkpoint.info["fingerprint"], self._fingerprint, strict=self._strict)
 
+    def is_at_home(self, checkpoint: Checkpoint) -> bool:
+        """*local*. Whether a checkpoint was written by just this machine and build, as far as bits depend on it."""
+        mine: dict[str, Any] = json.loads(json.dumps(self._fingerprint))
+        return bool(checkpoint.info["fingerprint"] == mine)
+
     def note(self, line: Mapping[str, Scalar]) -> None:
         """*local*. Adds a line to the log (worker 0), or remembers it in case this worker becomes the one that writes."""
         if self._collective.rank == 0:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from unisono.checkpoint.fingerprint import fingerprint
 from unisono.collective import Collective
 from unisono.data.batch import Batch
+from unisono.data.epochs import Remembered
 from unisono.data.loader import Loader, check_loader, dataset_length
 from unisono.errors import ConfigurationError
 from unisono.guard.replicas import OnDesync
@@ -24,7 +25,7 @@ from unisono.guard.silence import StatusBoard
 from unisono.guard.stragglers import HostMonitor
 from unisono.observe.summary import Summary
 from unisono.observe.timing import StepClock
-from unisono.order import Order, OrderLike
+from unisono.order import OrderLike
 from unisono.replica.base import LossFunction, MetricFunction, Replica
 from unisono.replica.buffers import BufferFold
 from unisono.replica.torch_replica import Precision, replica_for
@@ -289,7 +290,7 @@ class Trainer:
         self._local.replica.rest()
         return Summary(**call.result)
 
-    def _train(self, dataset: Any, samples: Order, epochs: int, loader: Loader) -> Summary:
+    def _train(self, dataset: Any, samples: Remembered, epochs: int, loader: Loader) -> Summary:
         # Before the look at the rank: a sampler that counts how often it is read must count alike on all workers.
         total_steps = self._loop.planned(samples, epochs)
         with self._screen.planned(total_steps, epochs), self._local.replica.training() as was_resting:
@@ -450,7 +451,7 @@ class Trainer:
 
     # ------------------------------------------------------------------ the parts of a step
 
-    def _own_batches(self, call: Call, dataset: Any, samples: Order, epochs: int, loader: Loader) -> Iterator[Batch]:
+    def _own_batches(self, call: Call, dataset: Any, samples: Remembered, epochs: int, loader: Loader) -> Iterator[Batch]:
         with self._session.making(call):
             yield from self._loop.batches(dataset, samples, epochs, loader, own_loop=True)
         self._local.replica.rest()

@@ -1,0 +1,74 @@
+"""Whether a run goes on over the data in which it stopped: digests of the epoch's order and of a few samples. *Local.*"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from unisono.data.epochs import EpochFollowers, Remembered, kept_attributes
+from unisono.data.loader import Loader, dataset_length, read_sample
+from unisono.errors import ConfigurationError
+from unisono.guard.data import probe
+from unisono.replica.randomness import kept_generators
+
+
+class EpochData:
+    """What an epoch of a call of ``fit`` or ``batches`` goes over.
+
+    Args:
+        dataset: Map-style.
+        order: Which samples are in which batch.
+        loader: How samples are loaded.
+        seed: The run's seed.
+    """
+
+    def __init__(self, dataset: Any, order: Remembered, loader: Loader, seed: int) -> None:
+        self._dataset, self._order, self._loader, self._seed = dataset, order, loader, seed
+
+    def identify(self, epoch: int, batch: int) -> dict[str, Any]:
+        """What tells these data from others, before batch ``batch`` of epoch ``epoch``. It may be asked of one worker alone:
+        nothing shows afterwards that random numbers were drawn and samples read."""
+        before = epoch if batch else epoch - 1  # of an epoch that has not begun the order is not known yet
+        dataset, collate = self._dataset, self._loader.collate_fn
+        with kept_generators(), kept_attributes(dataset, collate):
+            order = self._order.digest(before) if before >= 0 else ""
+            EpochFollowers(dataset, collate).set_epoch(epoch)
+            samples = probe(lambda index: read_sample(dataset, index, seed=self._seed), dataset_length(dataset))
+        return {"order": order, "samples": samples}
+
+    def differs(self, there: Mapping[str, Any], epoch: int, batch: int) -> str:
+        """How these data differ from those that ``identify`` saw at the same place; "" if they do not."""
+        here = self.identify(epoch, batch)
+        if here["order"] != there["order"]:
+            return (
+                f"the order gives other batches for epoch {epoch + (batch > 0)} than it did then. A sampler must give the same "
+                "order for the same epoch whenever it is asked: derive it from set_epoch(epoch), not from what it has given "
+                "before or from the model"
+            )
+        if any(one != other and one and other for one, other in zip(here["samples"], there["samples"], strict=False)):
+            return (
+                f"samples of the data set are not what they were in epoch {epoch + 1} then. What changes in the data set while a "
+                "run goes on must follow from set_epoch(epoch), which is called in every process, or be set in a callback's "
+                "on_begin(trainer) from trainer.position"
+            )
+        return ""
+
+
+def check_resumed(data: EpochData, there: Mapping[str, Any] | None, epoch: int, batch: int, *, tells: bool) -> None:
+    """Whether a run that stopped before batch ``batch`` of epoch ``epoch`` goes on over the data of then.
+
+    Args:
+        there: What they were; None: nobody knows.
+        tells: Whether this worker speaks for all.
+
+    Raises:
+        ConfigurationError: It does not, in the middle of an epoch. Between two epochs that is a warning: what the next one would
+            have been cannot be known.
+    """
+    if there is None or not (found := data.differs(there, epoch, batch)):
+        return
+    if batch:
+        raise ConfigurationError(f"the run stopped in the middle of epoch {epoch + 1}, and cannot go on exactly: {found}")
+    if tells:
+        warnings.warn(f"the run may go on differently than without the stop: {found}", stacklevel=2)
