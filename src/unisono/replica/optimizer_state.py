@@ -131,7 +131,7 @@ def seed_generator(generator: Any, seed: int) -> None:
 
 class Twin:
     """The optimizer as it is before its first update: a new start would have it so. What ``load_state_dict`` cannot give it
-    afterwards would not survive a stop.
+    afterwards would be gone after a stop.
 
     Args:
         optimizer: Its parameters, and the modules and functions that it holds, are not copied.
