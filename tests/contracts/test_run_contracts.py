@@ -361,8 +361,9 @@ def test_a_run_stopped_within_an_epoch_goes_on_with_the_exact_remainder_on_other
 
     after = Recorded(data)
     rest = trained(_moody_with_schedule, after, workers=3, run_dir=tmp_path)
-    looked_at = [0, 26, 51] * 3  # before the first step, by each worker: is it the same data?
-    assert sorted(after.read) == sorted([*(set(range(52)) - set(seen)), *looked_at])
+    compared = [0, 26, 51] * 3  # before the first step, by each worker: have all the same data?
+    identified = [0, 0, 26, 26, 51, 51] * 4  # twice by each worker that resumes, and for the checkpoint: are they those of then?
+    assert sorted(after.read) == sorted([*(set(range(52)) - set(seen)), *compared, *identified])
     assert (len(losses), len(rest.losses)) == (2, 4)  # the third step's loss went with SystemExit
     assert [*losses, whole.losses[2], *rest.losses] == whole.losses
     assert_same_tensors(rest.state, whole.state, "remainder")

@@ -37,6 +37,8 @@ from unisono.checkpoint.store import Store
 from unisono.collective import Collective
 from unisono.errors import CheckpointError, ConfigurationError, FingerprintMismatch
 from unisono.testing import run_threads
+from unisono.training.run_directory import RunDirectory
+from unisono.training.state import State
 
 Make = Callable[[], unisono.Callback]
 
@@ -584,3 +586,21 @@ def test_every_optimizer_goes_on_where_it_was(name: str) -> None:
     plain_run(3, url, setup, until=4)
     [end] = plain_run(1, None, setup)
     assert plain_run(2, url, setup) == [end, end]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path: Path, undisturbed: End, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows neither the user's own state, nor modes, nor strides, nor what the data were."""
+    common, save = State.common, RunDirectory.save
+
+    def earlier_common(state: State) -> dict[str, Any]:
+        return {name: value for name, value in common(state).items() if name not in ("user", "modes", "strides")}
+
+    def earlier_save(directory: RunDirectory, step: int, *, info: dict[str, Any], **parts: Any) -> None:
+        save(directory, step, info={name: value for name, value in info.items() if name != "identity"}, **parts)
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(State, "common", earlier_common)
+        earlier.setattr(RunDirectory, "save", earlier_save)
+        with pytest.raises(SystemExit):
+            train(2, tmp_path, callbacks=[lambda: Hears(4, 1)])
+    assert train(3, tmp_path) == undisturbed

@@ -202,7 +202,7 @@ class Run:
         group.state.restore(checkpoint)
         self.position = Position(**checkpoint.info["position"])
         self.data = self.resumed = checkpoint.info["data"]
-        self._identity = checkpoint.info["identity"]
+        self._identity = checkpoint.info.get("identity")  # checkpoints of earlier versions have none
         if self._identity is not None and not self._directory.is_at_home(checkpoint):
             self._identity["samples"] = []  # another build may compute other bits: it was warned of
         last = checkpoint.info["last"]

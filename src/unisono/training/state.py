@@ -96,8 +96,9 @@ class State:
                     buffer.copy_(common["buffers"][name])
         self.reduction.load_state_dict(common)
         self._restore_optimizer(checkpoint, common)
-        self.local.user.resume(common["user"])
-        replica.change_modes(common["modes"])
+        if "user" in common:  # checkpoints of earlier versions have neither
+            self.local.user.resume(common["user"])
+            replica.change_modes(common["modes"])
         replica.set_hyperparameters(common["groups"])
         replica.set_schedule_state(common["scheduler"])
 
