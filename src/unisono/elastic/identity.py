@@ -62,6 +62,16 @@ def check_identity(link: Link, identity: Mapping[str, Any]) -> None:
         )
 
 
+def tell_run_dir(link: Link, run_dir: str) -> None:
+    """*local*. Tells those who come later where the run is kept."""
+    link.tell(f"run_dir/{link.trainers}", json.dumps(run_dir))
+
+
+def ask_run_dir(link: Link) -> str:
+    """*local*, on a worker that is to join. Waits for that."""
+    return str(_told(link, f"run_dir/{link.trainers}"))
+
+
 def _told(link: Link, key: str) -> Any:
     """What the members have told, once they have."""
     while (text := link.ask(key)) is None:

@@ -22,7 +22,7 @@ import torch
 from unisono.collective import Collective, LostWorker
 from unisono.elastic.call_log import CallLog
 from unisono.elastic.held_state import ADMITS, LEAVES, HeldState, Outcome
-from unisono.elastic.identity import check_identity, tell_arguments, tell_identity
+from unisono.elastic.identity import ask_run_dir, check_identity, tell_arguments, tell_identity, tell_run_dir
 from unisono.elastic.link import Link
 from unisono.elastic.membership import Generation, Member, TooFewWorkers, restarting
 from unisono.elastic.outside import Outsider
@@ -109,6 +109,7 @@ class ElasticSession(Session):
         with restarting():
             if self.is_outside:
                 check_identity(self._link, identity)
+                participant.move(ask_run_dir(self._link))
             else:
                 tell_identity(self._link, identity)
             again = False
@@ -123,6 +124,8 @@ class ElasticSession(Session):
                     again = True
                     self._collective.close()
                     self._collective = self._link.first(keep=self._held.local.weights.flats)
+        if not self.is_outside:
+            tell_run_dir(self._link, participant.run_dir)
         self._link.finish_trainer = self._finish_trainer
 
     def _begin(self, *, again: bool) -> None:

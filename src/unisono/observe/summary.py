@@ -104,33 +104,36 @@ class Summary:
         return cls(**fields)
 
 
-def show_summary(summary: Summary, run_dir: str | None = None, *, console: Console | None = None) -> None:
+def show_summary(
+    summary: Summary, run_dir: str | None = None, *, seeded: bool | None = True, console: Console | None = None
+) -> None:
     """Print the end-of-run text: a small table on a terminal, plain lines elsewhere. *Local*: rank 0 calls it.
 
     Args:
         summary: What to show.
         run_dir: The run directory as the user should type it; ``summary.run_dir`` by default.
+        seeded: Whether another run begins with the same weights; None: unknown.
         console: Where to print; standard output by default.
     """
     console = console or standard_output()
     run_dir = run_dir or summary.run_dir
     if not console.is_interactive:
-        console.print(render_plain(summary, run_dir), style=None, end="", **_VERBATIM)
+        console.print(render_plain(summary, run_dir, seeded), style=None, end="", **_VERBATIM)
         return
     console.print(_panel(summary))
     # The next lines are left to the terminal to wrap: it does so without putting line ends into what is copied.
     console.print("sha256 of the weights", style="dim", **_VERBATIM)
     console.print(summary.weights_sha256, style="bold green", **_VERBATIM)
-    for line in _advice(summary, run_dir):
+    for line in _advice(summary, run_dir, seeded):
         console.print(line, **_VERBATIM)
 
 
-def render_plain(summary: Summary, run_dir: str | None = None) -> str:
+def render_plain(summary: Summary, run_dir: str | None = None, seeded: bool | None = True) -> str:
     """The end-of-run text as lines without colour or box characters, with a line end after each. *Local*."""
     rows = [*_rows(summary), ("sha256 of the weights", summary.weights_sha256)]
     width = max(len(label) for label, _ in rows)
     lines = [_headline(summary), *(f"{label:<{width}}  {value}" for label, value in rows)]
-    return "\n".join([*lines, *_advice(summary, run_dir or summary.run_dir)]) + "\n"
+    return "\n".join([*lines, *_advice(summary, run_dir or summary.run_dir, seeded)]) + "\n"
 
 
 def _panel(summary: Summary) -> RenderableType:
@@ -172,7 +175,7 @@ def _rows(summary: Summary) -> list[tuple[str, str]]:
     ]
 
 
-def _advice(summary: Summary, run_dir: str) -> list[str]:
+def _advice(summary: Summary, run_dir: str, seeded: bool | None) -> list[str]:
     """How to check the digest, or how to go on if the run was stopped."""
     if not summary.finished:
         return ["Start the same command again to go on from here, on as many workers as you like."]
@@ -180,10 +183,17 @@ def _advice(summary: Summary, run_dir: str) -> list[str]:
     # sha256sum reads local files only; a run directory may be an fsspec address.
     check = f"{file} has this SHA-256." if "://" in run_dir else f"sha256sum {shlex.quote(file)}"
     other = summary.workers - 1 or 2
+    if seeded is False:
+        return [
+            f"Check it: {check}",
+            "The workers' models began with different weights (worker 0's were taken): seed before",
+            "the model is made, else another run ends with another digest.",
+        ]
+    known = "." if seeded else ",\nif the model begins with the same weights (seed before it is made)."
     return [
         f"Check it: {check}",
         "Train again in a new run directory with another number of workers",
-        f"(unisono run --workers {other} ...) and you will get the same digest.",
+        f"(unisono run --workers {other} ...) and you will get the same digest{known}",
     ]
 
 

@@ -86,10 +86,15 @@ class Participant:
         assert self._group is not None
         collective = self._group.collective
         check_alike(collective, self._alike)
-        unify_replicas(self.local.replica, collective)
+        self._run.seeded = unify_replicas(self.local.replica, collective)
         updates = [self._group.reduction.updated_by(rank) for rank in range(collective.size)]
         settle_state(self.local.replica, updates, collective)
         if not self._session.is_outside:
+            if self._run.agree_on_directory(collective) and collective.rank == 0:
+                self._screen.tell(
+                    f"the workers were given different run directories (named after the time?): all use "
+                    f"worker 0's, {self._run.url}"
+                )
             self._run.resume(self._group)
             self._tell_whole(self._group)
         return self._run.position.step
@@ -103,6 +108,15 @@ class Participant:
                 "with all of the optimizer's state and work on each of them. If you know that it does, pass "
                 "sync=Exact(shard_update=True)"
             )
+
+    @property
+    def run_dir(self) -> str:
+        """*local*. Where the run is kept; "": nowhere."""
+        return self._run.url or ""
+
+    def move(self, run_dir: str) -> None:
+        """*local*. The others, which this worker is to join, keep the run there."""
+        self._run.move(run_dir)
 
     def redo(self, key: StepKey, flags: int) -> None:
         """*collective*. Takes a step again that has been taken before."""

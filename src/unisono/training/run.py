@@ -46,6 +46,7 @@ class Run:
         position: How far it has come.
         record: What this worker has noted since it started.
         data: Samples, order and ``drop_last`` of the data that it trains on, once that is known.
+        seeded: Whether all workers began with equal weights, each by itself; None: unknown.
         resumed: ``data`` as the checkpoint had it, until steps are taken or it is known to be what it should.
     """
 
@@ -62,6 +63,7 @@ class Run:
         self.record = Record()
         self.data: dict[str, Any] | None = None
         self.resumed: dict[str, Any] | None = None
+        self.seeded: bool | None = None
         self._replica = replica
         self._session = session
         self._directory = directory
@@ -189,6 +191,23 @@ class Run:
         """*local*. What the others are told with the next step."""
         return self._directory.signals(stop) if self._directory is not None else Signals(stop=stop)
 
+    def agree_on_directory(self, collective: Collective) -> bool:
+        """*collective*. Worker 0's run directory is that of all: one whose name comes from the clock is another on each.
+
+        Returns:
+            Whether they were given different ones.
+        """
+        if self._directory is None:
+            return False
+        urls = [url.decode() for url in collective.all_gather_bytes(self._directory.url.encode())]
+        self._directory.move(urls[0])
+        return len(set(urls)) > 1
+
+    def move(self, url: str) -> None:
+        """*local*. The others, which this worker is to join, write there."""
+        if self._directory is not None and url:
+            self._directory.move(url)
+
     def resume(self, group: WorkerGroup) -> None:
         """*collective*. Takes everything from the newest checkpoint that is whole, if there is one."""
         if self._directory is None:
@@ -202,7 +221,8 @@ class Run:
         group.state.restore(checkpoint)
         self.position = Position(**checkpoint.info["position"])
         self.data = self.resumed = checkpoint.info["data"]
-        self._identity = checkpoint.info.get("identity")  # checkpoints of earlier versions have none
+        # Checkpoints of earlier versions have neither.
+        self._identity, self.seeded = checkpoint.info.get("identity"), checkpoint.info.get("seeded")
         if self._identity is not None and not self._directory.is_at_home(checkpoint):
             self._identity["samples"] = []  # another build may compute other bits: it was warned of
         last = checkpoint.info["last"]
@@ -319,6 +339,7 @@ class Run:
                 "position": dataclasses.asdict(self.position),
                 "data": self.data,
                 "identity": self._identify() if main else None,
+                "seeded": self.seeded,
                 "workers": self._session.collective.size,
                 "last": dataclasses.asdict(self.record.last) if self.record.last else None,
             },
@@ -436,6 +457,7 @@ class Run:
             "position": dataclasses.asdict(self.position),
             "data": self.data,
             "identity": self._identify(),
+            "seeded": self.seeded,
             "last": self.record.last,
             "unsaved_since": self._unsaved_since,
             "logs": self._logs,
@@ -446,7 +468,7 @@ class Run:
         """*local*. Takes over what another worker has described."""
         self.position = Position(**description["position"])
         self.data = description["data"]
-        self._identity = description["identity"]
+        self._identity, self.seeded = description["identity"], description["seeded"]
         self.record.last = description["last"]
         self._unsaved_since = description["unsaved_since"]
         self._logs, self._evaluations = description["logs"], description["evaluations"]

@@ -69,7 +69,7 @@ class RunDirectory:
         self._collective = collective
         self._settings = dict(settings)
         self._fingerprint = dict(fingerprint)
-        self._strict = strict
+        self._strict, self._keep = strict, keep
         self._store = Store(url)
         self._checkpoints = Checkpoints(self._store, keep=keep)
         self._writer: BackgroundWriter[Entries] = BackgroundWriter()
@@ -87,6 +87,14 @@ class RunDirectory:
         self._writes_log = False
 
     # ------------------------------------------------------------------ start
+
+    def move(self, url: str) -> None:
+        """*local*. It is at another place; nothing has been written yet."""
+        if url != self.url:
+            self.url = url
+            self._store = Store(url)
+            self._checkpoints = Checkpoints(self._store, keep=self._keep)
+            self.log = MetricsLog(self._store, is_over=self._is_over)
 
     def open(self) -> Checkpoint | None:
         """*collective*. The newest whole checkpoint, or None if the run has none.

@@ -74,7 +74,7 @@ class Screen:
     def sum_up(self, run: Run, summary: Summary) -> None:
         """The run is finished."""
         if run.is_main and run.url is not None:
-            show_summary(summary, run.url)
+            show_summary(summary, run.url, seeded=run.seeded)
 
     def tell_finished(self, run: Run, summary: Summary) -> None:
         """The run was finished before this start."""

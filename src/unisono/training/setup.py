@@ -200,8 +200,11 @@ def check_alike(collective: Collective, settings: Mapping[str, Any]) -> None:
                 )
 
 
-def unify_replicas(replica: Replica, collective: Collective) -> None:
+def unify_replicas(replica: Replica, collective: Collective) -> bool | None:
     """*collective*. Makes all replicas equal to worker 0's, and says so if they were not.
+
+    Returns:
+        Whether they were, so that the script seeds them; None: there is one worker only, which cannot know.
 
     Worker 0 wins because its model is the one that a run on a single worker would train.
 
@@ -209,7 +212,7 @@ def unify_replicas(replica: Replica, collective: Collective) -> None:
         ConfigurationError: Workers have models of another structure.
     """
     if collective.size == 1:
-        return
+        return None
     tensors = {name: tensor for name, tensor in replica.tensors().items() if tensor.numel() and not tensor.is_meta}
     mine = {name: _digest(tensor) for name, tensor in tensors.items()}
     everybodys = [json.loads(text) for text in collective.all_gather_bytes(json.dumps(mine).encode())]
@@ -225,7 +228,7 @@ def unify_replicas(replica: Replica, collective: Collective) -> None:
             if digest != first[name]:
                 different.setdefault(name, []).append(rank)
     if not different:
-        return
+        return True
     if collective.rank == 0:
         name, ranks = next(iter(different.items()))
         warnings.warn(
@@ -238,6 +241,7 @@ def unify_replicas(replica: Replica, collective: Collective) -> None:
             value = tensor.detach().contiguous()
             collective.broadcast(value)
             tensor.copy_(value)
+    return False
 
 
 def _structure(digests: Mapping[str, str]) -> list[tuple[str, str]]:
