@@ -18,6 +18,8 @@ from unisono.system.process import Process
 
 T = TypeVar("T")
 
+_TURN_S = 0.002  # a worker that is alone waits for nobody else, and would keep the turn to the end
+
 
 class Died(BaseException):
     """The end of a worker, at the place where it is raised."""
@@ -36,10 +38,11 @@ class Death:
 
 
 class _Store:
-    """A key-value store for threads."""
+    """A key-value store for threads that take turns; who looks for newcomers lets them have theirs."""
 
-    def __init__(self) -> None:
+    def __init__(self, baton: threading.Condition) -> None:
         self._values: dict[str, bytes] = {}
+        self._baton = baton
 
     def set(self, key: str, value: str | bytes, /) -> None:
         self._values[key] = value.encode() if isinstance(value, str) else value
@@ -48,6 +51,8 @@ class _Store:
         return self._values[key]
 
     def check(self, keys: list[str], /) -> bool:
+        if keys[0].startswith("applicant/"):
+            self._baton.wait(timeout=_TURN_S)
         return all(key in self._values for key in keys)
 
     def multi_get(self, keys: list[str], /) -> list[bytes]:
@@ -187,7 +192,8 @@ def run_lives(
         Exception: The first error of a worker.
     """
     machines = machines or {}
-    store, baton = _Store(), threading.Condition()
+    baton = threading.Condition()
+    store = _Store(baton)
     meetings: dict[tuple[int, int], _Meeting] = {}
     lives = {rank: _Life(deaths.get(rank)) for rank in range(size + joiners)}
     results: dict[int, Any] = {}
@@ -232,9 +238,16 @@ def run_lives(
 
 
 def _run_threads(work: Callable[[int], None], ranks: Iterable[int], *, limit_s: float) -> None:
-    threads = [threading.Thread(target=work, args=(rank,), name=f"worker {rank}", daemon=True) for rank in ranks]
+    started = threading.Event()
+
+    def run(rank: int) -> None:
+        started.wait()
+        work(rank)
+
+    threads = [threading.Thread(target=run, args=(rank,), name=f"worker {rank}", daemon=True) for rank in ranks]
     for thread in threads:
         thread.start()
+    started.set()
     for thread in threads:
         thread.join(timeout=limit_s)
 
