@@ -13,10 +13,10 @@ from torch.utils.data import ConcatDataset, Subset
 
 import unisono
 from tests.catalogue.unbroken import Found, check_all, weights
+from tests.fault_injection import run_lives
 from tests.training.small_run import Dies, Killed, memory_url
 from unisono.errors import ConfigurationError, FingerprintMismatch
 from unisono.testing import run_threads
-from unisono.testing.fault_injection import run_lives
 
 EPOCHS = 5
 SAMPLES = 24

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import unisono
 from tests.catalogue.unbroken import Found, check_all, weights
+from tests.fault_injection import run_lives
 from unisono.testing import run_threads
-from unisono.testing.fault_injection import run_lives
 
 EPOCHS = 5
 

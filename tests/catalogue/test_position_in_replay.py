@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 import unisono
 from tests.catalogue.unbroken import Found, check_numbers_of_workers, check_resume, weights
+from tests.fault_injection import Died, run_lives
 from tests.memory import empty_memory
 from tests.training.small_run import memory_url
 from unisono.elastic.link import Link
-from unisono.testing.fault_injection import Died, run_lives
 from unisono.training.participant import Participant
 
 EPOCHS = 6

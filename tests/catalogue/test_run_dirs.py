@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import unisono
+from tests.fault_injection import Death, run_lives
 from tests.training.small_run import memory_url
 from unisono.checkpoint.store import Store
 from unisono.testing import run_threads
-from unisono.testing.fault_injection import Death, run_lives
 
 
 def train(workers: Any, run_dir: str, *, seed: int = 0, epochs: int = 8) -> str | None:

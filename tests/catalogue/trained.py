@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from torch.utils.data import TensorDataset
 
 import unisono
+from tests.fault_injection import Death, Lives, run_lives
 from tests.training.hard_problem import digest
 from unisono.collective import Collective
 from unisono.elastic.link import Link
 from unisono.testing import run_threads
-from unisono.testing.fault_injection import Death, Lives, run_lives
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 

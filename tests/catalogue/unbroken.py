@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
 
+from tests.fault_injection import Death, run_lives
 from tests.memory import empty_memory
 from tests.training.hard_problem import digest
 from tests.training.small_run import Dies, Killed, memory_url
 from unisono import Callback, Trainer
 from unisono.testing import run_threads
-from unisono.testing.fault_injection import Death, run_lives
 
 Found = dict[str, str]
 

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
 
+from tests.fault_injection import Death, run_lives
 from tests.replica.numpy_replica import NumpyReplica, squares
 from unisono import ConfigurationError, Exact, Trainer
 from unisono.collective import Collective
 from unisono.order import derive_seed, microbatch_bounds
 from unisono.replica.base import Microbatch, Replica
 from unisono.testing import run_threads
-from unisono.testing.fault_injection import Death, run_lives
 
 EVERY = [1, 2, 3, 5]
 DATA = TensorDataset(

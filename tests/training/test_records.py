@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.fault_injection import Death, run_lives
 from tests.memory import empty_memory
 from tests.moments import moments
 from tests.training.small_run import Augmented, EachEpoch, elastic_trainer, read_lines
@@ -17,7 +18,6 @@ from unisono.checkpoint.checkpoints import Checkpoints
 from unisono.checkpoint.format import digest
 from unisono.checkpoint.store import Store
 from unisono.elastic.link import Link
-from unisono.testing.fault_injection import Death, run_lives
 
 
 def url_of(run: str) -> str:

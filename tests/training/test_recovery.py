@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import unisono
+from tests.fault_injection import Death, Died, Lives, run_lives
 from tests.memory import empty_memory
 from tests.moments import moments
 from tests.training.hard_problem import digest
@@ -25,7 +26,6 @@ from tests.training.small_run import BATCH_SIZE, MICROBATCHES, SAMPLES, Augmente
 from unisono.elastic.link import Link
 from unisono.elastic.membership import RestartFromCheckpoint
 from unisono.errors import FingerprintMismatch
-from unisono.testing.fault_injection import Death, Died, Lives, run_lives
 
 EPOCHS = 2
 Found = dict[str, str]
