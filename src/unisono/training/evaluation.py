@@ -1,21 +1,135 @@
-"""Exact evaluation: each sample counts once, and every worker count gives the same number."""
+"""Exact evaluation and prediction: each sample counts once, and every worker count gives the same numbers."""
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from unisono.checkpoint.message import from_bytes, to_bytes
 from unisono.collective import Collective
 from unisono.data.loader import Loader, Request, dataset_length, load
 from unisono.errors import ConfigurationError, DataError
 from unisono.order import derive_seed
 from unisono.replica.base import MetricFunction, Replica
+from unisono.training.run import Run
+from unisono.training.session import Session
+from unisono.training.settings import Settings
+from unisono.training.setup import check_alike
+from unisono.training.state import LocalState
 from unisono.tree import Fold, Span, combine, pieces
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What ``fit`` measures while it trains.
+
+    Raises:
+        ConfigurationError: The arguments do not go together.
+    """
+
+    dataset: Any
+    metrics: Mapping[str, MetricFunction] | None = None
+    every: int | None = None
+    """Steps between two evaluations; None: at the end of each epoch."""
+    keep_best: str | None = None
+    """Name of the metric whose highest value is best, or "-name": whose lowest."""
+
+    def __post_init__(self) -> None:
+        if self.dataset is None:
+            if (self.metrics, self.every, self.keep_best) != (None, None, None):
+                raise ConfigurationError("metrics, validate_every and keep_best are of a validation: pass validation=dataset")
+            return
+        if self.every is not None and self.every < 1:
+            raise ConfigurationError(f"validate_every must be 1 or more, got {self.every}")
+        names = ["loss"] if self.metrics is None else list(self.metrics)
+        if self.keep_best is not None and self.keep_best.removeprefix("-") not in names:
+            raise ConfigurationError(
+                f"keep_best={self.keep_best!r} is none of the metrics {names}: give the name of one whose highest value is "
+                'best ("accuracy"), or with a minus sign of one whose lowest is ("-loss")'
+            )
+
+    def is_due(self, step: int, *, ends_epoch: bool) -> bool:
+        """*local*. Whether to measure after step number ``step``."""
+        if self.dataset is None:
+            return False
+        return ends_epoch if self.every is None else step % self.every == 0
+
+    def score(self, results: Mapping[str, float]) -> float | None:
+        """*local*. What is to be as high as it can; None: nothing is kept."""
+        if self.keep_best is None:
+            return None
+        value = results[self.keep_best.removeprefix("-")]
+        return -value if self.keep_best.startswith("-") else value
+
+
+class Evaluator:
+    """Evaluates and predicts with the weights of now. *Collective*.
+
+    Args:
+        local: What this worker trains with.
+        settings: What steps are computed by.
+        session: The workers.
+        run: Where results are logged.
+    """
+
+    def __init__(self, local: LocalState, settings: Settings, session: Session, run: Run) -> None:
+        self._local, self._settings, self._session, self._run = local, settings, session, run
+
+    def evaluate(
+        self, dataset: Any, metrics: Mapping[str, MetricFunction] | None, batch_size: int | None, loader: Loader
+    ) -> dict[str, float]:
+        """*collective*. See ``Trainer.evaluate``."""
+        tries = 0
+
+        def measure() -> dict[str, float]:
+            nonlocal tries
+            tries += 1
+            chosen = {"loss": self._local.replica.loss} if metrics is None else metrics
+            results = evaluate(
+                self._local.replica, self._session.collective, dataset, chosen, **self._how(dataset, batch_size, loader)
+            )
+            self._run.write_metrics(results, again=tries > 1)
+            return results
+
+        results: dict[str, float] = self._together("evaluate", measure)
+        self._run.count_evaluation()
+        return results
+
+    def predict(self, dataset: Any, function: Callable[[Any, Any], Any], batch_size: int | None, loader: Loader) -> Any:
+        """*collective*. See ``Trainer.predict``; as text where workers may come who need it, too (``outputs_of`` reads it)."""
+
+        def compute() -> Any:
+            outputs = predict(
+                self._local.replica, self._session.collective, dataset, function, **self._how(dataset, batch_size, loader)
+            )
+            return base64.b64encode(to_bytes(outputs)).decode() if self._session.can_change else outputs
+
+        return self._together("predict", compute)
+
+    def _how(self, dataset: Any, batch_size: int | None, loader: Loader) -> dict[str, Any]:
+        settings = self._settings
+        size = batch_size or -(-settings.batch_size // settings.microbatches)
+        check_alike(self._session.collective, {"samples": dataset_length(dataset), "batch_size": size})
+        return {"microbatch_size": size, "loader": loader, "timeout_s": settings.timeout_s, "seed": settings.seed}
+
+    def _together(self, name: str, body: Callable[[], Any]) -> Any:
+        with self._local.clock.pause():
+            found = self._session.perform(name, body)
+            # What is drawn afterwards must not depend on what this worker computed of it, if anything.
+            self._local.replica.seed(derive_seed("after evaluation", self._settings.seed))
+        return found
+
+
+def outputs_of(result: Any) -> Any:
+    """*local*. The outputs that ``Evaluator.predict`` has returned, here or on another worker."""
+    return from_bytes(base64.b64decode(result)) if isinstance(result, str) else result
 
 
 def evaluate(
@@ -55,9 +169,60 @@ def evaluate(
     return _finish(parts, metrics, collective, microbatches)
 
 
-def seed_after_evaluation(seed: int, replica: Replica) -> None:
-    """*local*. What is drawn after an evaluation must not depend on what this worker computed of it, if anything."""
-    replica.seed(derive_seed("after evaluation", seed))
+def predict(
+    replica: Replica,
+    collective: Collective,
+    dataset: Any,
+    function: Callable[[Any, Any], Any],
+    *,
+    microbatch_size: int,
+    loader: Loader,
+    timeout_s: float,
+    seed: int,
+) -> Any:
+    """*collective*. The outputs for the whole dataset, in its order and on the CPU: see ``Trainer.predict``.
+
+    Raises:
+        DataError: A sample cannot be read.
+        ConfigurationError: ``function`` returns something else than rows of samples.
+    """
+    outputs: list[Any] = []
+    length = dataset_length(dataset)
+    lo = _range(-(-length // microbatch_size), collective.rank, collective.size)[0]
+
+    def keep(model: Any, batch: Any) -> tuple[float, int]:
+        start = (lo + len(outputs)) * microbatch_size
+        outputs.append(_on_cpu(function(model, batch), min(microbatch_size, length - start)))
+        return 0.0, 1
+
+    # A metric that keeps what it sees: so a replica of any framework predicts as it evaluates.
+    how: dict[str, Any] = {"microbatch_size": microbatch_size, "loader": loader, "timeout_s": timeout_s, "seed": seed}
+    evaluate(replica, collective, dataset, {"outputs": keep}, **how)
+    everybodys = [from_bytes(data) for data in collective.all_gather_bytes(to_bytes(outputs))]
+    return _joined([part for parts in everybodys for part in parts])
+
+
+def _on_cpu(output: Any, samples: int) -> Any:
+    if isinstance(output, Tensor) and output.dim() and len(output) == samples:
+        return output.detach().cpu().contiguous()
+    if isinstance(output, dict):
+        return {name: _on_cpu(value, samples) for name, value in output.items()}
+    if isinstance(output, (tuple, list)):
+        return tuple(_on_cpu(value, samples) for value in output)
+    got = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    raise ConfigurationError(
+        f"the function given to predict returned {got} for {samples} samples: return a tensor with a row for each sample, or a "
+        "dict or tuple of these"
+    )
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(parts))
+    if isinstance(first, dict):
+        return {name: _joined([part[name] for part in parts]) for name in first}
+    return tuple(_joined(column) for column in zip(*parts, strict=True))
 
 
 def _fold(

@@ -64,20 +64,24 @@ class Loop:
         self._troubles = machine.troubles()
         self._feed: Feed | None = None
         self._arguments: list[str] = []
+        self._steps: int | None = None
         self.stop: StopRequest | None = None
 
     # ------------------------------------------------------------------ the data
 
-    def order(self, dataset: Any, order: OrderLike, *, drop_last: bool, epochs: int) -> Remembered:
+    def order(self, dataset: Any, order: OrderLike, *, drop_last: bool, epochs: int, steps: int | None) -> Remembered:
         """*collective*. Which samples are in which batch, and whether that is how the run began.
+
+        Args:
+            steps: Of the whole run, if it ends with these rather than with epochs.
 
         Raises:
             ConfigurationError: It is not, and the run has stopped in the middle of an epoch; or workers were given other data.
         """
-        length = dataset_length(dataset)
+        length, self._steps = dataset_length(dataset), steps
         data = _described(length, order, drop_last=drop_last)
         if self._session.can_change:
-            self._arguments = self.arguments(dataset, order, drop_last=drop_last, epochs=epochs)
+            self._arguments = self.arguments(dataset, order, drop_last=drop_last, epochs=epochs, steps=steps)
         settings = self._settings
         made = Remembered(
             make_order(order, length=length, batch_size=settings.batch_size, seed=settings.seed, drop_last=drop_last)
@@ -85,7 +89,7 @@ class Loop:
         done = self.is_done(epochs)
 
         def compare() -> None:
-            check_alike(self._session.collective, {**data, "epochs": epochs})
+            check_alike(self._session.collective, {**data, "epochs": epochs, "steps": steps})
             if not done:
                 self._run.prepare()
 
@@ -96,25 +100,33 @@ class Loop:
             self._run.recall(made)
         return made
 
-    def arguments(self, dataset: Any, order: OrderLike, *, drop_last: bool, epochs: int) -> list[str]:
+    def arguments(self, dataset: Any, order: OrderLike, *, drop_last: bool, epochs: int, steps: int | None) -> list[str]:
         """*local*. What all workers in a loop must have alike, also those that join it: data and arguments."""
         length = dataset_length(dataset)
         read = functools.partial(read_sample, dataset, seed=self._settings.seed)
-        described = {**_described(length, order, drop_last=drop_last), "epochs": epochs}
+        described = {**_described(length, order, drop_last=drop_last), "epochs": epochs, "steps": steps}
         return [*probe(read, length), json.dumps(described)]
 
     def is_done(self, epochs: int) -> bool:
-        """*local*. Whether so many epochs of the whole run are behind it."""
+        """*local*. Whether so many epochs of the whole run are behind it, or its last step."""
         if epochs < 1:
             raise ConfigurationError(f"epochs must be 1 or more, got {epochs}")
         # A worker that has joined the others in their last step ends the call as they do.
-        return self._run.position.epoch >= epochs and not self._session.is_midway
+        return (self._run.position.epoch >= epochs or self._is_over()) and not self._session.is_midway
 
-    def planned(self, samples: Remembered, epochs: int) -> int:
-        """*local*. Steps of the whole run, as far as can be said."""
+    def _is_over(self) -> bool:
+        """Whether the run ends here, in whichever epoch."""
+        position = self._run.position
+        return position.finished or (self._steps is not None and position.step >= self._steps)
+
+    def planned(self, samples: Remembered, epochs: int) -> tuple[int, int]:
+        """*local*. Steps and epochs of the whole run, as far as can be said."""
         position = self._run.position
         each = samples.epoch(min(position.epoch, epochs - 1)).batches
-        return position.step + max(0, epochs - position.epoch) * each - position.batch
+        first = position.step - position.batch
+        if self._steps is not None:
+            return self._steps, position.epoch + -(-(self._steps - first) // max(1, each))
+        return first + max(0, epochs - position.epoch) * each, epochs
 
     # ------------------------------------------------------------------ batch after batch
 
@@ -125,7 +137,7 @@ class Loop:
             own_loop: Whether a user's own code runs between steps.
         """
         if self.is_done(epochs):
-            self._run.complete(epochs)
+            self._run.complete(epochs, self._steps)
             return
         local, session = self._local, self._session
         self._begin()
@@ -133,7 +145,8 @@ class Loop:
         self._run.goes_into(data, joins=session.is_midway)
         local.replica.check_unchanged()
         local.clock.at(self._run.position.step + 1)
-        self._run.begin_log(epochs=epochs, steps=self.planned(samples, epochs))
+        planned = self.planned(samples, epochs)
+        self._run.begin_log(epochs=planned[1], steps=planned[0])
         feed = self._feed = Feed(lambda: self._stream(dataset, samples, loader), epochs)
         with session.training(), StopRequest() as self.stop, local.weights.in_common(self.may_share(own_loop)):
             try:
@@ -156,6 +169,8 @@ class Loop:
                 is_first = False
                 self._local.user.describe()
                 self._check_mode(own_loop)
+            if self._is_over():
+                return
             # Here, so that a worker that joins has missed nothing of what a user's own loop does after the step.
             self._session.between_steps(self._run.flush_log)
             batch = feed.at(*following(batch))
@@ -216,6 +231,22 @@ class Loop:
             batch = self._batch_at(batch.epoch, batch.number)  # it was loaded for other workers
         self._session.group.reassign(batch)
         return self._session.group.stepper.run(batch, step, self._signals())
+
+    def take_together(self, batch: Batch, step: int) -> Taken:
+        """*collective*. The same as an operation of the session: the result may be what another worker has computed."""
+        computed = False
+
+        def take() -> Taken:
+            nonlocal computed
+            computed = False
+            taken = self.take(batch, step)
+            computed = True
+            return taken
+
+        taken = self._session.perform("take a step", take, step=StepKey(step, batch.epoch, batch.number))
+        if not computed:
+            self._session.group.stepper.seed_what_follows(step)
+        return taken
 
     def redo(self, key: StepKey, flags: int) -> None:
         """*collective*. Takes a step again that has been taken before.

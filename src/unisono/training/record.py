@@ -39,6 +39,10 @@ class Position:
     """Steps that updated nothing, since the loss or the gradient was not finite."""
     ledger: Entry | None = NOTHING
     """Of the samples used so far in this epoch; None: the batches do not tell."""
+    finished: bool = False
+    """Whether ``Trainer.finish`` has ended the run, however many epochs it was given."""
+    best: float | None = None
+    """The highest value so far of what ``fit(keep_best=...)`` keeps the weights by; its negative for "-name"."""
 
 
 @dataclasses.dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from unisono.observe.timing import StepClock
 from unisono.replica.base import Replica
 from unisono.training.header import Signals
 from unisono.training.record import Position, Record, evaluation_line, log_line, straggler_line
-from unisono.training.run_directory import RunDirectory
+from unisono.training.run_directory import BEST_FILE, RunDirectory
 from unisono.training.same_data import EpochData, check_resumed
 from unisono.training.session import Session
 from unisono.training.step import StepResult
@@ -70,6 +71,7 @@ class Run:
         self._clock = clock
         self._checkpoint_every = checkpoint_every
         self._unsaved_since: int | None = None
+        self._saved_finished = False  # what the newest checkpoint says
         self._logs = False  # since the first step of this start
         self._evaluations = 0  # since the last step
         self._epoch_data: EpochData | None = None  # while steps are taken
@@ -220,6 +222,7 @@ class Run:
             return
         group.state.restore(checkpoint)
         self.position = Position(**checkpoint.info["position"])
+        self._saved_finished = self.position.finished
         self.data = self.resumed = checkpoint.info["data"]
         # Checkpoints of earlier versions have neither.
         self._identity, self.seeded = checkpoint.info.get("identity"), checkpoint.info.get("seeded")
@@ -346,11 +349,12 @@ class Run:
         )
         # Here, and not around the act, which may end with what another worker has done: that copy is given up.
         self._unsaved_since = None
+        self._saved_finished = self.position.finished
 
     def _settle(self, directory: RunDirectory) -> None:
         """The newest checkpoint is complete, and it is the one of now."""
         directory.finish()
-        if directory.saved_step != self.position.step:
+        if directory.saved_step != self.position.step or self._saved_finished != self.position.finished:
             self._copy_state()
             directory.finish()
 
@@ -360,11 +364,28 @@ class Run:
         """*collective*. All batches are done: the last checkpoint, the weights and the summary."""
         self._close(finished=True)
 
-    def complete(self, epochs: int) -> None:
+    def complete(self, epochs: int, steps: int | None) -> None:
         """*collective*. A run may have stopped after its last step, before its files were written. (One that went on further has
         others.)"""
-        if (self.position.epoch, self.position.batch) == (epochs, 0):
+        position = self.position
+        if (position.epoch, position.batch) == (epochs, 0) or position.step == steps or position.finished:
             self.finish()
+
+    def keep_best(self, score: float | None) -> None:
+        """*collective*. Keeps the weights of now as ``best.safetensors`` if this is the highest score so far."""
+        if score is None or not score > (-math.inf if self.position.best is None else self.position.best):
+            return
+        directory = self._directory
+        if directory is None:
+            raise ConfigurationError(
+                "keep_best writes best.safetensors, and there is no run directory: pass run_dir=... to Trainer"
+            )
+
+        def act() -> None:
+            directory.publish(self._replica.final_state() if self.is_main else None, BEST_FILE)
+
+        self._session.perform("keep the best weights", act)
+        self.position.best = score
 
     def stop(self) -> None:
         """*collective*. It ends here for now: a checkpoint and the summary, from which it goes on."""

@@ -37,6 +37,7 @@ from unisono.version import __version__
 _RECENT_LINES = 4096
 """Lines of the log that a worker remembers which does not write it; worker 0 writes them about once a second."""
 MODEL_FILE = "model.safetensors"
+BEST_FILE = "best.safetensors"
 MANIFEST_FILE = "manifest.json"
 Entries = dict[str, FileEntry]
 
@@ -323,14 +324,14 @@ class RunDirectory:
 
     # ------------------------------------------------------------------ end
 
-    def publish(self, model: Mapping[str, Tensor] | None) -> str:
-        """*collective*. Writes ``model.safetensors`` (worker 0's ``model``) if it is not there already; its SHA-256."""
+    def publish(self, model: Mapping[str, Tensor] | None, file: str = MODEL_FILE) -> str:
+        """*collective*. Writes worker 0's ``model`` as ``file`` if it is not there already; its SHA-256."""
 
         def write() -> dict[str, Any]:
             data = encode(model or {})
             sha256 = digest(data)
-            if not (self._store.exists(MODEL_FILE) and digest(self._store.read(MODEL_FILE)) == sha256):
-                self._store.write(MODEL_FILE, data)
+            if not (self._store.exists(file) and digest(self._store.read(file)) == sha256):
+                self._store.write(file, data)
             return {"sha256": sha256}
 
         return str(self._from_main(write)["sha256"])

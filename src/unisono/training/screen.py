@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from unisono.observe.progress import Progress, ProgressDisplay, SilentProgress
 from unisono.observe.summary import Summary, show_summary
@@ -62,6 +62,11 @@ class Screen:
         if isinstance(self._progress, SilentProgress):
             say(text)
 
+    def tell_measured(self, run: Run, results: Mapping[str, float]) -> None:
+        """The model was evaluated."""
+        if run.is_main:
+            self.tell(f"after step {run.position.step}: " + ", ".join(f"{name} {value:.5g}" for name, value in results.items()))
+
     def tell_mode(self, was_resting: bool) -> None:
         """Says once if the model was in evaluation mode, as a whole."""
         if was_resting and not self._has_told_mode:
@@ -80,7 +85,8 @@ class Screen:
         """The run was finished before this start."""
         if run.is_main:
             where = f"the run in {run.url}" if run.is_kept else "this run"
-            say(f"{where} is finished ({run.position.epoch} epochs, {run.position.step} steps): nothing to do")
+            early = " early, by trainer.finish()" if run.position.finished else ""
+            say(f"{where} is finished{early} ({run.position.epoch} epochs, {run.position.step} steps): nothing to do")
         self.sum_up(run, summary)
 
     def tell_stopped(self, run: Run, stop: int) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from unisono.collective import Collective, InProcess
+from unisono.data.batch import Batch
 from unisono.data.loader import check_loader
 from unisono.errors import ConfigurationError
 from unisono.replica.base import Replica
@@ -54,6 +56,32 @@ def check_arguments(
         )
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ConfigurationError(f"checkpoint_every must be 1 or more steps, got {checkpoint_every}")
+
+
+def check_batch(batch: object) -> None:
+    """*local*.
+
+    Raises:
+        ConfigurationError: It is none of ``batches``.
+    """
+    if not isinstance(batch, Batch):
+        raise ConfigurationError(
+            f"step() takes the batches that trainer.batches(...) yields, not a {type(batch).__name__}: samples must be "
+            "divided into microbatches by the trainer"
+        )
+
+
+def check_length(epochs: int | None, steps: int | None) -> int:
+    """*local*. The epochs that a call of ``fit`` has at most.
+
+    Raises:
+        ConfigurationError: It has no end, or two.
+    """
+    if (epochs is None) == (steps is None):
+        raise ConfigurationError(f"give fit either epochs or steps, got epochs={epochs} and steps={steps}")
+    if steps is not None and steps < 1:
+        raise ConfigurationError(f"steps must be 1 or more, got {steps}")
+    return sys.maxsize if epochs is None else epochs
 
 
 def check_policies(on_nonfinite: str, on_desync: str, compare_every: int | None, timeout_s: float) -> None:

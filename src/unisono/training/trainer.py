@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from unisono.checkpoint.fingerprint import fingerprint
 from unisono.collective import Collective
 from unisono.data.batch import Batch
 from unisono.data.epochs import Remembered
-from unisono.data.loader import Loader, check_loader, dataset_length
+from unisono.data.loader import Loader, check_loader
 from unisono.errors import ConfigurationError
 from unisono.guard.replicas import OnDesync
 from unisono.guard.silence import StatusBoard
@@ -32,21 +32,22 @@ from unisono.replica.torch_replica import Precision, replica_for
 from unisono.sync import Exact, Sync
 from unisono.training import trace
 from unisono.training.callbacks import Callback
-from unisono.training.evaluation import evaluate, seed_after_evaluation
+from unisono.training.evaluation import Evaluator, Validation, outputs_of
 from unisono.training.header import Signals
-from unisono.training.loop import Loop, Taken
+from unisono.training.loop import Loop
 from unisono.training.observer import Observer
 from unisono.training.participant import Participant
 from unisono.training.record import Position
 from unisono.training.run import Run
 from unisono.training.run_directory import RunDirectory
 from unisono.training.screen import Screen
-from unisono.training.session import Call, StepKey, session_class
+from unisono.training.session import Call, session_class
 from unisono.training.settings import OnNonfinite, Settings
 from unisono.training.setup import (
-    check_alike,
     check_arguments,
+    check_batch,
     check_helpers,
+    check_length,
     check_policies,
     choose_device,
     connect,
@@ -147,7 +148,6 @@ class Trainer:
         self.optimizer, self.scheduler = optimizer, scheduler
         self.callbacks = (*callbacks, *trace.from_environment())
         self._loader = loader or Loader()
-        self._timeout_s = timeout_s
         self._screen = Screen(batch_size)
 
         self._world = enter(world or World.from_environment(), microbatches)
@@ -209,6 +209,7 @@ class Trainer:
             observer=self.observer,
             begin=functools.partial(self._local.user.begin, self),
         )
+        self._evaluator, self._validation = Evaluator(self._local, steps, session, self._run), Validation(dataset=None)
         alike = {**settings, "checkpoint_every": checkpoint_every, "run_dir": None if run_dir is None else "given"}
         named = {name if name == "script" else f"fingerprint {name}": value for name, value in ground.items()}
         session.begin(
@@ -251,23 +252,34 @@ class Trainer:
     def fit(
         self,
         dataset: Any,
-        epochs: int,
+        epochs: int | None = None,
         *,
+        steps: int | None = None,
         order: OrderLike = "shuffle",
         drop_last: bool = False,
         loader: Loader | None = None,
+        validation: Any = None,
+        metrics: Mapping[str, MetricFunction] | None = None,
+        validate_every: int | None = None,
+        keep_best: str | None = None,
     ) -> Summary:
-        """*collective*. Trains until ``epochs`` epochs of the whole run are done, earlier starts included.
+        """*collective*. Trains until ``epochs`` epochs (or ``steps`` steps) of the whole run are done, earlier starts included.
 
         Shows progress; writes checkpoints, metrics and, at the end, ``model.safetensors`` and ``summary.json``. A run that is
         done already is left as it is. SIGINT, SIGTERM and SIGHUP end it after the current step, with a checkpoint.
 
         Args:
             dataset: Map-style: ``len(dataset)`` samples, read by number.
-            epochs: Epochs of the whole run.
+            epochs: Epochs of the whole run; None: as many as ``steps`` take.
+            steps: Optimizer steps of the whole run, if it may end in the middle of an epoch.
             order: "shuffle" (by seed and epoch), "sequential", a list of sample indices, a sampler, or a batch sampler.
             drop_last: Leave out the short last batch of an epoch.
             loader: How samples are loaded.
+            validation: A dataset to ``evaluate`` meanwhile.
+            metrics: What is measured there; None: the loss.
+            validate_every: Steps between two evaluations; None: at the end of each epoch.
+            keep_best: A metric's name: the weights at its highest value are kept as ``best.safetensors`` in the run directory.
+                With a minus sign ("-loss"), those at its lowest.
 
         Raises:
             DataError: A sample cannot be read, or a loss or gradient is not finite; the last step stands.
@@ -276,24 +288,26 @@ class Trainer:
             SystemExit: With status 128 + signal number, after a checkpoint, when asked to stop.
         """
         check_loader(loader)
-        call = self._enter_call(dataset, order, drop_last, epochs, own_loop=False)
+        epochs = check_length(epochs, steps)
+        self._validation = Validation(dataset=validation, metrics=metrics, every=validate_every, keep_best=keep_best)
+        call = self._enter_call(dataset, order, drop_last, epochs, steps, own_loop=False)
         with self._session.making(call):
             if not call.is_done:
-                samples = self._loop.order(dataset, order, drop_last=drop_last, epochs=epochs)
+                samples = self._loop.order(dataset, order, drop_last=drop_last, epochs=epochs, steps=steps)
                 if self._loop.is_done(epochs):
-                    self._run.complete(epochs)
+                    self._run.complete(epochs, steps)
                     summary = self._run.summary()
                     self._screen.tell_finished(self._run, summary)
                 else:
                     summary = self._train(dataset, samples, epochs, loader or self._loader)
                 call.result = dataclasses.asdict(summary)
+        self._validation = Validation(dataset=None)
         self._local.replica.rest()
         return Summary(**call.result)
 
     def _train(self, dataset: Any, samples: Remembered, epochs: int, loader: Loader) -> Summary:
         # Before the look at the rank: a sampler that counts how often it is read must count alike on all workers.
-        total_steps = self._loop.planned(samples, epochs)
-        with self._screen.planned(total_steps, epochs), self._local.replica.training() as was_resting:
+        with self._screen.planned(*self._loop.planned(samples, epochs)), self._local.replica.training() as was_resting:
             if self.collective.rank == 0:
                 self._screen.begin(self._run, self.collective.size)
                 self._screen.tell_mode(was_resting)
@@ -320,10 +334,11 @@ class Trainer:
         ``save()`` if there is none. When the last batch is done the run is finished and its files are written.
         """
         check_loader(loader)
-        call = self._enter_call(dataset, order, drop_last, epochs, own_loop=True)
+        self._validation = Validation(dataset=None)
+        call = self._enter_call(dataset, order, drop_last, epochs, None, own_loop=True)
         if call.is_done:
             return iter(())
-        samples = self._loop.order(dataset, order, drop_last=drop_last, epochs=epochs)
+        samples = self._loop.order(dataset, order, drop_last=drop_last, epochs=epochs, steps=None)
         return self._own_batches(call, dataset, samples, epochs, loader or self._loader)
 
     def step(self, batch: Batch) -> StepResult:
@@ -336,9 +351,10 @@ class Trainer:
             DataError: The loss or gradient is not finite, or the count is zero; nothing was updated.
             SystemExit: After a checkpoint, when asked to stop.
         """
-        self._check_batch(batch)
+        check_batch(batch)
+        self._run.check_turn(batch)
         others, sent = self.collective, self.collective.bytes_sent
-        result, told = self._take(batch, self.position.step + 1)
+        result, told = self._loop.take_together(batch, self.position.step + 1)
         self._run.advance(batch, result)
         if not result.skipped:
             self._local.replica.advance_schedule(result.loss)
@@ -355,24 +371,17 @@ class Trainer:
         if batch.number + 1 == batch.of:
             for callback in self.callbacks:
                 callback.on_epoch(self, batch.epoch)
+        if self._validation.is_due(self.position.step, ends_epoch=batch.number + 1 == batch.of):
+            self._validate(self._validation)
         self._run.begin_checkpoint(batch)
         self._stop_if_asked(told)
         return result
 
-    def _take(self, batch: Batch, step: int) -> Taken:
-        computed = False
-
-        def take() -> Taken:
-            nonlocal computed
-            computed = False
-            taken = self._loop.take(batch, step)
-            computed = True
-            return taken
-
-        taken = self._session.perform("take a step", take, step=StepKey(step, batch.epoch, batch.number))
-        if not computed:  # the result is another worker's
-            self._session.group.stepper.seed_what_follows(step)
-        return taken
+    def _validate(self, validation: Validation) -> None:
+        results = self.evaluate(validation.dataset, validation.metrics)
+        self._screen.tell_measured(self._run, results)
+        with self._local.replica.trained_weights():
+            self._run.keep_best(validation.score(results))
 
     def evaluate(
         self,
@@ -394,40 +403,45 @@ class Trainer:
         call = self._session.enter_call()
         with self._session.making(call), self._local.replica.trained_weights():
             if not call.is_done:
-                call.result = self._evaluate(dataset, metrics, batch_size, loader or self._loader)
+                call.result = self._evaluator.evaluate(dataset, metrics, batch_size, loader or self._loader)
+                with self.clock.pause():
+                    for callback in self.callbacks:
+                        callback.on_evaluate(self, call.result)
         results: dict[str, float] = call.result
         return results
 
-    def _evaluate(
-        self, dataset: Any, metrics: Mapping[str, MetricFunction] | None, batch_size: int | None, loader: Loader
-    ) -> dict[str, float]:
-        size = batch_size or -(-self.batch_size // self.microbatches)
-        tries = 0
+    def predict(
+        self,
+        dataset: Any,
+        function: Callable[[Any, Any], Any] | None = None,
+        *,
+        batch_size: int | None = None,
+        loader: Loader | None = None,
+    ) -> Any:
+        """*collective*. Outputs for a dataset, in its order, on every worker's CPU; the same bits for every number of workers.
 
-        def measure() -> dict[str, float]:
-            nonlocal tries
-            tries += 1
-            check_alike(self.collective, {"samples": dataset_length(dataset), "batch_size": size})
-            results = evaluate(
-                self._local.replica,
-                self.collective,
-                dataset,
-                {"loss": self._local.replica.loss} if metrics is None else metrics,
-                microbatch_size=size,
-                loader=loader,
-                timeout_s=self._timeout_s,
-                seed=self.seed,
-            )
-            self._run.write_metrics(results, again=tries > 1)
-            return results
+        Args:
+            function: ``function(model, batch)`` returns a tensor with a row for each sample, or a dict or tuple of these. None:
+                ``model(batch)``.
+            batch_size: Samples computed at a time; by default the size of a training microbatch.
+            loader: How samples are loaded.
 
-        with self.clock.pause():
-            results = self._session.perform("evaluate", measure)
-            seed_after_evaluation(self.seed, self._local.replica)
-            self._run.count_evaluation()
-            for callback in self.callbacks:
-                callback.on_evaluate(self, results)
-        return results
+        Raises:
+            ConfigurationError: The function returns something else.
+            DataError: A sample cannot be read.
+        """
+        call = self._session.enter_call()
+        with self._session.making(call), self._local.replica.trained_weights():
+            if not call.is_done:
+                by = function or (lambda model, batch: model(batch))
+                call.result = self._evaluator.predict(dataset, by, batch_size, loader or self._loader)
+        return outputs_of(call.result)
+
+    def finish(self) -> None:
+        """*collective*. The run ends with the step that has just been taken, however many epochs ``fit`` was given. It is
+        finished then: its files are written, and the same command started again changes nothing. For callbacks and loops of your
+        own; decide by what is the same on all workers (results of steps and evaluations, ``trainer.state``)."""
+        self.position.finished = True
 
     def save(self) -> None:
         """*collective*. Writes a checkpoint of the current state, and returns when it is complete.
@@ -456,28 +470,20 @@ class Trainer:
             yield from self._loop.batches(dataset, samples, epochs, loader, own_loop=True)
         self._local.replica.rest()
 
-    def _enter_call(self, dataset: Any, order: OrderLike, drop_last: bool, epochs: int, *, own_loop: bool) -> Call:
+    def _enter_call(
+        self, dataset: Any, order: OrderLike, drop_last: bool, epochs: int, steps: int | None, *, own_loop: bool
+    ) -> Call:
         """*collective*. A call that a worker can enter in the middle. If the others had finished it before this one came, this
         one takes the weights that they have published."""
         self._local.replica.train()
         self._local.user.begin_call(tells=self.collective.rank == 0)
         if self._session.is_outside:
             self._local.weights.want(self._loop.may_share(own_loop))
-        arguments = functools.partial(self._loop.arguments, dataset, order, drop_last=drop_last, epochs=epochs)
+        arguments = functools.partial(self._loop.arguments, dataset, order, drop_last=drop_last, epochs=epochs, steps=steps)
         call = self._session.enter_call(arguments)
         if call.is_done and (weights := self._run.read_model()) is not None:
             self._local.replica.load_model_state(weights)
         return call
-
-    # ------------------------------------------------------------------ checks
-
-    def _check_batch(self, batch: Any) -> None:
-        if not isinstance(batch, Batch):
-            raise ConfigurationError(
-                f"step() takes the batches that trainer.batches(...) yields, not a {type(batch).__name__}: samples must be "
-                "divided into microbatches by the trainer"
-            )
-        self._run.check_turn(batch)
 
     # ------------------------------------------------------------------ stops
 

@@ -22,7 +22,9 @@ from unisono.data.loader import Loader, dataset_length
 from unisono.order import derive_seed, make_order, microbatch_bounds
 from unisono.replica.randomness import seed_generators
 from unisono.training.callbacks import Callback
+from unisono.training.evaluation import Validation
 from unisono.training.record import Position
+from unisono.training.setup import check_length
 from unisono.training.step import StepResult
 from unisono.verify.bench import Bench, few, watch_scheduler
 from unisono.verify.fresh import fresh
@@ -99,10 +101,26 @@ class PlainTrainer:
 
     # ------------------------------------------------------------------ what a script calls
 
-    def fit(self, dataset: Any, epochs: int, **settings: Any) -> None:
+    def fit(
+        self,
+        dataset: Any,
+        epochs: int | None = None,
+        *,
+        steps: int | None = None,
+        validation: Any = None,
+        metrics: Any = None,
+        validate_every: int | None = None,
+        keep_best: str | None = None,
+        **settings: Any,
+    ) -> None:
         """As the trainer's."""
-        for batch in self.batches(dataset, epochs, **settings):
+        watched = Validation(dataset=validation, metrics=metrics, every=validate_every, keep_best=keep_best)
+        for batch in self.batches(dataset, check_length(epochs, steps), **settings):
             self.step(batch)
+            if watched.is_due(self.position.step, ends_epoch=batch.number + 1 == batch.of):
+                self.evaluate(validation, metrics)
+            if self.position.step == steps:
+                return
 
     def batches(
         self, dataset: Any, epochs: int, *, order: Any = "shuffle", drop_last: bool = False, loader: Loader | None = None
@@ -115,7 +133,7 @@ class PlainTrainer:
         while self.position.epoch < epochs:
             epoch = samples.epoch(self.position.epoch)
             for number in range(self.position.batch, epoch.batches):
-                if self.position.step >= self.bench.spec.steps:
+                if self.position.step >= self.bench.spec.steps or self.position.finished:
                     return
                 indices = epoch.batch(number).tolist()
                 bounds = [(lo, hi) for lo, hi in microbatch_bounds(len(indices), self.batch_size, self.microbatches) if hi > lo]
@@ -181,6 +199,17 @@ class PlainTrainer:
         self.bench.happened()
         self._tell("on_evaluate", results)
         return results
+
+    def predict(self, dataset: Any, function: Any = None, *, batch_size: int | None = None, loader: Any = None) -> Any:
+        """As the trainer's, in one batch."""
+        with same_mode_and_buffers(self.model), torch.no_grad():
+            self.model.eval()
+            samples = self._placed((loader or self._loader).collate_fn(self._read(dataset, range(len(dataset)), 0)))
+            return self.model(samples) if function is None else function(self.model, samples)
+
+    def finish(self) -> None:
+        """As the trainer's."""
+        self.position.finished = True
 
     def save(self) -> None:
         """The reference leaves nothing behind."""

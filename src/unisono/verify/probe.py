@@ -124,7 +124,7 @@ class ProbeTrainer(Trainer):
 
     # ------------------------------------------------------------------ few steps
 
-    def fit(self, dataset: Any, epochs: int, *, loader: Loader | None = None, **settings: Any) -> Summary:
+    def fit(self, dataset: Any, epochs: int | None = None, *, loader: Loader | None = None, **settings: Any) -> Summary:
         """The first steps only."""
         with self._watched_data(dataset, loader) as (dataset, loader):
             return super().fit(dataset, epochs, loader=loader, **settings)
