@@ -11,7 +11,7 @@ help:
 	@echo "make test   run the test suite"
 	@echo "make thorough  let workers die at every moment, of which the suite takes a few (an hour)"
 	@echo "make check  check formatting, lint and types"
-	@echo "make bench  compare step times with DistributedDataParallel on this machine"
+	@echo "make bench  compare whole epochs and step times with DistributedDataParallel on this machine"
 	@echo "make clean  remove .venv and caches"
 
 demo: $(STAMP)
@@ -30,6 +30,7 @@ check: $(STAMP)
 	@$(BIN)/mypy
 
 bench: $(STAMP)
+	@$(BIN)/python benchmarks/end_to_end.py
 	@$(BIN)/python benchmarks/one_machine.py
 
 clean:

@@ -19,12 +19,17 @@ class Workload:
 
     name: str
     model: Callable[[], nn.Module]
-    batch: Callable[[], Batch]
+    samples: Callable[[int], Batch]
+    """How many -> inputs and targets."""
     batch_size: int
     loss: Callable[[Tensor, Tensor], Tensor]
     """Outputs, targets -> summed loss."""
     count: Callable[[Tensor], int]
     """Targets -> what to divide the sum by."""
+
+    def batch(self) -> Batch:
+        """One global batch."""
+        return self.samples(self.batch_size)
 
 
 def mlp(width: int, depth: int, inputs: int) -> nn.Module:
@@ -78,22 +83,22 @@ class Recommender(nn.Module):
         return self.head(pair).squeeze(1)
 
 
-def _classes(*shape: int) -> Callable[[], Batch]:
-    def make() -> Batch:
+def _classes(*shape: int) -> Callable[[int], Batch]:
+    def make(samples: int) -> Batch:
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(*shape, generator=generator), torch.randint(0, 10, shape[:1], generator=generator)
+        return torch.randn(samples, *shape, generator=generator), torch.randint(0, 10, (samples,), generator=generator)
 
     return make
 
 
-def _text() -> Batch:
-    ids = torch.randint(0, 96, (24, 65), generator=torch.Generator().manual_seed(0))
+def _text(samples: int) -> Batch:
+    ids = torch.randint(0, 96, (samples, 65), generator=torch.Generator().manual_seed(0))
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def _ratings() -> Batch:
+def _ratings(samples: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 200_000, (4096, 2), generator=generator), torch.rand(4096, generator=generator)
+    return torch.randint(0, 200_000, (samples, 2), generator=generator), torch.rand(samples, generator=generator)
 
 
 def _cross_entropy(output: Tensor, target: Tensor) -> Tensor:
@@ -107,11 +112,11 @@ def _squared(output: Tensor, target: Tensor) -> Tensor:
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("tiny", lambda: mlp(64, 3, 64), _classes(64, 64), 64, _cross_entropy, len),
-        Workload("middle", lambda: mlp(512, 5, 256), _classes(128, 256), 128, _cross_entropy, len),
-        Workload("wide", lambda: mlp(2048, 5, 256), _classes(64, 256), 64, _cross_entropy, len),
+        Workload("tiny", lambda: mlp(64, 3, 64), _classes(64), 64, _cross_entropy, len),
+        Workload("middle", lambda: mlp(512, 5, 256), _classes(256), 128, _cross_entropy, len),
+        Workload("wide", lambda: mlp(2048, 5, 256), _classes(256), 64, _cross_entropy, len),
         Workload("gpt", GPT, _text, 24, _cross_entropy, Tensor.numel),
-        Workload("cnn", cnn, _classes(64, 3, 32, 32), 64, _cross_entropy, len),
+        Workload("cnn", cnn, _classes(3, 32, 32), 64, _cross_entropy, len),
         Workload("recommender", Recommender, _ratings, 4096, _squared, len),
     )
 }

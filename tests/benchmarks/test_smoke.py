@@ -47,6 +47,41 @@ def test_a_quick_run_measures_two_peers_and_the_limit_and_writes_what_it_measure
     assert (tmp_path / "quick.png").stat().st_size > 1000
 
 
+def test_whole_epochs_are_timed_under_each_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import end_to_end
+
+    for peer in (end_to_end.DDP, end_to_end.PLAIN, end_to_end.EIGHT):  # launch() checks workers and epochs
+        step_s, loss = end_to_end.launch(peer, "tiny", 2)
+        assert 0 < step_s < 5
+        assert 2 < loss < 2.7  # labels are random: log(10)
+
+
+def test_speed_is_that_of_the_second_over_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import end_to_end
+
+    seconds = {end_to_end.DDP: [4.0, 4.0], end_to_end.PLAIN: [1.0, 1.0], end_to_end.EIGHT: [2.0, 2.0], end_to_end.TWO: [1.0, 1.0]}
+    written = end_to_end.table({"tiny": seconds})
+    for name, ratio in {
+        "M = 8 over DDP": 2,
+        "M = 8 over plain, 2 threads": 0.5,
+        "M = 2 over DDP": 4,
+        "M = 8 over M = 2": 0.5,
+    }.items():
+        assert f"| {name} | {ratio:.2f} ({ratio:.2f}–{ratio:.2f}) |" in written
+
+
+def test_peers_that_train_something_else_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import end_to_end
+    from processes import PeerFailed
+
+    monkeypatch.setattr(end_to_end, "launch", lambda peer, case, batches: (1.0, 2.5 if peer == end_to_end.DDP else 2.3))
+    with pytest.raises(PeerFailed, match="do not train the same in the case tiny"):
+        end_to_end.measure("tiny", 2, 5)
+
+
 def test_ratios_are_medians_over_rounds_of_the_ratio_in_one_round(report: ModuleType) -> None:
     case = report.Case(
         seconds={"DDP": [0.002, 0.02, 0.2], "unisono, M = 2": [0.001, 0.005, 0.2]},
