@@ -24,9 +24,8 @@ from pathlib import Path
 from peers import PEERS
 from processes import Group
 from report import HERE, about
+from virtual_hosts import WIRE, NoNamespaces, VirtualHosts, virtual_hosts
 from workloads import WORKLOADS
-
-from unisono.testing.hosts import WIRE, NoNamespaces, VirtualHosts, virtual_hosts
 
 DEFAULT = ("DDP", "unisono, M = W", "unisono, M = 8", "unisono over Gloo, M = 8")
 CASES = ("wide", "gpt")

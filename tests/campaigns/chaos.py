@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.virtual_hosts import NoNamespaces
 from tests.campaigns import chaos_hosts
 from tests.campaigns.chaos_faults import (
     REPOSITORY,
@@ -45,7 +46,6 @@ from tests.campaigns.chaos_faults import (
     shared_memory,
 )
 from tests.campaigns.chaos_training import KINDS
-from unisono.testing.hosts import NoNamespaces
 
 MOST_WORKERS = 6
 LIMIT_S = 180.0

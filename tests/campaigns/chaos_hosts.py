@@ -26,6 +26,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.virtual_hosts import VirtualHosts, address, virtual_hosts
 from tests.campaigns.chaos_faults import (
     SCRIPT,
     TO_WORKERS,
@@ -44,7 +45,6 @@ from tests.campaigns.chaos_faults import (
     shared_memory,
 )
 from tests.campaigns.chaos_training import MICROBATCHES
-from unisono.testing.hosts import VirtualHosts, address, virtual_hosts
 
 TO_HOSTS = {Fault.LINK_SHORT: 8, Fault.LINK_LONG: 4, Fault.HOST_LOST: 4, Fault.STORE_LOST: 2, Fault.HOST_LEAVES: 2}
 """How often each comes. A host that is not there comes again whatever else comes."""

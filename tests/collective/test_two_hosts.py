@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.virtual_hosts import WIRE, NoNamespaces, VirtualHosts, address, virtual_hosts
 from tests.forked import start_script
 from unisono.system.fork_server import ForkServer
-from unisono.testing.hosts import WIRE, NoNamespaces, VirtualHosts, address, virtual_hosts
 
 STEPS = 4
 LAYERS, WIDTH = 16, 256

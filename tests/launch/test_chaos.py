@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.virtual_hosts import NoNamespaces
 from tests.campaigns import chaos, chaos_hosts
 from tests.campaigns.chaos_faults import TO_WORKERS, Fault
-from unisono.testing.hosts import NoNamespaces
 
 SEED = 4
 KIND = "owners"

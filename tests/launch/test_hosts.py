@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.virtual_hosts import NoNamespaces, VirtualHosts, address, virtual_hosts
 from tests.launch.conftest import PRELUDE, Launch, Launcher, assert_gone
 from tests.launch.test_supervisor import ELASTIC
-from unisono.testing.hosts import NoNamespaces, VirtualHosts, address, virtual_hosts
 
 
 @pytest.fixture
