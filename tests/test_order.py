@@ -106,24 +106,23 @@ def test_the_permutation_is_pinned_because_checkpoints_rely_on_it() -> None:
     assert Permutation(10**12, 7).at(np.arange(3)).tolist() == [638186235854, 442878500919, 412761761872]
 
 
-def test_lengths_up_to_2000_give_bijections_with_their_inverse() -> None:
+def test_lengths_up_to_2000_give_bijections() -> None:
     for length in (*range(500), *range(500, 2001, 9), 1023, 1024, 1025):
         permutation = Permutation(length, key=length)
         everything = np.arange(length)
         images = permutation.at(everything)
         assert len(permutation) == length
         assert np.array_equal(np.sort(images), everything), length
-        assert np.array_equal(permutation.inverse(images), everything), length
 
 
 @given(st.integers(1, MAX_LENGTH), st.integers(), st.data())
-def test_the_inverse_undoes_any_permutation(length: int, key: int, data: st.DataObject) -> None:
-    positions = np.array(data.draw(st.lists(st.integers(0, length - 1), max_size=20)), np.int64)
+def test_different_positions_of_any_permutation_have_different_images(length: int, key: int, data: st.DataObject) -> None:
+    positions = np.array(data.draw(st.lists(st.integers(0, length - 1), max_size=20, unique=True)), np.int64)
     permutation = Permutation(length, key)
     images = permutation.at(positions)
     assert images.dtype == np.int64
     assert ((images >= 0) & (images < length)).all()
-    assert np.array_equal(permutation.inverse(images), positions)
+    assert len(np.unique(images)) == len(positions)
 
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5])
@@ -205,8 +204,6 @@ def test_a_position_outside_the_permutation_is_refused(length: int, position: in
     permutation = Permutation(length, 0)
     with pytest.raises(IndexError, match=f"{position} is outside a permutation of {length} elements"):
         permutation.at(np.array([position]))
-    with pytest.raises(IndexError, match="outside"):
-        permutation.inverse(np.array([position]))
 
 
 @pytest.mark.parametrize("length", [-1, MAX_LENGTH + 1])

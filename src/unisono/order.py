@@ -95,38 +95,26 @@ class Permutation:
         Raises:
             IndexError: If a position is outside ``range(length)``.
         """
-        return self._walk(positions, self._encrypt)
-
-    def inverse(self, indices: NDArray[np.integer[Any]]) -> Indices:
-        """Return the positions of ``indices``: an int64 array of the same shape; ``inverse(at(p)) == p``.
-
-        Raises:
-            IndexError: If an index is outside ``range(length)``.
-        """
-        return self._walk(indices, partial(self._encrypt, undo=True))
-
-    def _walk(self, values: NDArray[np.integer[Any]], cipher: Callable[[_Words], _Words]) -> Indices:
-        values = np.asarray(values)
-        if values.size == 0:
-            return np.zeros(values.shape, np.int64)
-        low, high = int(values.min()), int(values.max())
+        positions = np.asarray(positions)
+        if positions.size == 0:
+            return np.zeros(positions.shape, np.int64)
+        low, high = int(positions.min()), int(positions.max())
         if low < 0 or high >= self._length:
             raise IndexError(f"{low if low < 0 else high} is outside a permutation of {self._length} elements")
-        out = cipher(values.astype(np.uint64).ravel())
+        out = self._encrypt(positions.astype(np.uint64).ravel())
         outside = np.flatnonzero(out >= self._length)
         while outside.size:
-            again = cipher(out[outside])
+            again = self._encrypt(out[outside])
             out[outside] = again
             outside = outside[again >= self._length]
-        return out.astype(np.int64).reshape(values.shape)
+        return out.astype(np.int64).reshape(positions.shape)
 
-    def _encrypt(self, values: _Words, *, undo: bool = False) -> _Words:
+    def _encrypt(self, values: _Words) -> _Words:
         sides = list(np.divmod(values, self._limits[1]))
-        for number, key in reversed(self._rounds) if undo else self._rounds:
+        for number, key in self._rounds:
             side = number % 2
             limit = self._limits[side]
-            added = _hash_below(sides[1 - side], key, limit)
-            total = sides[side] + (limit - added if undo else added)
+            total = sides[side] + _hash_below(sides[1 - side], key, limit)
             # Modulo the limit: below it, the difference wraps around to a huge number, so the minimum needs no branch.
             sides[side] = np.minimum(total, total - limit)
         encrypted: _Words = sides[0] * self._limits[1] + sides[1]
