@@ -215,6 +215,8 @@ def byte_strings_of_any_length_are_gathered(collective: Collective) -> None:
 
     assert collective.all_gather_bytes(words(collective.rank)) == [words(peer) for peer in range(collective.size)]
     assert collective.all_gather_bytes(b"") == [b""] * collective.size
+    told = collective.all_gather_json({"rank": collective.rank, "pair": (1.5, None)})
+    assert told == [{"rank": peer, "pair": [1.5, None]} for peer in range(collective.size)]
 
 
 @check

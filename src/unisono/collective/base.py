@@ -8,8 +8,9 @@ is valid until that call begins: a transport may hand out the other worker's own
 from __future__ import annotations
 
 import abc
+import json
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -131,6 +132,10 @@ class Collective(abc.ABC):
         sizes = [int(size) for size in self.all_gather(torch.tensor([len(data)]))]
         received = self.all_gather_lists([mine], [[(size, torch.uint8, mine.device)] for size in sizes])
         return [tensors[0].numpy().tobytes() for tensors in received]
+
+    def all_gather_json(self, value: Any) -> list[Any]:
+        """*collective*. The values of all workers, in order of rank, as JSON gives them back: a tuple is a list."""
+        return [json.loads(text) for text in self.all_gather_bytes(json.dumps(value).encode())]
 
     def barrier(self) -> None:
         """*collective*. Returns once every worker has called it."""

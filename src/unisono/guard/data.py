@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from hashlib import blake2b
@@ -31,14 +30,10 @@ def check_same_data(read: Callable[[int], Any], length: int, collective: Collect
     """
     if collective.size == 1:
         return
-
-    def gather() -> list[list[str]]:
-        return [json.loads(text) for text in collective.all_gather_bytes(json.dumps(_digests(read, length)).encode())]
-
-    everybodys = gather()
+    everybodys = collective.all_gather_json(_digests(read, length))
     if all(other == everybodys[0] for other in everybodys):
         return
-    again = gather()
+    again = collective.all_gather_json(_digests(read, length))
     for place, index in enumerate(_probed(length)):
         found = [digests[place] for digests in everybodys]
         if len(set(found)) == 1 or "" in found or found != [digests[place] for digests in again]:

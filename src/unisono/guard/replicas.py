@@ -165,9 +165,7 @@ class ReplicaGuard:
         """
         self._settle_values(step)
         mine = {name: digest_of([tensor]).hex() for name, tensor in self._holdings()}
-        everybodys: list[dict[str, str]] = [
-            json.loads(text) for text in self._collective.all_gather_bytes(json.dumps(mine).encode())
-        ]
+        everybodys: list[dict[str, str]] = self._collective.all_gather_json(mine)
         names = [name for name in mine if len({other.get(name) for other in everybodys}) > 1]
         if not names:
             return
@@ -204,7 +202,7 @@ class ReplicaGuard:
     def _settle_values(self, step: int) -> None:
         """Names a number or text that differs. (None is healed: what has set it will set it again.)"""
         mine = self._values.named()
-        told = [json.loads(text) for text in self._collective.all_gather_bytes(json.dumps(mine).encode())]
+        told = self._collective.all_gather_json(mine)
         names = [name for name in {**told[0], **told[-1], **mine} if len({other.get(name) for other in told}) > 1]
         if not names:
             return

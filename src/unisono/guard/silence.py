@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import faulthandler
 import fcntl
-import json
 import mmap
 import os
 import re
@@ -134,7 +133,7 @@ class SilenceWatch(Lookout):
         board = board or StatusBoard.make()
         access = {} if board is None else {"board": board.board, "stacks": board.stacks, "signum": board.signum}
         mine = {"host": socket.gethostname(), **dataclasses.asdict(Process.this()), **access}
-        workers = [WorkerProcess(**json.loads(text)) for text in collective.all_gather_bytes(json.dumps(mine).encode())]
+        workers = [WorkerProcess(**fields) for fields in collective.all_gather_json(mine)]
         watch = cls(collective.rank, workers, board)
         collective.limit(timeout_s, watch)
         return watch
