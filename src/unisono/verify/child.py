@@ -92,16 +92,11 @@ class _Worker:
         trace = error.__traceback__
         while trace is not None and trace.tb_frame.f_code.co_filename.startswith((__file__, "<frozen")):
             trace = trace.tb_next  # what started the script would bury the place that matters
-        account = describe(error.with_traceback(trace))
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_users(frame.filename)]
+        frames = [frame for frame in traceback.extract_tb(trace) if is_users(frame.filename)]
         where = [Note(file=frame.filename, line=frame.lineno or 0, code=frame.line or "") for frame in frames[-1:]]
         self._record.failure = ScriptFailure(
-            kind=account.kind,
-            message=account.message,
-            traceback=account.traceback,
-            rank=self._record.rank,
-            time_s=account.time_s,
-            secondary=account.secondary,
+            **vars(describe(error.with_traceback(trace))),
+            worker=self._record.rank,
             refused=isinstance(error, UnisonoError),
             where=where[0] if where else Note(),
         )

@@ -76,7 +76,7 @@ def first_difference(one: RunOutcome, other: RunOutcome) -> Difference | None:
                     return dataclasses.replace(found, trainer=number, step=len(trainer.steps), event=one.first.events)
     failure = one.failure or other.failure
     if failure is not None and (one.failure is None or other.failure is None):
-        return Difference(stage="failure", what=f"{failure.kind}: {brief(failure.message)}", rank=failure.rank)
+        return Difference(stage="failure", what=f"{failure.kind}: {brief(failure.message)}", rank=failure.worker)
     lengths = [[len(trainer.steps) for trainer in run.trainers] for run in (one, other)]
     if lengths[0] != lengths[1]:
         return Difference(stage="steps", what=f"{lengths[0]} and {lengths[1]} steps")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from unisono.guard.data import content_digest
+from unisono.launch.report import FailureRecord
 
 Digests = dict[str, str]
 """Name -> digest of a tensor's bytes, dtype and shape."""
@@ -34,16 +35,11 @@ class Note:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScriptFailure:
+class ScriptFailure(FailureRecord):
     """Why the script did not come to its end on a worker."""
 
-    kind: str
-    message: str
-    traceback: str = ""
-    rank: int = 0
-    time_s: float = 0.0
-    secondary: bool = False
-    """Whether this worker only noticed that another one was lost."""
+    worker: int
+    """Rank of the worker whose account this is."""
     refused: bool = False
     """Whether it is an error of unisono's own, whose text says what to do."""
     where: Note = Note()

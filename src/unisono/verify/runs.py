@@ -60,13 +60,14 @@ class RunOutcome:
     @property
     def failure(self) -> ScriptFailure | None:
         """Why the run did not come to its end: of all failures the one that caused the others."""
-        told = [record.failure for record in self.records if record is not None and record.failure is not None]
-        if told:
-            return min(told, key=lambda one: (one.secondary, one.time_s))
+        known = [record.failure for record in self.records if record is not None and record.failure is not None]
+        if known:
+            return min(known, key=lambda one: (one.secondary, one.time_s))
         for rank, (record, status) in enumerate(zip(self.records, self.statuses, strict=True)):
             if record is None:
                 how = "did not end in time" if status is None else f"died with status {status}"
-                return ScriptFailure(kind="death", message=f"worker {rank} {how}{self._last_words(rank)}", rank=rank)
+                told = f"worker {rank} {how}{self._last_words(rank)}"
+                return ScriptFailure(kind="death", message=told, traceback="", secondary=False, time_s=0.0, worker=rank)
         return None
 
     def tensors(self, trainer: int, step: int, rank: int = 0) -> dict[str, dict[str, Any]] | None:
