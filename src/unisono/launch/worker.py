@@ -8,8 +8,6 @@ caused the others; and nothing starts if the launcher is gone already.
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import faulthandler
 import os
 import re
@@ -24,6 +22,7 @@ from typing import Any, NoReturn
 from unisono.launch.report import ERROR_FILE, describe, write_record
 from unisono.system.fork_server import BLOCKED_SIGNALS
 from unisono.system.output import say
+from unisono.system.process import run_exit_functions
 
 LAUNCHER_PID = "UNISONO_LAUNCHER_PID"
 """Environment variable: the process that must be this one's parent."""
@@ -59,7 +58,7 @@ def _work(command: Sequence[str]) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED_SIGNALS)
         _run(script)
     except KeyboardInterrupt:
-        _clean_up()
+        run_exit_functions()
         # To die of the signal tells the launcher that this worker has saved nothing.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
@@ -122,20 +121,8 @@ def _knows_of_others(script: str) -> bool:
 
 def _fail(error: BaseException) -> NoReturn:
     write_record(describe(error), Path(os.environ[ERROR_FILE]))
-    _clean_up()
+    run_exit_functions()
     os._exit(1)
-
-
-def _clean_up() -> None:
-    """What the interpreter does at its end, but for taking itself apart.
-
-    A script that failed has left its process group open, with threads that talk to workers which may be gone: Python
-    would wait for some of them without end, and C++ aborts over others, with words that bury the report.
-    """
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -90,6 +92,19 @@ def ending(status: int, *, hint: bool = True) -> str:
         name = f"signal {-status}"
     why = ": by someone, or by the kernel because memory ran out (see dmesg; then use fewer workers)"
     return f"was killed by {name}{why if hint and -status == signal.SIGKILL else ''}"
+
+
+def run_exit_functions() -> None:
+    """What the interpreter does at its end, but for taking itself apart; call `os._exit` afterwards.
+
+    To take PyTorch apart takes a second. And a script that failed has left its process group open, with threads that talk to
+    workers which may be gone: Python would wait for some of them without end, and C++ aborts over others, with words that bury
+    the report.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
 
 
 _known: dict[int, Process] = {}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import multiprocessing.spawn
 import os
 import pickle
 import signal
-import sys
 import tempfile
 import time
 import traceback
@@ -19,6 +17,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 from unisono.collective.base import Collective
 from unisono.errors import WorkerFailure
 from unisono.system.fork_server import BLOCKED_SIGNALS, Child, ForkServer, standard_streams, wait_for_end
+from unisono.system.process import run_exit_functions
 from unisono.system.reaper import Reaper, end_groups, end_processes
 
 T = TypeVar("T")
@@ -126,11 +125,13 @@ def enter(spec: Mapping[str, Any]) -> NoReturn:
         collective.barrier()
         collective.close()
         _answer(folder, rank, "", result)
-        _leave(0)
+        run_exit_functions()
+        os._exit(0)
     except BaseException:
         traceback.print_exc()
         _answer(folder, rank, traceback.format_exc(), None)
-        _leave(1)
+        run_exit_functions()
+        os._exit(1)
 
 
 def _surroundings() -> dict[str, Any]:
@@ -158,16 +159,6 @@ def _connect(rank: int, size: int, transport: Transport, folder: Path) -> Collec
     if (collective.rank, collective.size) != (rank, size):
         raise WorkerFailure(f"asked for worker {rank} of {size}, got {collective.rank} of {collective.size}")
     return collective
-
-
-def _leave(status: int) -> NoReturn:
-    # What the interpreter does at its end, except for its teardown, which takes a second with PyTorch loaded.
-    with contextlib.suppress(Exception):
-        atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
-    os._exit(status)
 
 
 def _answer(folder: Path, rank: int, text: str, result: Any) -> None:
