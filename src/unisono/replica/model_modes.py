@@ -1,4 +1,4 @@
-"""Training and evaluation mode of a ``torch.nn.Module``: what is put into which, and back. *Local.*"""
+"""Training and evaluation mode of a ``torch.nn.Module``: what is put into which, and back; and what is frozen. *Local.*"""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ class ModelModes:
         self._begun = self._flags()
         for name, module in self._model.named_modules():
             module.training = self._due.get(name, module.training)
+        for name, parameter in self._model.named_parameters():
+            parameter.requires_grad_(self._due.get(name, parameter.requires_grad))
         self._due = {}
         try:
             yield was_resting
@@ -57,7 +59,8 @@ class ModelModes:
                 module.training = training
 
     def changed(self) -> dict[str, bool]:
-        """The modules that someone has put into another mode since training began, by name: whether it is training mode."""
+        """The modules that someone has put into another mode since training began, by name: whether it is training mode. And the
+        parameters that someone has frozen: whether they require a gradient."""
         begun = self._begun
         return {} if begun is None else {name: flag for name, flag in self._flags().items() if begun.get(name) is not flag}
 
@@ -66,7 +69,8 @@ class ModelModes:
         self._due = dict(changed)
 
     def _flags(self) -> dict[str, bool]:
-        return {name: module.training for name, module in self._model.named_modules()}
+        modes = {name: module.training for name, module in self._model.named_modules()}
+        return modes | {name: parameter.requires_grad for name, parameter in self._model.named_parameters()}
 
 
 def _in_evaluation(model: nn.Module) -> set[str]:

@@ -17,6 +17,7 @@ from unisono.layout import Allocate
 from unisono.replica import optimizer as optimizers
 from unisono.replica.base import LossFunction, LossPart, MetricFunction, Microbatch, Replica
 from unisono.replica.loss import sum_and_count, to_device
+from unisono.replica.model_guard import ModelGuard
 from unisono.replica.model_modes import ModelModes
 from unisono.replica.optimizer_modes import Modes
 from unisono.replica.optimizer_state import Twin, generators, load_whole_state, seed_generator, whole_state
@@ -73,7 +74,7 @@ class TorchReplica(Replica):
         self._all = list(model.named_parameters())
         self._held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._groups = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        self._frozen = [parameter for parameter in self._held if not parameter.requires_grad]
+        self._guard = ModelGuard(model, optimizer)
         self._addresses = [parameter.data_ptr() for parameter in self.parameters]
         self.updates_apart = optimizers.updates_apart(optimizer)
         if not optimizers.is_known(optimizer):
@@ -100,9 +101,8 @@ class TorchReplica(Replica):
         # Those in a format of their own (quantized, say) are as the script made them: their bytes are their own affair.
         return {
             name: parameter
-            for name, parameter in self._all
-            if not parameter.requires_grad
-            and type(parameter.data) is Tensor
+            for name, parameter in self._guard.frozen
+            if type(parameter.data) is Tensor
             and parameter.layout is torch.strided
             and parameter.numel()
             and not parameter.is_meta
@@ -128,13 +128,7 @@ class TorchReplica(Replica):
         return self._modes.train()
 
     def check_unchanged(self) -> None:
-        known = set(map(id, self.parameters))
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and id(parameter) not in known:
-                raise ConfigurationError(
-                    f"parameter {name!r} now requires a gradient, but was frozen or not there when the Trainer was made: make a "
-                    "new Trainer after unfreezing or replacing parameters"
-                )
+        self._guard.check_parts()
 
     def edits(self) -> list[int]:
         return [parameter._version for parameter in self.parameters]
@@ -167,17 +161,14 @@ class TorchReplica(Replica):
                 "(model.to(), .half(), or an assignment to .data): change the model before Trainer(...), and change "
                 "values in place"
             )
-        if self._frozen and any(parameter.requires_grad for parameter in self._frozen):
-            raise ConfigurationError(
-                "a parameter that was frozen when the Trainer was made now requires a gradient: make a new Trainer after "
-                "unfreezing"
-            )
+        self._guard.check_parts()
         self._modes.train()
         for parameter in self._held:
             parameter.grad = None  # what a backward of the user's own may have left behind
 
     def gradients(self, microbatches: Sequence[Microbatch], seeds: Sequence[int], sink: GradientSink) -> list[LossPart]:
         parts: list[LossPart] = []
+        before = self._guard.values()
         try:
             for microbatch, seed in zip(microbatches, seeds, strict=True):
                 parts.append(self._backward(microbatch, seed, sink))
@@ -189,6 +180,7 @@ class TorchReplica(Replica):
                 parameter.grad = None
             raise
         self.buffers.check_known()
+        self._guard.check_values(before)
         return parts
 
     def _take_gradients(self) -> list[Tensor | None]:
@@ -365,7 +357,7 @@ class TorchReplica(Replica):
         optimizers.set_hyperparameters(self.optimizer, groups, exactly=exactly)
 
     def groups(self) -> Sequence[Mapping[str, Any]]:
-        return self.optimizer.param_groups
+        return self._guard.groups()
 
     # ------------------------------------------------------------------ the schedule
 
