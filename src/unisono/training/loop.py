@@ -19,6 +19,7 @@ from unisono.order import OrderLike, make_order
 from unisono.system.signals import StopRequest
 from unisono.training.header import Signals
 from unisono.training.observer import Observer
+from unisono.training.one_loop import only_loop
 from unisono.training.run import Run
 from unisono.training.same_data import EpochData
 from unisono.training.session import Session, StepKey
@@ -148,7 +149,7 @@ class Loop:
         planned = self.planned(samples, epochs)
         self._run.begin_log(epochs=planned[1], steps=planned[0])
         feed = self._feed = Feed(lambda: self._stream(dataset, samples, loader), epochs)
-        with session.training(), StopRequest() as self.stop, local.weights.in_common(self.may_share(own_loop)):
+        with only_loop(), session.training(), StopRequest() as self.stop, local.weights.in_common(self.may_share(own_loop)):
             try:
                 self._begin_steps(dataset, redoable=self._may_redo(own_loop))
                 yield from self._observer.around_batches(self._in_order(feed, own_loop=own_loop))
