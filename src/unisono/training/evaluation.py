@@ -102,12 +102,24 @@ class Evaluator:
         self._run.count_evaluation()
         return results
 
-    def predict(self, dataset: Any, function: Callable[[Any, Any], Any], batch_size: int | None, loader: Loader) -> Any:
+    def predict(
+        self,
+        dataset: Any,
+        function: Callable[[Any, Any], Any],
+        batch_size: int | None,
+        loader: Loader,
+        pad: float | None,
+    ) -> Any:
         """*collective*. See ``Trainer.predict``; as text where workers may come who need it, too (``outputs_of`` reads it)."""
 
         def compute() -> Any:
             outputs = predict(
-                self._local.replica, self._session.collective, dataset, function, **self._how(dataset, batch_size, loader)
+                self._local.replica,
+                self._session.collective,
+                dataset,
+                function,
+                pad=pad,
+                **self._how(dataset, batch_size, loader),
             )
             return base64.b64encode(to_bytes(outputs)).decode() if self._session.can_change else outputs
 
@@ -179,12 +191,14 @@ def predict(
     loader: Loader,
     timeout_s: float,
     seed: int,
+    pad: float | None = None,
 ) -> Any:
     """*collective*. The outputs for the whole dataset, in its order and on the CPU: see ``Trainer.predict``.
 
     Raises:
         DataError: A sample cannot be read.
-        ConfigurationError: ``function`` returns something else than rows of samples.
+        ConfigurationError: ``function`` returns something else than rows of samples, or rows of different lengths without
+            ``pad``.
     """
     outputs: list[Any] = []
     length = dataset_length(dataset)
@@ -199,7 +213,7 @@ def predict(
     how: dict[str, Any] = {"microbatch_size": microbatch_size, "loader": loader, "timeout_s": timeout_s, "seed": seed}
     evaluate(replica, collective, dataset, {"outputs": keep}, **how)
     everybodys = [from_bytes(data) for data in collective.all_gather_bytes(to_bytes(outputs))]
-    return _joined([part for parts in everybodys for part in parts])
+    return _joined([part for parts in everybodys for part in parts], pad)
 
 
 def _on_cpu(output: Any, samples: int) -> Any:
@@ -216,13 +230,29 @@ def _on_cpu(output: Any, samples: int) -> Any:
     )
 
 
-def _joined(parts: Sequence[Any]) -> Any:
+def _joined(parts: Sequence[Any], pad: float | None) -> Any:
     first = parts[0]
     if isinstance(first, Tensor):
+        shapes = [part.shape[1:] for part in parts]
+        if len(set(shapes)) > 1:
+            if pad is None:
+                raise ConfigurationError(
+                    f"the function given to predict returned rows of shapes {sorted(map(tuple, set(shapes)))}, which make no "
+                    "tensor: pass pad=, with which shorter ones are filled up"
+                )
+            longest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+            parts = [_filled(part, longest, pad) for part in parts]
         return torch.cat(list(parts))
     if isinstance(first, dict):
-        return {name: _joined([part[name] for part in parts]) for name in first}
-    return tuple(_joined(column) for column in zip(*parts, strict=True))
+        return {name: _joined([part[name] for part in parts], pad) for name in first}
+    return tuple(_joined(column, pad) for column in zip(*parts, strict=True))
+
+
+def _filled(part: Tensor, shape: Sequence[int], pad: float) -> Tensor:
+    """Its rows in the upper left corners of rows of this shape."""
+    whole = part.new_full((len(part), *shape), pad)
+    whole[tuple(slice(size) for size in part.shape)] = part
+    return whole
 
 
 def _fold(

@@ -417,6 +417,7 @@ class Trainer:
         *,
         batch_size: int | None = None,
         loader: Loader | None = None,
+        pad: float | None = None,
     ) -> Any:
         """*collective*. Outputs for a dataset, in its order, on every worker's CPU; the same bits for every number of workers.
 
@@ -425,6 +426,7 @@ class Trainer:
                 ``model(batch)``.
             batch_size: Samples computed at a time; by default the size of a training microbatch.
             loader: How samples are loaded.
+            pad: What outputs are filled up with to the longest one of the dataset; None: all must have equal lengths.
 
         Raises:
             ConfigurationError: The function returns something else.
@@ -434,7 +436,7 @@ class Trainer:
         with self._session.making(call), self._local.replica.trained_weights():
             if not call.is_done:
                 by = function or (lambda model, batch: model(batch))
-                call.result = self._evaluator.predict(dataset, by, batch_size, loader or self._loader)
+                call.result = self._evaluator.predict(dataset, by, batch_size, loader or self._loader, pad)
         return outputs_of(call.result)
 
     def finish(self) -> None:
