@@ -36,11 +36,15 @@ _ROOT = Path(__file__).parents[2]
 
 
 @contextlib.contextmanager
-def warm_parent() -> Iterator[ForkServer]:
-    """The process from which commands are forked; for one test at a time."""
+def warm_parent(*more: str) -> Iterator[ForkServer]:
+    """The process from which commands are forked; for one test at a time.
+
+    Args:
+        more: Further modules that it imports.
+    """
     path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    preload = [*runner._PRELOADED, *_IMPORTS]
+    preload = [*runner._PRELOADED, *_IMPORTS, *more]
     with Reaper() as reaper, ForkServer(environment=environment, preload=preload, reaper=reaper) as made:
         yield made
 

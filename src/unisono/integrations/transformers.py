@@ -1,7 +1,7 @@
 """transformers' ``Trainer``, trained by unisono: a fine-tuning script imports it, and its arguments, from here.
 
-transformers' own are model, optimizer, schedule, loss, logging, metrics and callbacks. unisono's are the loop, the division of work,
-sum, update, evaluation's passes and checkpoints. ``docs/integrations.md`` says what each argument means here.
+transformers' own are model, optimizer, schedule, loss, logging, metrics and callbacks. unisono's are the loop, the division of
+work, sum, update, evaluation's passes and checkpoints. ``docs/integrations.md`` says what each argument means here.
 """
 
 from __future__ import annotations
@@ -62,19 +62,22 @@ _TIMES = ("_runtime", "_per_second")
 class TransformersTrainer(transformers.Trainer):  # type: ignore[misc]
     """``transformers.Trainer`` with the same weights on any number of workers. Imported as ``Trainer``.
 
-    *Collective*: every worker makes one with equal arguments, and calls ``train``, ``evaluate`` and ``predict`` alike. The files of
-    the run are in ``output_dir/unisono``: ``train()`` goes on from the checkpoint there, on any number of workers.
+    *Collective*: every worker makes one with equal arguments, and calls ``train``, ``evaluate`` and ``predict`` alike. The files
+    of the run are in ``output_dir/unisono``: ``train()`` goes on from the checkpoint there, on any number of workers.
 
     Args:
-        model, args, more: As for ``transformers.Trainer``. ``args`` may be transformers' own where no launcher has told accelerate
-            of other processes; else those of this module.
-        unisono: Arguments of ``unisono.Trainer`` that ``args`` do not decide: ``microbatches``, ``sync``, ``strict``, ``timeout_s``
-            and others. By default there are as many microbatches as the smallest multiple of ``gradient_accumulation_steps`` from
-            8 on.
+        model, args, more: As for ``transformers.Trainer``. ``args`` may be transformers' own where no launcher has told
+            accelerate of other processes; else those of this module.
+        unisono: Arguments of ``unisono.Trainer`` that ``args`` do not decide: ``microbatches``, ``sync``, ``strict``,
+            ``timeout_s`` and others. By default there are as many microbatches as the smallest multiple of
+            ``gradient_accumulation_steps`` from 8 on.
 
     Raises:
         ConfigurationError: Something in ``args``, in a subclass or in a callback cannot be kept, by name.
     """
+
+    state: Any
+    control: Any
 
     def __init__(
         self, model: Any = None, args: Any = None, *more: Any, unisono: Mapping[str, Any] | None = None, **others: Any
@@ -97,7 +100,7 @@ class TransformersTrainer(transformers.Trainer):  # type: ignore[misc]
 
     @property
     def exact(self) -> ExactTrainer:
-        """*collective*, the first time. The ``unisono.Trainer`` that does the work, with everything from the newest checkpoint."""
+        """*collective*, the first time. The ``unisono.Trainer`` that does the work, resumed from the newest checkpoint."""
         if self._exact is None:
             self._check_callbacks()
             self._exact = self._make()
@@ -107,7 +110,9 @@ class TransformersTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def _make(self) -> ExactTrainer:
         args, settings = self.args, dict(self._settings)
-        plan = Plan.of(args, self.train_dataset if self.train_dataset is not None else [0] * 8, settings.pop("microbatches", None))
+        plan = Plan.of(
+            args, self.train_dataset if self.train_dataset is not None else [0] * 8, settings.pop("microbatches", None)
+        )
         if self.train_dataset is not None:
             self._plan = plan
             self.create_optimizer()
@@ -303,7 +308,7 @@ class TransformersTrainer(transformers.Trainer):  # type: ignore[misc]
     # ------------------------------------------------------------------ checkpoints
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """*collective*. ``checkpoint-N`` with the weights, for others to read; that of unisono follows when all events are over."""
+        """*collective*. ``checkpoint-N`` with the weights, for others; that of unisono follows when all events are over."""
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         self.save_model(str(folder), _internal_call=True)
         if self.state.best_global_step == self.state.global_step:
@@ -334,8 +339,8 @@ class TransformersTrainer(transformers.Trainer):  # type: ignore[misc]
             )
         if Path(newest).resolve() != Path(resume_from_checkpoint).resolve():
             raise ConfigurationError(
-                f"resume_from_checkpoint={resume_from_checkpoint!r}, but the run goes on from its newest checkpoint, after {newest}: "
-                "pass True. To train from older weights, load them with from_pretrained and choose another output_dir"
+                f"resume_from_checkpoint={resume_from_checkpoint!r}, but the run goes on from its newest checkpoint, after "
+                f"{newest}: pass True. To train from older weights, load them with from_pretrained and choose another output_dir"
             )
 
     def _exportable(self) -> list[Any]:

@@ -1,7 +1,7 @@
 """transformers' arguments, read by a process that is one of several and does not show it: what decides how a run is trained.
 
-transformers and accelerate look for other processes by themselves, multiply batch sizes by their number and start a process group.
-Here each worker is the only process to them; one of them, the worker of rank 0, writes files.
+transformers and accelerate look for other processes by themselves, multiply batch sizes by their number and start a process
+group. Here each worker is the only process to them; one of them, the worker of rank 0, writes files.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ class Plan:
                 ``batch_size`` if that is less.
 
         Raises:
-            ConfigurationError: The dataset has no length or cannot be read by number, or ``dataloader_drop_last`` leaves out parts
-                of an accumulated batch.
+            ConfigurationError: The dataset has no length or cannot be read by number, or ``dataloader_drop_last`` leaves out
+                parts of an accumulated batch.
         """
         each, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
         length = dataset_length(dataset)
@@ -157,8 +157,8 @@ class Plan:
         if args.dataloader_drop_last and (parts < accumulated or parts % accumulated):
             raise ConfigurationError(
                 f"TrainingArguments(dataloader_drop_last=True) leaves {parts} batches of {each} samples in an epoch, which "
-                f"gradient_accumulation_steps={accumulated} does not divide: leave dataloader_drop_last out (each sample of a short "
-                "last batch counts as much as any other), or choose other sizes"
+                f"gradient_accumulation_steps={accumulated} does not divide: leave it out (each sample of a short last batch "
+                "counts as much as any other), or choose other sizes"
             )
         steps = -(-parts // accumulated)
         max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps)
