@@ -75,8 +75,23 @@ def test_two_workers_that_differ_are_both_named() -> None:
     run_threads(2, work)
 
 
-def test_data_drawn_without_a_seed_is_not_taken_for_another_file() -> None:
-    assert [summary.steps for summary in run_threads(3, lambda collective: make(collective).fit(Restless(False), 1))] == [2] * 3
+class SeededOnce(Files):
+    """Draws from a generator of its own, which begins alike on all workers."""
+
+    def __init__(self) -> None:
+        super().__init__(False)
+        self.own = np.random.default_rng(7)
+
+    def __getitem__(self, index: int) -> Any:
+        return {"x": torch.from_numpy(self.own.normal(size=4)).float()}
+
+
+@pytest.mark.parametrize("data", [lambda: Restless(False), SeededOnce])
+def test_data_that_draw_from_a_generator_of_their_own_are_warned_of_once_and_not_taken_for_another_file(data: Any) -> None:
+    with pytest.warns(UserWarning, match="sample 0 of the data is another each time it is read") as warned:
+        summaries = run_threads(3, lambda collective: make(collective).fit(data(), 1))
+    assert [summary.steps for summary in summaries] == [2] * 3
+    assert len(warned) == 1
 
 
 def test_a_data_set_of_another_length_is_refused_by_name() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from hashlib import blake2b
@@ -16,10 +17,10 @@ from unisono.errors import DataError
 
 
 def check_same_data(read: Callable[[int], Any], length: int, collective: Collective) -> None:
-    """*collective*. Reads a few samples on every worker and compares them.
+    """*collective*. Reads a few samples twice on every worker and compares them.
 
-    A sample that one worker reads differently the second time (the dataset draws without a seed) or that cannot be digested is
-    not compared.
+    Worker 0 warns of a sample that a worker reads differently the second time: the data set draws from a generator of its own.
+    One that cannot be digested is not compared.
 
     Args:
         read: Gives a sample by index, with its randomness seeded.
@@ -30,13 +31,14 @@ def check_same_data(read: Callable[[int], Any], length: int, collective: Collect
     """
     if collective.size == 1:
         return
-    everybodys = collective.all_gather_json(_digests(read, length))
-    if all(other == everybodys[0] for other in everybodys):
-        return
-    again = collective.all_gather_json(_digests(read, length))
+    told = collective.all_gather_json([_digests(read, length), _digests(read, length)])
+    restless = []
     for place, index in enumerate(_probed(length)):
-        found = [digests[place] for digests in everybodys]
-        if len(set(found)) == 1 or "" in found or found != [digests[place] for digests in again]:
+        found, again = ([digests[place] for digests in each] for each in zip(*told, strict=True))
+        if "" in found or found != again:
+            restless += [index] if "" not in (*found, *again) else []
+            continue
+        if len(set(found)) == 1:
             continue
         most, votes = Counter(found).most_common(1)[0]
         odd = [rank for rank, digest in enumerate(found) if digest != most]
@@ -49,6 +51,14 @@ def check_same_data(read: Callable[[int], Any], length: int, collective: Collect
             f"sample {index} of the data {who}. Every worker must read the same {length} samples: look for another version of a "
             "file, an unsorted directory listing, or a data set that was drawn without a seed",
             index=index,
+        )
+    if restless and collective.rank == 0:
+        warnings.warn(
+            f"sample {restless[0]} of the data is another each time it is read, although torch, numpy.random and random are "
+            "seeded for each sample: the data set draws from a generator of its own, or reading changes it. So the weights will "
+            "depend on the number of workers and on stops. Draw from the seeded generators, or seed the data set's own from them "
+            "in __getitem__",
+            stacklevel=2,
         )
 
 
