@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import io
+import random
 import sys
 import time
 import traceback
@@ -23,6 +24,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 import unisono
@@ -52,6 +54,8 @@ class Verdict:
 def train(case: Case, workers: Any, run_dir: str | None, callbacks: Sequence[unisono.Callback] = ()) -> Found:
     """The digests of all parameters and buffers after training."""
     torch.manual_seed(3)
+    np.random.seed(3)
+    random.seed(3)
     training = case.make()
     defaults: dict[str, Any] = {"batch_size": 8, "microbatches": 4, "sync": unisono.Exact(replicate_kib=0), "max_grad_norm": 1.0}
     optimizer = training.optimizer(training.model)

@@ -819,13 +819,21 @@ def _() -> Training:
     return Training(Net(), lambda model, batch: -model.criterion(model(batch[0]), batch[1]), numbers())
 
 
-@case("gpytorch NGD", "gpytorch")
+@case("gpytorch SVGP, called once before", "gpytorch")
+def _() -> Training:
+    made = CASES["gpytorch SVGP"].make()
+    made.model.train()(made.dataset.tensors[0][:2])
+    return made
+
+
+@case("gpytorch NGD, called once before", "gpytorch")
 def _() -> Training:
     import gpytorch
 
     made = CASES["gpytorch SVGP"].make()
     distribution = gpytorch.variational.NaturalVariationalDistribution(5)
     made.model.variational_strategy._variational_distribution = distribution
+    made.model.train()(made.dataset.tensors[0][:2])
     for parameter in made.model.hyperparameters():
         parameter.requires_grad_(False)
     made.optimizer = lambda model: gpytorch.optim.NGD(model.variational_parameters(), num_data=SAMPLES, lr=0.1)
@@ -885,49 +893,36 @@ def _() -> Training:
     return Training(net, classified, points())
 
 
-@case("snntorch, reset in forward", "snntorch")
-def _() -> Training:
-    import snntorch
-    from snntorch import surrogate, utils
+def _spiking(*, plain: bool) -> Callable[[], Training]:
+    def make() -> Training:
+        import snntorch
+        from snntorch import surrogate, utils
 
-    net = nn.Sequential(
-        nn.Linear(6, 16),
-        snntorch.Leaky(beta=0.9, spike_grad=surrogate.fast_sigmoid(), init_hidden=True, learn_beta=True),
-        nn.Linear(16, 3),
-        snntorch.Leaky(beta=0.9, init_hidden=True, output=True),
-    )
+        net = nn.Sequential(
+            nn.Linear(6, 16),
+            snntorch.Leaky(beta=0.9, spike_grad=surrogate.fast_sigmoid(), init_hidden=True, learn_beta=True),
+            nn.Linear(16, 3),
+            snntorch.Leaky(beta=0.9, init_hidden=True, output=True),
+        )
+        for layer in net if plain else ():
+            if "mem" in layer._buffers:
+                layer.mem = layer._buffers.pop("mem")
 
-    def loss(model: Any, batch: Any) -> tuple[Tensor, int]:
-        utils.reset(model)
-        total: Any = 0.0
-        for _ in range(4):
-            _, membrane = model(batch[0])
-            total = total + F.cross_entropy(membrane, batch[1], reduction="sum")
-        return total, len(batch[0])
-
-    return Training(net, loss, points())
-
-
-@case("snntorch, state passed by hand", "snntorch")
-def _() -> Training:
-    import snntorch
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.spikes, self.out = nn.Linear(6, 8), snntorch.Leaky(beta=0.9, learn_beta=True), nn.Linear(8, 3)
-
-        def forward(self, rows: Tensor) -> Tensor:
-            membrane: Any = torch.zeros(len(rows), 8)
+        def loss(model: Any, batch: Any) -> tuple[Tensor, int]:
+            utils.reset(model)
             total: Any = 0.0
             for _ in range(4):
-                spikes, membrane = self.spikes(self.first(rows), membrane)
-                total = total + self.out(spikes)
-            found: Tensor = total
-            return found
+                _, membrane = model(batch[0])
+                total = total + F.cross_entropy(membrane, batch[1], reduction="sum")
+            return total, len(batch[0])
 
-    return Training(Net(), classified, points())
+        return Training(net, loss, points())
 
+    return make
+
+
+CASES["snntorch"] = Case(("snntorch",), _spiking(plain=False))
+CASES["snntorch, membranes as plain attributes"] = Case(("snntorch",), _spiking(plain=True))
 
 # ---------------------------------------------------------------------- images that are made
 
@@ -1050,14 +1045,6 @@ def _() -> Training:
         return DPOptimizer(plain, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=8)
 
     return Training(net, classified, points(), optimizer)
-
-
-@case("brevitas quantised layers", "brevitas")
-def _() -> Training:
-    import brevitas.nn as qnn
-
-    net = nn.Sequential(qnn.QuantLinear(6, 16, bias=True, weight_bit_width=4), qnn.QuantReLU(bit_width=4), nn.Linear(16, 3))
-    return Training(net, classified, points())
 
 
 @case("ema-pytorch", "ema-pytorch")
