@@ -42,7 +42,7 @@ class Values:
     def named(self) -> dict[str, str]:
         """All values as texts, by name for a person."""
         groups = {
-            f"{key!r} of parameter group {number}": repr(_plain(value))
+            f"{key!r} of parameter group {number}": repr(comparable(value))
             for number, group in enumerate(self._groups())
             for key, value in group.items()
             if key not in _LEFT_OUT
@@ -86,15 +86,15 @@ def _word(value: Any) -> int:
     """A number that is the same in all processes, for values that are the same."""
     if type(value) is float:
         return int.from_bytes(_DOUBLE.pack(value), "little") if value == value else 1
-    return crc32(repr(_plain(value)).encode())
+    return crc32(repr(comparable(value)).encode())
 
 
-def _plain(value: Any) -> Any:
-    """What two processes can compare: of an object of another kind its type alone."""
+def comparable(value: Any) -> Any:
+    """*local*. What two processes can compare: of an object of another kind its type alone."""
     if isinstance(value, Tensor):
         return value.detach().tolist()
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [comparable(item) for item in value]
     return value if isinstance(value, _FIXED) else type(value).__qualname__

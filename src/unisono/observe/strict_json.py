@@ -41,5 +41,4 @@ def decode(value: Any) -> Any:
 
 def dumps(value: dict[str, Any], *, indent: int | None = None) -> str:
     """Write ``value`` as strict JSON in ASCII, on one line unless ``indent`` is given. *Local*."""
-    separators = (",", ": ") if indent else (", ", ": ")
-    return json.dumps(encode(value), allow_nan=False, indent=indent, separators=separators)
+    return json.dumps(encode(value), allow_nan=False, indent=indent)

@@ -121,7 +121,7 @@ class _Inquiry:
         base = Job(threads=self._threads, events=first.first.events, keep=True)
         repeat = self._repeat(base)
         if repeat.difference is not None and not repeat.changes:
-            rest = [WorkerComparison(name=_name(count), workers=count, skipped=_UNSTABLE) for count in self._workers]
+            rest = [WorkerComparison(name=f"{count} workers", workers=count, skipped=_UNSTABLE) for count in self._workers]
             return self._conclude("different", steps, comparisons=[repeat, *rest])
         base = base.but(*repeat.changes)
         comparisons = [repeat, *self._parallel(base)]
@@ -137,7 +137,8 @@ class _Inquiry:
         record, failure = run.first, run.failure
         trained = [trainer for trainer in run.trainers if trainer.steps]
         if failure is not None and not trained:
-            return f"the script failed: {failure.kind}: {brief(failure.message)}" + _trace(failure)
+            trace = f"\n{failure.traceback.rstrip()}" if failure.traceback else ""
+            return f"the script failed: {failure.kind}: {brief(failure.message)}{trace}"
         if not run.trainers:
             return "the script makes no unisono.Trainer, so there is nothing to compare"
         if not trained:
@@ -184,14 +185,14 @@ class _Inquiry:
         comparisons: list[WorkerComparison] = []
         known: WorkerComparison | None = None
         for job in jobs:
-            comparison = self._compare(_name(job.workers), base, job, known)
+            comparison = self._compare(f"{job.workers} workers", base, job, known)
             known = known or (comparison if comparison.difference else None)
             comparisons.append(comparison)
             self._warned(self._runs(job), job)
         for count in [count for count in self._workers if count > most]:
             what = f"the trainer has {parts} microbatches" if count > parts else f"this machine has {first.gpus} GPUs"
             skipped = f"{what}, so at most as many workers"
-            comparisons.append(WorkerComparison(name=_name(count), workers=count, skipped=skipped))
+            comparisons.append(WorkerComparison(name=f"{count} workers", workers=count, skipped=skipped))
         if len(jobs) > 1:
             self._combined(jobs[:2])
         return comparisons
@@ -285,10 +286,6 @@ _MODELS_DIFFER = "models differ at the start"  # of a warning of the trainer
 _UNSTABLE = "two runs on one worker differ already"
 
 
-def _name(workers: int) -> str:
-    return f"{workers} workers"
-
-
 def _verdict(
     comparisons: Sequence[WorkerComparison], reference: ReferenceResult, findings: Sequence[Cause], *, is_alone: bool
 ) -> Verdict:
@@ -321,7 +318,3 @@ def _alike(one: str, other: str) -> bool:
     pattern = r"-?\d+\.?\d*(?:e-?\d+)?"
     left, right = ([float(text) for text in re.findall(pattern, value)] for value in (one, other))
     return len(left) == len(right) and all(abs(a - b) <= 1e-5 * max(abs(a), abs(b)) for a, b in zip(left, right, strict=True))
-
-
-def _trace(failure: ScriptFailure) -> str:
-    return f"\n{failure.traceback.rstrip()}" if failure.traceback else ""

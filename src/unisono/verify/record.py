@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from unisono.guard.data import content_digest
+from unisono.guard.values import comparable
 from unisono.launch.report import FailureRecord
 
 Digests = dict[str, str]
@@ -157,12 +157,4 @@ def data_digest(data: Any) -> str:
 
 def groups(optimizer: Any) -> list[dict[str, Any]]:
     """The optimizer's settings, without parameters."""
-    return [{key: _plain(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
+    return [{key: comparable(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
