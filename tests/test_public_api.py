@@ -22,6 +22,7 @@ PUBLIC = [
     "Loader",
     "Prometheus",
     "StepResult",
+    "Streams",
     "Summary",
     "TensorBoard",
     "Trainer",

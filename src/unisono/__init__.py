@@ -20,6 +20,7 @@ from unisono.version import __version__
 if TYPE_CHECKING:
     from unisono.data.batch import Batch
     from unisono.data.loader import Loader
+    from unisono.data.streams import Streams
     from unisono.integrations.prometheus import Prometheus
     from unisono.integrations.tensorboard import TensorBoard
     from unisono.observe.summary import Summary
@@ -37,6 +38,7 @@ _HOMES = {
     "Loader": "unisono.data.loader",
     "Prometheus": "unisono.integrations.prometheus",
     "StepResult": "unisono.training.step",
+    "Streams": "unisono.data.streams",
     "Summary": "unisono.observe.summary",
     "TensorBoard": "unisono.integrations.tensorboard",
     "Trainer": "unisono.training.trainer",
@@ -55,6 +57,7 @@ __all__ = [
     "Loader",
     "Prometheus",
     "StepResult",
+    "Streams",
     "Summary",
     "TensorBoard",
     "Trainer",

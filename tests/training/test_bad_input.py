@@ -649,12 +649,11 @@ class Stream(IterableDataset[Any]):
     ("dataset", "pieces"),
     [
         (Endless(), ["Endless has no length", "give it __len__"]),
-        (Stream(), ["Stream is not a map-style dataset", "reads samples by number", "__getitem__ and __len__"]),
         (iter([1, 2]), ["list_iterator is not a map-style dataset"]),
         (Augmented(0), ["Augmented is empty", "nothing to train on"]),
         ([], ["list is empty"]),
     ],
-    ids=["no length", "iterable", "iterator", "empty", "empty list"],
+    ids=["no length", "iterator", "empty", "empty list"],
 )
 def test_a_dataset_that_cannot_be_trained_on(workers: int, dataset: Any, pieces: list[str]) -> None:
     all_refuse(workers, ConfigurationError, pieces, lambda c: make_trainer(c).fit(dataset, 1))
@@ -663,6 +662,12 @@ def test_a_dataset_that_cannot_be_trained_on(workers: int, dataset: Any, pieces:
 
 
 # ---------------------------------------------------------------------- evaluation
+
+
+@WORKERS
+def test_streams_are_not_evaluated(workers: int) -> None:
+    pieces = ["Stream is not a map-style dataset", "read by number", "__getitem__ and __len__", "fit and batches also take"]
+    all_refuse(workers, ConfigurationError, pieces, lambda c: make_trainer(c).evaluate(Stream()))
 
 
 @WORKERS

@@ -18,6 +18,7 @@ def header(signals: Signals) -> Header:
         ledger=entry(np.arange(2**22, 2**22 + 50)),
         replica=2**63 + 1,
         changed=bytes([1, 0]),
+        empty=bytes([0, 0, 1, 0]),
         signals=signals,
     )
 
@@ -32,6 +33,7 @@ def test_a_header_arrives_as_it_was_sent() -> None:
             work_s=86_400.1,
             troubles=5,
             session=5,
+            goes_on=True,
         )
     )
     form = HeaderFormat(microbatches=4, buffers=2)

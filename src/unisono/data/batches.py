@@ -261,6 +261,8 @@ class Feed:
         epochs: Where the last epoch ends.
     """
 
+    can_move = True  # any worker can read any sample
+
     def __init__(self, stream: Callable[[], BatchStream], epochs: int) -> None:
         self._make = stream
         self._stream: BatchStream | None = None

@@ -6,6 +6,7 @@ A worker loads only its own microbatches. Before each sample is read, the genera
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -62,7 +63,7 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Failure:
+class LoadFailure:
     """What went wrong while loading; travels from a loader process as a value, since exceptions lose their fields."""
 
     index: int | None
@@ -90,8 +91,8 @@ def dataset_length(dataset: Any) -> int:
         raise ConfigurationError(f"a DataLoader is given, but unisono loads by itself: {_INSTEAD_OF_A_DATALOADER}")
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         raise ConfigurationError(
-            f"{type(dataset).__name__} is not a map-style dataset: unisono reads samples by number so that each is used "
-            "exactly once; give it __getitem__ and __len__"
+            f"{type(dataset).__name__} is not a map-style dataset: samples are read by number here; give it __getitem__ and "
+            "__len__. (fit and batches also take an IterableDataset or unisono.Streams; evaluate and predict do not)"
         )
     try:
         length = len(dataset)
@@ -122,6 +123,13 @@ def load(
         DataError: A sample raised (its index is in the error), samples could not be collated, or loader processes are silent.
     """
     fetcher = _Fetcher(dataset, settings.collate_fn, seed, trains=trains)
+    return load_with(fetcher, requests, settings, seed=seed, device=device, timeout_s=timeout_s)
+
+
+def load_with(
+    fetcher: Dataset[Any], requests: Iterable[Any], settings: Loader, *, seed: int, device: torch.device, timeout_s: float
+) -> Iterator[Any]:
+    """*local*. The same by a data set of microbatches, to which a request is what an index is to others."""
     if settings.num_workers == 0:
         loaded: Iterable[Any] = map(fetcher.__getitem__, requests)
     else:
@@ -155,7 +163,7 @@ def load(
                 if "DataLoader worker" not in str(error):
                     raise
                 raise DataError(f"a loader process ended unexpectedly: {error} (out of memory? try fewer num_workers)") from error
-            if isinstance(microbatch, _Failure):
+            if isinstance(microbatch, LoadFailure):
                 raise DataError(f"{microbatch.message}\n\n{microbatch.trace}".rstrip(), index=microbatch.index)
             yield microbatch
     finally:
@@ -187,31 +195,25 @@ class _Fetcher(Dataset[Any]):
             index = torch.from_numpy(request.indices)
             return [tensor[index] for tensor in self._dataset.tensors]
         self._followers.set_epoch(request.epoch)
-        threads = torch.get_num_threads()
-        if threads != 1:
-            torch.set_num_threads(1)  # as in a loader process: the count changes bits
-        try:
+        with one_thread():
             samples = self._samples(request)
-            return samples if isinstance(samples, _Failure) else self._collated(samples, request)
-        finally:
-            if threads != 1:
-                torch.set_num_threads(threads)
+            return samples if isinstance(samples, LoadFailure) else self._collated(samples, request)
 
-    def _samples(self, request: Request) -> list[Any] | _Failure:
+    def _samples(self, request: Request) -> list[Any] | LoadFailure:
         indices = request.indices.tolist()
         if self._in_one_go:
             seed_generators(derive_seed("samples", self._seed, request.epoch, indices[0]))
             try:
                 return list(self._dataset.__getitems__(indices))
             except Exception as error:
-                return _failure(error, None, f"samples {_named(indices)} could not be read")
+                return failure(error, None, f"samples {_named(indices)} could not be read")
         samples: list[Any] = []
         for index in indices:
             seed_generators(derive_seed("sample", self._seed, request.epoch, index))
             try:
                 samples.append(self._dataset[index])
             except Exception as error:
-                return _failure(error, index, f"sample {index} could not be read")
+                return failure(error, index, f"sample {index} could not be read")
         return samples
 
     def _collated(self, samples: list[Any], request: Request) -> Any:
@@ -220,7 +222,20 @@ class _Fetcher(Dataset[Any]):
         try:
             return self._collate(samples)
         except Exception as error:
-            return _failure(error, None, f"samples {_named(indices)} could not be collated into a microbatch")
+            return failure(error, None, f"samples {_named(indices)} could not be collated into a microbatch")
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """The body computes with one thread, as in a loader process: the count changes bits."""
+    threads = torch.get_num_threads()
+    if threads != 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if threads != 1:
+            torch.set_num_threads(threads)
 
 
 def _reads_in_one_go(dataset: Any) -> bool:
@@ -230,8 +245,11 @@ def _reads_in_one_go(dataset: Any) -> bool:
     return callable(getattr(dataset, "__getitems__", None))
 
 
-def _failure(error: Exception, index: int | None, what: str) -> _Failure:
-    return _Failure(index, f"{what}: {type(error).__name__}: {error}", traceback.format_exc())
+def failure(error: Exception, index: int | None, what: str) -> LoadFailure:
+    """What a worker is told of an error in a loader process; of a ``DataError`` just its message."""
+    if isinstance(error, DataError):
+        return LoadFailure(index, str(error), "")
+    return LoadFailure(index, f"{what}: {type(error).__name__}: {error}", traceback.format_exc())
 
 
 def _named(indices: list[int]) -> str:

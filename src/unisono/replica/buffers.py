@@ -150,6 +150,13 @@ class BufferFold:
             self._take_exact()
         self.restore()
 
+    def skip(self, microbatch: int) -> None:
+        """*local*. A microbatch without samples, among others that have some."""
+        if self._floats:
+            device = self.buffers.tensors[self._floats[0]].device
+            # -0.0 is what adding leaves untouched, sign of zero included.
+            self._fold.push(microbatch, torch.full((self._numel,), -0.0, dtype=torch.float64, device=device))
+
     def restore(self) -> None:
         """*local*. Puts the step's start back."""
         if self.buffers.tensors:
@@ -181,6 +188,8 @@ class BufferFold:
         parts = [value.cpu() for value in self._fold.parts().values() if value is not None]
         if self._exact is not None:
             parts.append(self._exact.cpu().view(torch.float64))
+        elif self._exact_numel and span[0] < filled:
+            parts.append(torch.zeros(self._exact_numel, dtype=torch.float64))  # all its streams have ended
         return torch.cat(parts) if parts else _NOTHING
 
     def message_size(self, span: Span, filled: int) -> int:
@@ -189,8 +198,11 @@ class BufferFold:
         exact = self._exact_numel if span[0] < filled else 0
         return present * self._numel + exact
 
-    def finish(self, messages: Sequence[Tensor], ranges: Sequence[Span], filled: int, changed: bytes) -> None:
+    def finish(self, messages: Sequence[Tensor], ranges: Sequence[Span], filled: int, changed: bytes, empty: bytes = b"") -> None:
         """*local*. Sets every buffer in ``changed`` to its result, given all workers' messages.
+
+        Args:
+            empty: For each microbatch, 1 if it has no samples though its number is below ``filled``.
 
         Raises:
             ConfigurationError: Microbatches disagree about an integer buffer.
@@ -207,12 +219,12 @@ class BufferFold:
                     offset += self._numel
                 else:
                     parts[piece] = None
-            if message.numel() > offset:
+            if message.numel() > offset and not all(empty[slice(*span)] or b"\0"):
                 exact.append(message[offset:].view(torch.int64))
         with torch.no_grad():
             total = combine(parts, self._microbatches, torch.add)
             if total is not None:
-                self._settle(self._floats, total / filled, changed)
+                self._settle(self._floats, total / (filled - sum(empty)), changed)
             for other in exact[1:]:
                 if not torch.equal(exact[0], other):
                     self._disagree(exact[0], other)

@@ -11,7 +11,7 @@ from unisono.data.batch import Batch
 from unisono.errors import ConfigurationError, Desync
 from unisono.guard.ledger import ENTRY_BYTES, LOWER_HALVES, NOTHING, Entry, samples_of
 
-_FIXED = 13
+_FIXED = 14
 """Numbers in a header before the losses."""
 
 
@@ -33,6 +33,8 @@ class Signals(NamedTuple):
     """What might slow it down, as bits (see ``unisono.guard.stragglers``)."""
     session: int = 0
     """What its session has to tell those of the others, as 8 bits."""
+    goes_on: bool = False
+    """Whether its streams go on after this batch."""
 
 
 class Header(NamedTuple):
@@ -50,6 +52,8 @@ class Header(NamedTuple):
     """Digest of a part of what all workers hold alike, 64 bits; 0 in steps in which none is compared."""
     changed: bytes
     """For each buffer, 1 if any own microbatch changed it."""
+    empty: bytes
+    """For each microbatch, 1 if it is an own one whose streams have ended."""
     signals: Signals
 
 
@@ -63,7 +67,7 @@ class HeaderFormat:
 
     def __init__(self, microbatches: int, buffers: int) -> None:
         self._microbatches = microbatches
-        self._struct = struct.Struct(f"<Q{ENTRY_BYTES}sQqBBBB5d{microbatches}d{microbatches}d{buffers}s")
+        self._struct = struct.Struct(f"<Q{ENTRY_BYTES}sQqBBBBB5d{microbatches}d{microbatches}d{buffers}s{microbatches}s")
 
     def pack(self, header: Header) -> bytes:
         """As many bytes for every header."""
@@ -77,17 +81,19 @@ class HeaderFormat:
             signals.failed,
             signals.troubles,
             signals.session,
+            signals.goes_on,
             *signals.seconds,
             signals.work_s,
             *header.losses,
             *header.counts,
             header.changed,
+            header.empty,
         )
 
     def unpack(self, packed: bytes | memoryview) -> Header:
         """What ``pack`` was given; something else may follow."""
         fields = self._struct.unpack_from(packed)
-        digest, ledger, replica, written, stop, failed, troubles, session, s0, s1, s2, s3, work = fields[:_FIXED]
+        digest, ledger, replica, written, stop, failed, troubles, session, goes_on, *seconds, work = fields[:_FIXED]
         numbers = fields[_FIXED:]
         return Header(
             losses=numbers[: self._microbatches],
@@ -95,15 +101,17 @@ class HeaderFormat:
             digest=digest,
             ledger=int.from_bytes(ledger, "little"),
             replica=replica,
-            changed=numbers[-1],
+            changed=numbers[-2],
+            empty=numbers[-1],
             signals=Signals(
                 stop=stop,
                 written=written,
                 failed=bool(failed),
-                seconds=(s0, s1, s2, s3),
+                seconds=tuple(seconds),
                 work_s=work,
                 troubles=troubles,
                 session=session,
+                goes_on=bool(goes_on),
             ),
         )
 

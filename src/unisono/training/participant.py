@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from unisono.checkpoint.message import from_bytes, to_bytes
 from unisono.collective import Collective
 from unisono.training.loop import Loop
 from unisono.training.record import Position
@@ -69,8 +69,10 @@ class Participant:
             "tracked": self.local.buffers.tracked.hex(),
             "learned": {} if self._group is None else self._group.reduction.state_dict(),
             "unsaved": self._run.unsaved_since,
+            "streams": self.local.positions.describe(),
         }
-        told = [json.loads(text) for text in collective.all_gather_bytes(json.dumps(known).encode())]
+        told = [from_bytes(message) for message in collective.all_gather_bytes(to_bytes(known))]
+        self.local.positions.adopt(*(one["streams"] for one in told))
         learned = [one["learned"] for one in told]
         self._group = WorkerGroup(self.local, self._settings, collective, session=self._session, learned=learned)
         # Of different lengths, if the workers' models differ: start() says so.

@@ -14,13 +14,13 @@ from typing import Any
 from unisono.checkpoint.format import digest, encode
 from unisono.collective import Collective
 from unisono.data.batch import Batch
-from unisono.data.epochs import Remembered
 from unisono.errors import CheckpointError, ConfigurationError, Desync, FingerprintMismatch
 from unisono.guard.ledger import LOWER_HALVES, NOTHING, samples_of, whole
 from unisono.guard.stragglers import TimingBlock
 from unisono.observe.summary import Summary
 from unisono.observe.timing import StepClock
 from unisono.replica.base import Replica
+from unisono.training.call_data import CallData
 from unisono.training.header import Signals
 from unisono.training.record import Position, Record, evaluation_line, log_line, straggler_line
 from unisono.training.run_directory import BEST_FILE, RunDirectory
@@ -169,7 +169,7 @@ class Run:
         if self._directory is not None:
             self._directory.log.flush()
 
-    def begin_log(self, *, epochs: int, steps: int) -> None:
+    def begin_log(self, *, epochs: int | None, steps: int | None) -> None:
         """*local*. Steps will follow.
 
         Args:
@@ -267,11 +267,11 @@ class Run:
             )
         self.resumed, self.data = None, data
 
-    def recall(self, order: Remembered) -> None:
-        """*local*. Before anything else is asked of ``order``: the epoch before the one that this run goes on with, if it has
-        stopped between two."""
+    def recall(self, data: CallData) -> None:
+        """*local*. Before anything else is asked of the order of ``data``: the epoch before the one that this run goes on
+        with, if it has stopped between two."""
         if self._identity is not None and self.position.epoch and not self.position.batch:
-            order.digest(self.position.epoch - 1)
+            data.digest(self.position.epoch - 1)
 
     def goes_into(self, data: EpochData, *, joins: bool) -> None:
         """*local*. Steps follow over these data, from this position on.
@@ -335,7 +335,7 @@ class Run:
         main = self.is_main
         self._directory.save(
             self.position.step,
-            part={"state": self._session.group.state.own()},
+            part=self._session.group.state.own(),
             model=self._replica.model_state() if main else None,
             trainer=self._session.group.state.common() if main else None,
             info={

@@ -114,7 +114,7 @@ class RunDirectory:
         self.saved_step = checkpoint.step
         return checkpoint
 
-    def begin(self, step: int, *, epochs: int, steps: int) -> None:
+    def begin(self, step: int, *, epochs: int | None, steps: int | None) -> None:
         """*local*. Trains from step ``step`` on: earlier lines of the log stay, later ones go; the manifest is written.
 
         Args:

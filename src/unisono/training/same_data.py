@@ -6,35 +6,33 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from unisono.data.epochs import EpochFollowers, Remembered, kept_attributes
-from unisono.data.loader import Loader, dataset_length, read_sample
+from unisono.data.epochs import EpochFollowers, kept_attributes
+from unisono.data.loader import Loader
 from unisono.errors import ConfigurationError
-from unisono.guard.data import probe
 from unisono.replica.randomness import kept_generators
+from unisono.training.call_data import CallData
 
 
 class EpochData:
     """What an epoch of a call of ``fit`` or ``batches`` goes over.
 
     Args:
-        dataset: Map-style.
-        order: Which samples are in which batch.
+        data: Of the call.
         loader: How samples are loaded.
-        seed: The run's seed.
     """
 
-    def __init__(self, dataset: Any, order: Remembered, loader: Loader, seed: int) -> None:
-        self._dataset, self._order, self._loader, self._seed = dataset, order, loader, seed
+    def __init__(self, data: CallData, loader: Loader) -> None:
+        self._data, self._loader = data, loader
 
     def identify(self, epoch: int, batch: int) -> dict[str, Any]:
         """What tells these data from others, before batch ``batch`` of epoch ``epoch``. It may be asked of one worker alone:
         nothing shows afterwards that random numbers were drawn and samples read."""
         before = epoch if batch else epoch - 1  # of an epoch that has not begun the order is not known yet
-        dataset, collate = self._dataset, self._loader.collate_fn
-        with kept_generators(), kept_attributes(dataset, collate):
-            order = self._order.digest(before) if before >= 0 else ""
-            EpochFollowers(dataset, collate).set_epoch(epoch)
-            samples = probe(lambda index: read_sample(dataset, index, seed=self._seed), dataset_length(dataset))
+        followed, collate = self._data.followed, self._loader.collate_fn
+        with kept_generators(), kept_attributes(followed, collate):
+            order = self._data.digest(before) if before >= 0 else ""
+            EpochFollowers(followed, collate).set_epoch(epoch)
+            samples = self._data.probed(epoch)
         return {"order": order, "samples": samples}
 
     def differs(self, there: Mapping[str, Any], epoch: int, batch: int) -> str:

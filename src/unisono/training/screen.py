@@ -27,11 +27,11 @@ class Screen:
         self._progress: ProgressDisplay = SilentProgress()
         self._stack = contextlib.ExitStack()
         self._has_told_mode = False
-        self._plan: tuple[int, int] | None = None
+        self._plan: tuple[int | None, int | None] | None = None
 
     @contextlib.contextmanager
-    def planned(self, total_steps: int, epochs: int) -> Iterator[None]:
-        """Around the steps of a run of so many steps; nothing is shown before ``begin``."""
+    def planned(self, total_steps: int | None, epochs: int | None) -> Iterator[None]:
+        """Around the steps of a run of so many steps, if that is known; nothing is shown before ``begin``."""
         with self._stack:
             self._plan = (total_steps, epochs)
             try:

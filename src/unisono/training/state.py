@@ -16,6 +16,7 @@ from unisono.checkpoint.checkpoints import Checkpoint
 from unisono.checkpoint.format import check
 from unisono.checkpoint.message import from_bytes, to_bytes
 from unisono.collective import Collective
+from unisono.data.stream_batches import Positions
 from unisono.errors import CheckpointError, ConfigurationError
 from unisono.layout import Layout
 from unisono.observe.timing import StepClock
@@ -41,6 +42,8 @@ class LocalState:
     """Whether what the optimizer keeps must be saved, or handed to other workers."""
     user: UserState
     """What belongs to the user's code."""
+    positions: Positions = dataclasses.field(default_factory=Positions)
+    """Where the data are, if they are streams."""
 
     @property
     def layout(self) -> Layout:
@@ -77,13 +80,12 @@ class State:
         }
 
     def own(self) -> dict[str, Any]:
-        """The part that this worker saves: the optimizer's state of the parameters that it owns, by name. Nothing if it is in
-        ``common``."""
+        """The part that this worker saves: where its streams are, and the optimizer's state of the parameters that it owns, by
+        name. (No state if it is in ``common``.)"""
         replica = self.local.replica
-        if replica.whole_state() is not None:
-            return {}
-        owned = self.reduction.saved_by(self.collective.rank)
-        return {replica.layout.names[slot]: dict(state) for slot in owned if (state := replica.slot_state(slot))}
+        owned = self.reduction.saved_by(self.collective.rank) if replica.whole_state() is None else ()
+        states = {replica.layout.names[slot]: dict(state) for slot in owned if (state := replica.slot_state(slot))}
+        return {"state": states, "streams": self.local.positions.describe()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Takes everything from a checkpoint, whatever the number of workers that wrote it."""
@@ -95,21 +97,23 @@ class State:
                 if name in common["buffers"]:
                     buffer.copy_(common["buffers"][name])
         self.reduction.load_state_dict(common)
-        self._restore_optimizer(checkpoint, common)
+        parts = [checkpoint.part(name) for name in checkpoint.part_names("optimizer-")]
+        self.local.positions.adopt(*(part.get("streams", {}) for part in parts))
+        self._restore_optimizer(parts, common)
         if "user" in common:  # checkpoints of earlier versions have neither
             self.local.user.resume(common["user"])
             replica.change_modes(common["modes"])
         replica.set_hyperparameters(common["groups"])
         replica.set_schedule_state(common["scheduler"])
 
-    def _restore_optimizer(self, checkpoint: Checkpoint, common: Mapping[str, Any]) -> None:
+    def _restore_optimizer(self, parts: Sequence[Mapping[str, Any]], common: Mapping[str, Any]) -> None:
         replica = self.local.replica
         if "optimizer" in common:
             replica.set_whole_state(common["optimizer"])
             return
         state: dict[str, Any] = {}
-        for name in checkpoint.part_names("optimizer-"):
-            state.update(checkpoint.part(name)["state"])
+        for part in parts:
+            state.update(part["state"])
         replica.clear_state()
         for slot in self.reduction.updated_by(self.collective.rank):
             saved = state.get(replica.layout.names[slot])

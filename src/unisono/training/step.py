@@ -19,7 +19,7 @@ from torch import Tensor
 from unisono.collective import Collective
 from unisono.data.batch import Batch
 from unisono.errors import ConfigurationError
-from unisono.guard.ledger import NOTHING, Entry, entry, total
+from unisono.guard.ledger import NOTHING, Entry, entry, samples_of, total
 from unisono.guard.replicas import ReplicaGuard
 from unisono.order import derive_seed
 from unisono.replica.buffers import BufferFold
@@ -87,7 +87,7 @@ class Stepper:
         self._guard = guard
         self._session = session
         self._must_prove = local.carries
-        self._sink = _StepSink(reduction, local.buffers)
+        self._sink = _StepSink(reduction, local.buffers, len(local.layout.slots))
         self._format = HeaderFormat(settings.microbatches, len(local.buffers.changed))
         self.work_s = 0.0
         self._seconds = Signals().seconds  # worker 0's up to the step before: something that all workers know
@@ -109,18 +109,19 @@ class Stepper:
         losses = _columns([header.losses for header in headers])
         counts = _columns([header.counts for header in headers])
         told = [header.signals for header in headers]
+        samples = batch.samples or sum(samples_of(header.ledger) for header in headers)
         before, self._seconds = self._seconds, told[0].seconds
         loss, count = _tree_sum(losses[: batch.filled]), _tree_sum(counts[: batch.filled])
         skips = self._settings.on_nonfinite == "skip"
         if not (math.isfinite(loss) and count > 0):  # if each loss is finite, the sum may still overflow
             if skips and not all(map(math.isfinite, losses)):
-                return self._skip(batch, step, loss, count, told), told
+                return self._skip(batch, step, loss, count, samples, told), told
             self._explain_loss(losses, counts, batch, step)
         reduced = self._reduction.finish(count)
         norm = _whole_norm(reduced.norms)
         if not math.isfinite(norm):
             if skips:
-                return self._skip(batch, step, loss, count, told), told
+                return self._skip(batch, step, loss, count, samples, told), told
             self._explain_gradient(reduced.norms, batch, step)
         learning_rates = self._replica.learning_rates()
         with self._session.updating(step, _flags(told), _passed_s(before, self._seconds)), self._clock.phase("compute"):
@@ -129,20 +130,21 @@ class Stepper:
         if self._weights.shared:
             self._weights.remember()
         changed = union([header.changed for header in headers])
-        self._buffers.finish(messages, self._reduction.ranges, batch.filled, changed)
+        empty = union([header.empty for header in headers])
+        self._buffers.finish(messages, self._reduction.ranges, batch.filled, changed, empty)
         self.seed_what_follows(step)
         result = StepResult(
             step=step,
             epoch=batch.epoch,
             loss=loss / count,
             count=count,
-            samples=batch.samples,
+            samples=samples,
             gradient_norm=norm,
             learning_rates=learning_rates,
         )
         return result, told
 
-    def _skip(self, batch: Batch, step: int, loss: float, count: float, told: Sequence[Signals]) -> StepResult:
+    def _skip(self, batch: Batch, step: int, loss: float, count: float, samples: int, told: Sequence[Signals]) -> StepResult:
         """Leaves everything as it was before the step; all workers do so, since all know the same losses and norms."""
         self._reduction.drop()
         with self._session.updating(step, _flags(told), 0.0, skips=True):
@@ -153,7 +155,7 @@ class Stepper:
             epoch=batch.epoch,
             loss=loss / count if count else math.nan,
             count=count,
-            samples=batch.samples,
+            samples=samples,
             gradient_norm=math.nan,
             learning_rates=self._replica.learning_rates(),
             skipped=True,
@@ -196,7 +198,11 @@ class Stepper:
         tally = batch.tally
         began = time.perf_counter()
         mark = self._user.mark()
+        span = self._reduction.ranges[self._collective.rank]
+        own = range(span[0], min(span[1], batch.filled))
+        self._sink.begin(own)
         parts = self._replica.gradients(batch.parts, self._seeds(batch, step), self._sink)
+        self._sink.end()
         if self._user.mark() != mark:
             raise ConfigurationError(
                 "the loss changes trainer.state, which would then depend on the samples that this worker computes: change it in "
@@ -204,11 +210,13 @@ class Stepper:
             )
         counts = [0.0] * self._settings.microbatches
         losses = [0.0] * self._settings.microbatches
+        empty = bytearray(self._settings.microbatches)
+        empty[own.start : own.stop] = b"\1" * len(own)
         if parts:
-            first = batch.parts[0].number
-            counts[first : first + len(parts)] = [part.count for part in parts]
             # One look at the device a step: every .item() would wait for it.
-            losses[first : first + len(parts)] = torch.stack([part.loss.double() for part in parts]).tolist()
+            summed = torch.stack([part.loss.double() for part in parts]).tolist()
+            for given, part, loss in zip(batch.parts, parts, summed, strict=True):
+                counts[given.number], losses[given.number], empty[given.number] = part.count, loss, 0
         self.work_s += time.perf_counter() - began
         return Header(
             losses=losses,
@@ -217,6 +225,7 @@ class Stepper:
             ledger=tally[1] if tally is not None and tally[0] is batch.parts else _tally(batch),
             replica=replica,
             changed=self._buffers.changed.tobytes(),
+            empty=bytes(empty),
             signals=signals,
         )
 
@@ -261,14 +270,37 @@ class Stepper:
 class _StepSink:
     """Gradients go to the reduction, and what forward has made of the buffers to their fold."""
 
-    def __init__(self, reduction: Reduction, buffers: BufferFold) -> None:
-        self.takes_early, self.early = reduction.takes_early, reduction.early
+    def __init__(self, reduction: Reduction, buffers: BufferFold, slots: int) -> None:
+        self.early = reduction.early
         self._reduction = reduction
         self._buffers = buffers
+        self._nothing: Sequence[None] = [None] * slots
+        self._left = range(0)
+
+    def begin(self, own: range) -> None:
+        """These microbatches follow, but for those whose streams have ended."""
+        self._left = own
+
+    def takes_early(self, microbatch: int) -> bool:
+        self._skip_to(microbatch)
+        return self._reduction.takes_early(microbatch)
 
     def add(self, microbatch: int, gradients: Sequence[Tensor | None]) -> None:
+        self._skip_to(microbatch)
+        self._left = self._left[1:]
         self._reduction.add(microbatch, gradients)
         self._buffers.add(microbatch)
+
+    def _skip_to(self, microbatch: int) -> None:
+        """Those before it are absent leaves."""
+        while self._left and self._left[0] < microbatch:
+            self._reduction.add(self._left[0], self._nothing)
+            self._buffers.skip(self._left[0])
+            self._left = self._left[1:]
+
+    def end(self) -> None:
+        """No more follow."""
+        self._skip_to(self._left.stop)
 
 
 def _tally(batch: Batch) -> Entry:

@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from unisono.checkpoint.fingerprint import fingerprint
 from unisono.collective import Collective
 from unisono.data.batch import Batch
-from unisono.data.epochs import Remembered
 from unisono.data.loader import Loader, check_loader
 from unisono.errors import ConfigurationError
 from unisono.guard.replicas import OnDesync
@@ -31,6 +30,7 @@ from unisono.replica.buffers import BufferFold
 from unisono.replica.torch_replica import Precision, replica_for
 from unisono.sync import Exact, Sync
 from unisono.training import trace
+from unisono.training.call_data import CallData
 from unisono.training.callbacks import Callback
 from unisono.training.evaluation import Evaluator, Validation, outputs_of
 from unisono.training.header import Signals
@@ -269,11 +269,11 @@ class Trainer:
         done already is left as it is. SIGINT, SIGTERM and SIGHUP end it after the current step, with a checkpoint.
 
         Args:
-            dataset: Map-style: ``len(dataset)`` samples, read by number.
+            dataset: Map-style (samples are read by number), iterable (of torch or Hugging Face), or ``unisono.Streams``.
             epochs: Epochs of the whole run; None: as many as ``steps`` take.
             steps: Optimizer steps of the whole run, if it may end in the middle of an epoch.
             order: "shuffle" (by seed and epoch), "sequential", a list of sample indices, a sampler, or a batch sampler.
-            drop_last: Leave out the short last batch of an epoch.
+            drop_last: Leave out the short last batch of an epoch; of streams, the epoch ends with the first that ends.
             loader: How samples are loaded.
             validation: A dataset to ``evaluate`` meanwhile.
             metrics: What is measured there; None: the loss.
@@ -293,26 +293,26 @@ class Trainer:
         call = self._enter_call(dataset, order, drop_last, epochs, steps, own_loop=False)
         with self._session.making(call):
             if not call.is_done:
-                samples = self._loop.order(dataset, order, drop_last=drop_last, epochs=epochs, steps=steps)
+                data = self._loop.data(dataset, order, drop_last=drop_last, epochs=epochs, steps=steps)
                 if self._loop.is_done(epochs):
                     self._run.complete(epochs, steps)
                     summary = self._run.summary()
                     self._screen.tell_finished(self._run, summary)
                 else:
-                    summary = self._train(dataset, samples, epochs, loader or self._loader)
+                    summary = self._train(data, epochs, loader or self._loader)
                 call.result = dataclasses.asdict(summary)
         self._validation = Validation(dataset=None)
         self._local.replica.rest()
         return Summary(**call.result)
 
-    def _train(self, dataset: Any, samples: Remembered, epochs: int, loader: Loader) -> Summary:
+    def _train(self, data: CallData, epochs: int, loader: Loader) -> Summary:
         # Before the look at the rank: a sampler that counts how often it is read must count alike on all workers.
-        with self._screen.planned(*self._loop.planned(samples, epochs)), self._local.replica.training() as was_resting:
+        with self._screen.planned(*self._loop.planned(data, epochs)), self._local.replica.training() as was_resting:
             if self.collective.rank == 0:
                 self._screen.begin(self._run, self.collective.size)
                 self._screen.tell_mode(was_resting)
             # Closed also after an error, so that the log is written as far as training came.
-            with contextlib.closing(self._loop.batches(dataset, samples, epochs, loader, own_loop=False)) as batches:
+            with contextlib.closing(self._loop.batches(data, epochs, loader, own_loop=False)) as batches:
                 for batch in batches:
                     self.step(batch)
         summary = self._run.summary()
@@ -338,8 +338,8 @@ class Trainer:
         call = self._enter_call(dataset, order, drop_last, epochs, None, own_loop=True)
         if call.is_done:
             return iter(())
-        samples = self._loop.order(dataset, order, drop_last=drop_last, epochs=epochs, steps=None)
-        return self._own_batches(call, dataset, samples, epochs, loader or self._loader)
+        data = self._loop.data(dataset, order, drop_last=drop_last, epochs=epochs, steps=None)
+        return self._own_batches(call, data, epochs, loader or self._loader)
 
     def step(self, batch: Batch) -> StepResult:
         """*collective*. One optimizer step on a batch from ``batches``.
@@ -354,7 +354,7 @@ class Trainer:
         check_batch(batch)
         self._run.check_turn(batch)
         others, sent = self.collective, self.collective.bytes_sent
-        result, told = self._loop.take_together(batch, self.position.step + 1)
+        batch, result, told = self._loop.take_together(batch, self.position.step + 1)
         self._run.advance(batch, result)
         if not result.skipped:
             self._local.replica.advance_schedule(result.loss)
@@ -467,9 +467,9 @@ class Trainer:
 
     # ------------------------------------------------------------------ the parts of a step
 
-    def _own_batches(self, call: Call, dataset: Any, samples: Remembered, epochs: int, loader: Loader) -> Iterator[Batch]:
+    def _own_batches(self, call: Call, data: CallData, epochs: int, loader: Loader) -> Iterator[Batch]:
         with self._session.making(call):
-            yield from self._loop.batches(dataset, samples, epochs, loader, own_loop=True)
+            yield from self._loop.batches(data, epochs, loader, own_loop=True)
         self._local.replica.rest()
 
     def _enter_call(
