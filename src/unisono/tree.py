@@ -53,6 +53,14 @@ def pieces(lo: int, hi: int, microbatches: int) -> tuple[Span, ...]:
     return tuple(found)
 
 
+def nodes_within(lo: int, hi: int, most: int) -> list[Span]:
+    """The largest nodes of at most ``most`` microbatches below the node ``(lo, hi)``, in order."""
+    if hi - lo <= max(1, most):
+        return [(lo, hi)]
+    mid = middle(lo, hi)
+    return nodes_within(lo, mid, most) + nodes_within(mid, hi, most)
+
+
 def combine(
     parts: Mapping[Span, T | None], microbatches: int, add: Callable[[T, T], T], *, lo: int = 0, hi: int | None = None
 ) -> T | None:

@@ -19,6 +19,7 @@ from unisono.replica.base import LossFunction, LossPart, MetricFunction, Microba
 from unisono.replica.loss import sum_and_count, to_device
 from unisono.replica.model_guard import ModelGuard
 from unisono.replica.model_modes import ModelModes
+from unisono.replica.one_pass import OnePass
 from unisono.replica.optimizer_modes import Modes
 from unisono.replica.optimizer_state import Twin, generators, load_whole_state, seed_generator, whole_state
 from unisono.replica.parameters import adopt, check_model, in_slot_order, layout_of, trainable
@@ -85,6 +86,15 @@ class TorchReplica(Replica):
         self._has_updated = False
         self._is_first = True
         self._hooks: list[RemovableHandle] = []
+        self._one_pass = OnePass(
+            model,
+            self.parameters,
+            self._tables,
+            separate=self._backward,
+            run_loss=self._run_loss,
+            place=self._place,
+            restore=self.buffers.restore,
+        )
         self._early: GradientSink | None = None  # takes the gradients of the backward that runs
 
     # ------------------------------------------------------------------ the model
@@ -92,6 +102,7 @@ class TorchReplica(Replica):
     def adopt(self, allocate: Allocate) -> list[Tensor]:
         flats = adopt(self.layout, self.parameters, allocate)
         self._addresses = [parameter.data_ptr() for parameter in self.parameters]
+        self._one_pass.moved()
         return flats
 
     def tensors(self) -> dict[str, Tensor]:
@@ -167,13 +178,9 @@ class TorchReplica(Replica):
             parameter.grad = None  # what a backward of the user's own may have left behind
 
     def gradients(self, microbatches: Sequence[Microbatch], seeds: Sequence[int], sink: GradientSink) -> list[LossPart]:
-        parts: list[LossPart] = []
         before = self._guard.values()
         try:
-            for microbatch, seed in zip(microbatches, seeds, strict=True):
-                parts.append(self._backward(microbatch, seed, sink))
-                # Nothing here holds on to them: the next microbatch computes in the memory that they leave.
-                sink.add(microbatch.number, self._take_gradients())
+            parts = self._one_pass.compute(microbatches, seeds, sink)
         except BaseException:
             self._early = None
             for parameter in self.parameters:
@@ -189,16 +196,20 @@ class TorchReplica(Replica):
             parameter.grad = None
         return gradients
 
+    def _place(self, data: Any) -> Any:
+        return to_device(data, self.device)
+
+    def _run_loss(self, batch: Any, samples: int, seed: int) -> tuple[Tensor, float]:
+        self.seed(seed)
+        with self._precision():
+            returned = self.loss(self.model, batch)
+        return sum_and_count(returned, samples, what="loss")
+
     def _backward(self, microbatch: Microbatch, seed: int, sink: GradientSink) -> LossPart:
         versions = [parameter._version for _, parameter in self._all]
         before = self._known_gradients() if self._is_first else []
-        samples = len(microbatch.indices)
         with self._tables.switched():
-            batch = to_device(microbatch.data, self.device)
-            self.seed(seed)
-            with self._precision():
-                returned = self.loss(self.model, batch)
-            total, count = sum_and_count(returned, samples, what="loss")
+            total, count = self._run_loss(self._place(microbatch.data), len(microbatch.indices), seed)
             if self._is_first:
                 self._check_no_backward(before)
             if sink.takes_early(microbatch.number):
@@ -213,6 +224,8 @@ class TorchReplica(Replica):
                 "without .detach(), .item() or torch.no_grad()"
             )
         self._check_parameters(versions)
+        # Nothing here holds on to gradients: the next microbatch computes in the memory that they leave.
+        sink.add(microbatch.number, self._take_gradients())
         return LossPart(total.detach(), count)
 
     def _known_gradients(self) -> list[tuple[int, int] | None]:

@@ -15,21 +15,35 @@ from unisono.layout import Layout, Segment, Slot
 from unisono.tree import Span
 
 
-class GradientSink(Protocol):
-    """Where a replica puts gradients, microbatch by microbatch. Tensors become the sink's own. Everything here is *local*."""
+class GradientSink(abc.ABC):
+    """Where a replica puts gradients, microbatch by microbatch or node by node of the tree, in order. Tensors become the sink's
+    own. Everything here is *local*."""
 
     def takes_early(self, microbatch: int) -> bool:
         """Announces the backward pass of a microbatch: whether its gradients are wanted one by one, as soon as they are there. A
         replica that cannot give them so gives all to ``add``."""
-        ...
+        return False
 
     def early(self, slot: int, gradient: Tensor) -> None:
         """Takes one gradient while the backward pass still runs."""
-        ...
+        raise NotImplementedError
 
+    @abc.abstractmethod
     def add(self, microbatch: int, gradients: Sequence[Tensor | None]) -> None:
         """Takes the gradients of a microbatch, by slot; None: the slot has none, or it went ``early``."""
-        ...
+
+    def nodes(self, lo: int, hi: int, kept_bytes: int) -> Sequence[Span]:
+        """How own microbatches ``lo <= m < hi`` may be computed together: nodes of the tree, in order, which ``add_node`` takes
+        where they are more than one microbatch.
+
+        Args:
+            kept_bytes: What the forward pass of one microbatch keeps for its backward; 0: not known.
+        """
+        return [(microbatch, microbatch + 1) for microbatch in range(lo, hi)]
+
+    def add_node(self, node: Span, gradients: Sequence[Tensor | None]) -> None:
+        """Takes the gradients of some microbatches at once, summed along the tree, by slot."""
+        raise NotImplementedError
 
 
 class Clock(Protocol):
@@ -91,7 +105,7 @@ class Reduced:
     """Of slots (by index) whose gradient has few rows: which ones, ascending. All others are zero."""
 
 
-class Reduction(abc.ABC):
+class Reduction(GradientSink):
     """From the gradients of this worker's microbatches to the gradients that it updates with. A ``GradientSink``.
 
     A step calls ``begin``, gives the gradients of the own microbatches, in order, and calls ``launch`` and ``notes``. Then it
@@ -113,19 +127,9 @@ class Reduction(abc.ABC):
     updates_whole: bool = False
     must_repeat: bool = False
 
-    def takes_early(self, microbatch: int) -> bool:
-        return False
-
-    def early(self, slot: int, gradient: Tensor) -> None:
-        raise NotImplementedError
-
     @abc.abstractmethod
     def begin(self, filled: int) -> None:
         """*local*. A step in which microbatches ``0 <= m < filled`` hold samples."""
-
-    @abc.abstractmethod
-    def add(self, microbatch: int, gradients: Sequence[Tensor | None]) -> None:
-        """*local*. Takes the gradients of an own microbatch, by slot."""
 
     @abc.abstractmethod
     def launch(self, header: bytes, message: Tensor, sizes: Sequence[int]) -> None:
@@ -176,6 +180,6 @@ class Reduction(abc.ABC):
         """*local*. What it has learned and another one, perhaps with other workers, must know: plain JSON, the same on all."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most learn nothing
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """*local*, alike on all workers. Adds what another one's ``state_dict`` says; what else ``state`` holds, or lacks, does
         not matter."""

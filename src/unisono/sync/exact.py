@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,11 +27,12 @@ from unisono.sync.base import Clock, NoClock, Reduced, Reduction, Sync
 from unisono.sync.buckets import Bucket, buckets
 from unisono.sync.delivery import Delivery
 from unisono.sync.finish import Finisher, Norms, Stretch, is_large, stretches
-from unisono.sync.fold import LocalFold, MicrobatchPlan, Sums, real
+from unisono.sync.fold import LocalFold, NodePlan, Sums, real
 from unisono.sync.ownership import Ownership
 from unisono.sync.row_exchange import RowExchange
 from unisono.sync.two_levels import TwoLevels
-from unisono.tree import Span, pieces
+from unisono.system.memory import free_memory_bytes
+from unisono.tree import Span, nodes_within, pieces
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,19 @@ class Exact(Sync):
     worker, which is exact for all of them, but each worker then has all of its state and does all of its work. True: you vouch
     for your optimizer. False: every worker updates everything, whatever the optimizer."""
 
+    one_pass: bool | Literal["auto"] = "auto"
+    """Whether a worker computes several of its microbatches in one forward and backward, where that has been seen to give the
+    bits of separate passes, and is faster. False: never; it changes no bit."""
+
+    one_pass_mib: float | None = None
+    """What the forward passes of microbatches that are computed together may keep in memory for backward, in MiB. None: a quarter
+    of the memory that is free when training begins, divided by the workers of the host."""
+
     def __post_init__(self) -> None:
+        if self.one_pass not in (False, "auto"):
+            raise ConfigurationError(f'one_pass must be "auto" or False, got {self.one_pass!r}')
+        if self.one_pass_mib is not None and not self.one_pass_mib > 0:
+            raise ConfigurationError(f"one_pass_mib must be positive, got {self.one_pass_mib}")
         if not self.bucket_mib > 0:
             raise ConfigurationError(f"bucket_mib must be positive, got {self.bucket_mib}")
         if not self.replicate_kib >= 0:
@@ -71,6 +84,12 @@ class Exact(Sync):
 
     def bind(self, layout: Layout, collective: Collective, microbatches: int, **options: Any) -> ExactReduction:
         return ExactReduction(self, layout, collective, microbatches, **options)
+
+    def one_pass_bytes(self, workers: int) -> int:
+        """*local*. What microbatches that are computed together may keep for backward, on each of a host's ``workers``."""
+        if self.one_pass is False:
+            return 0
+        return free_memory_bytes() // 4 // workers if self.one_pass_mib is None else int(self.one_pass_mib * 2**20)
 
     def overlaps(self, device: torch.device) -> bool:
         """*local*. Whether gradients leave while the last microbatch's backward still runs, on such a device."""
@@ -85,7 +104,7 @@ class _StepState:
     """Microbatches that hold samples."""
     overlaps: bool
     """Whether gradients leave during backward."""
-    plan: MicrobatchPlan | None = None
+    plan: NodePlan | None = None
     """The last microbatch's, while its gradients leave during backward."""
     gradients: list[Tensor | None] = dataclasses.field(default_factory=list)
     """What has arrived early, by slot."""
@@ -128,6 +147,7 @@ class ExactReduction(Reduction):
         self._clock = clock or NoClock()
         self._overlaps = settings.overlaps(layout.blocks[0].device)
         hosts = HostMap(collective.hosts, collective.rank)
+        self._one_pass_bytes = settings.one_pass_bytes(next(len(host) for host in collective.hosts if collective.rank in host))
         self.ranges = (
             assignment(microbatches, collective.size, host_sizes(collective))
             if ranges is None
@@ -239,7 +259,7 @@ class ExactReduction(Reduction):
         state = self._state
         if not state.overlaps or microbatch != self._fold.last:
             return False
-        state.plan = self._fold.plan(microbatch)
+        state.plan = self._fold.plan((microbatch, microbatch + 1))
         state.gradients = [None] * len(self._layout.slots)
         state.missing = [len(bucket.slots) for bucket in self._small]
         return True
@@ -275,7 +295,16 @@ class ExactReduction(Reduction):
             self._fold.fold(state.plan, self._rows.slots, state.gradients)
             state.plan, state.gradients = None, []
             return
-        plan = self._fold.plan(microbatch)
+        self.add_node((microbatch, microbatch + 1), gradients)
+
+    def nodes(self, lo: int, hi: int, kept_bytes: int) -> Sequence[Span]:
+        if self._state.overlaps or self._one_pass_bytes == 0:
+            return super().nodes(lo, hi, kept_bytes)
+        most = max(1, self._one_pass_bytes // kept_bytes) if kept_bytes else self._microbatches
+        return [part for node in pieces(lo, hi, self._microbatches) for part in nodes_within(*node, most)]
+
+    def add_node(self, node: Span, gradients: Sequence[Tensor | None]) -> None:
+        plan = self._fold.plan(node)
         for bucket in self._whole:
             self._fold.fold(plan, bucket.slots, gradients)
         if self._rows.slots:

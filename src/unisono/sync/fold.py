@@ -66,8 +66,8 @@ class Sums:
 
 
 @dataclasses.dataclass(frozen=True)
-class MicrobatchPlan:
-    """What a microbatch does to the stack of sums: put or add its gradients to ``target``, then merge neighbours."""
+class NodePlan:
+    """What a microbatch, or a node, does to the stack of sums: put or add its gradients to ``target``, then merge neighbours."""
 
     target: Sums
     fresh: bool
@@ -145,9 +145,9 @@ class LocalFold:
         """The sums of this worker's pieces, in order of microbatches."""
         return [sums for _, sums in self.stack if sums is not None]
 
-    def plan(self, microbatch: int) -> MicrobatchPlan:
-        """Puts the microbatch on the stack, and the absent ones behind the last; the sums themselves follow in ``fold``."""
-        span = (microbatch, microbatch + 1)
+    def plan(self, span: Span) -> NodePlan:
+        """Puts a node on the stack, and the absent microbatches behind the last; the sums themselves follow in ``fold``."""
+        last = span[1] - 1
         left = self.stack[-1][1] if self._completes(span) else None
         fresh = left is None
         if left is None:
@@ -158,14 +158,14 @@ class LocalFold:
             span = (self.stack.pop()[0][0], span[1])
         merges, span, sums = self._merge(span, target)
         self.stack.append((span, sums))
-        if microbatch == self.last:
-            for absent in range(microbatch + 1, self._span[1]):
+        if last == self.last:
+            for absent in range(last + 1, self._span[1]):
                 more, span, rest = self._merge((absent, absent + 1), None)
                 merges += more
                 self.stack.append((span, rest))
-        return MicrobatchPlan(target, fresh, tuple(merges))
+        return NodePlan(target, fresh, tuple(merges))
 
-    def fold(self, plan: MicrobatchPlan, slots: Sequence[Slot], gradients: Sequence[Tensor | None]) -> None:
+    def fold(self, plan: NodePlan, slots: Sequence[Slot], gradients: Sequence[Tensor | None]) -> None:
         """Takes the gradients of these slots into the sums.
 
         Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ class Rows:
         """The rows of a sparse COO gradient with one sparse dimension; those named several times are added up, in order."""
         whole = gradient.detach().coalesce()
         return cls(whole.indices()[0], whole.values())
+
+    def as_gradient(self, shape: Sequence[int]) -> Tensor:
+        """As a sparse COO tensor."""
+        return torch.sparse_coo_tensor(self.indices[None], self.values, tuple(shape), check_invariants=False, is_coalesced=True)
 
     def __add__(self, other: Rows) -> Rows:
         """The union of both, summed where a row is in both: of two summands no order shows."""

@@ -7,6 +7,10 @@ import ctypes
 import resource
 import sys
 
+import psutil
+
+from unisono.system import cgroups
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGE = 2**30
 
@@ -15,6 +19,13 @@ def peak_memory_bytes() -> int:
     """The most memory that this process has had resident at once, pages that it shares with others among it."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory_bytes() -> int:
+    """What this process and others may still take, within the limits of their control group."""
+    free: int = psutil.virtual_memory().available
+    left = cgroups.memory()[1]
+    return free if left is None else min(free, left)
 
 
 def give_back_freed_memory() -> None:

@@ -14,6 +14,7 @@ from unisono.data.batch import Batch
 from unisono.errors import DataError
 from unisono.replica.base import Replica
 from unisono.replica.buffers import BufferFold
+from unisono.sync.base import GradientSink
 
 
 def raise_bad_loss(losses: Sequence[float], batch: Batch, step: int, collective: Collective) -> NoReturn:
@@ -71,18 +72,12 @@ def raise_bad_gradient(
     )
 
 
-class _Search:
+class _Search(GradientSink):
     """A sink that finds the first microbatch with a gradient that is not finite."""
 
     def __init__(self, buffers: BufferFold) -> None:
         self.found: int | None = None
         self._buffers = buffers
-
-    def takes_early(self, microbatch: int) -> bool:
-        return False
-
-    def early(self, slot: int, gradient: Tensor) -> None:
-        raise NotImplementedError
 
     def add(self, microbatch: int, gradients: Sequence[Tensor | None]) -> None:
         self._buffers.restore()

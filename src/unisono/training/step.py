@@ -24,12 +24,13 @@ from unisono.guard.replicas import ReplicaGuard
 from unisono.order import derive_seed
 from unisono.replica.buffers import BufferFold
 from unisono.sync import Reduced, Reduction
+from unisono.sync.base import GradientSink
 from unisono.training.header import Header, HeaderFormat, Signals, check_headers, union
 from unisono.training.nonfinite import raise_bad_gradient, raise_bad_loss
 from unisono.training.session import Session
 from unisono.training.settings import Settings
 from unisono.training.state import LocalState, check_carried
-from unisono.tree import fold_all
+from unisono.tree import Span, fold_all
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,11 +268,10 @@ class Stepper:
         raise_bad_gradient(norms, batch, step, self._collective, replica=self._replica, buffers=self._buffers, seeds=seeds)
 
 
-class _StepSink:
+class _StepSink(GradientSink):
     """Gradients go to the reduction, and what forward has made of the buffers to their fold."""
 
     def __init__(self, reduction: Reduction, buffers: BufferFold, slots: int) -> None:
-        self.early = reduction.early
         self._reduction = reduction
         self._buffers = buffers
         self._nothing: Sequence[None] = [None] * slots
@@ -284,6 +284,19 @@ class _StepSink:
     def takes_early(self, microbatch: int) -> bool:
         self._skip_to(microbatch)
         return self._reduction.takes_early(microbatch)
+
+    def early(self, slot: int, gradient: Tensor) -> None:
+        self._reduction.early(slot, gradient)
+
+    def nodes(self, lo: int, hi: int, kept_bytes: int) -> Sequence[Span]:
+        return self._reduction.nodes(lo, hi, kept_bytes)
+
+    def add_node(self, node: Span, gradients: Sequence[Tensor | None]) -> None:
+        self._skip_to(node[0])
+        self._left = self._left[node[1] - node[0] :]
+        self._reduction.add_node(node, gradients)
+        for microbatch in range(*node):
+            self._buffers.add(microbatch)
 
     def add(self, microbatch: int, gradients: Sequence[Tensor | None]) -> None:
         self._skip_to(microbatch)
