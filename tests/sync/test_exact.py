@@ -349,7 +349,7 @@ def deep() -> nn.Module:
 def test_overlap_changes_no_bit(workers: int) -> None:
     inputs = torch.randn(40, 11, generator=torch.Generator().manual_seed(0))
 
-    plain, computed = trained(workers, deep, inputs)
+    plain, computed = trained(workers, deep, inputs, settings=Exact(one_pass=False))
     overlapped, computed_too = trained(workers, deep, inputs, settings=Exact(overlap=True, one_pass=False, bucket_mib=0.0005))
 
     assert overlapped == plain
@@ -367,12 +367,17 @@ def in_several_goes(model: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("bucket_mib", [0.0001, 0.001, 25.0])
 def test_a_gradient_that_arrives_in_several_goes_is_noticed_and_the_step_done_again(bucket_mib: float) -> None:
     inputs = torch.randn(32, 11, generator=torch.Generator().manual_seed(0))
-    plain, computed = trained(1, deep, inputs, forward=in_several_goes, epochs=1)
+    plain, computed = trained(1, deep, inputs, forward=in_several_goes, epochs=1, settings=Exact(one_pass=False))
     assert computed == [16]
 
     for workers in (1, 2, 3):
         repeated, computed = trained(
-            workers, deep, inputs, forward=in_several_goes, epochs=1, settings=Exact(overlap=True, one_pass=False, bucket_mib=bucket_mib)
+            workers,
+            deep,
+            inputs,
+            forward=in_several_goes,
+            epochs=1,
+            settings=Exact(overlap=True, one_pass=False, bucket_mib=bucket_mib),
         )
         assert repeated == plain
         # The first step twice, the second once: from the first late gradient on nothing microbatches early.

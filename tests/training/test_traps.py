@@ -323,7 +323,7 @@ def test_each_step_and_each_microbatch_has_its_own_randomness() -> None:
         seen.extend([torch.rand(()).item(), np.random.rand(), random.random()])
         return summed(model, batch)
 
-    trained(1, lambda: nn.Linear(5, 3), TensorDataset(drawn(48, 5)), loss, sync=Exact(one_pass=False))
+    trained(1, lambda: nn.Linear(5, 3), TensorDataset(drawn(48, 5)), loss, sync=unisono.Exact(one_pass=False))
 
     assert len(set(seen)) == len(seen) == 3 * 8 * 3
 
