@@ -456,6 +456,11 @@ def test_methods_callbacks_and_data_that_are_not_reached_are_refused_by_name() -
         made(CLASSES, kind=Stepping)
     with pytest.raises(ConfigurationError, match=r"Watching has on_optimizer_step"):
         made(CLASSES, parts={"callbacks": [Watching()]}).train()
+    late = made(CLASSES, parts={"eval_dataset": CLASSES.data(4)})
+    late.evaluate()
+    late.add_callback(Watching)
+    with pytest.raises(ConfigurationError, match=r"Watching has on_optimizer_step"):
+        late.train()
     with pytest.raises(ConfigurationError, match=r"Endless is not a map-style dataset"):
         made(CLASSES, parts={"train_dataset": Endless()}).train()
     with pytest.raises(ConfigurationError, match=r"Set control.should_training_stop"):

@@ -102,7 +102,6 @@ class TransformersTrainer(transformers.Trainer):  # type: ignore[misc]
     def exact(self) -> ExactTrainer:
         """*collective*, the first time. The ``unisono.Trainer`` that does the work, resumed from the newest checkpoint."""
         if self._exact is None:
-            self._check_callbacks()
             self._exact = self._make()
         if self._exact.model is not self.model:
             raise ConfigurationError("the model was replaced after the first evaluate() or train(): make a new Trainer for it")
@@ -202,6 +201,7 @@ class TransformersTrainer(transformers.Trainer):  # type: ignore[misc]
         """What ``train`` calls when the model is prepared."""
         if self.train_dataset is None:
             raise ConfigurationError("train() needs data: pass train_dataset to Trainer")
+        self._check_callbacks()
         self._ignored, self._start_time = ignore_keys_for_eval, time.time()
         data = self._get_dataloader(self.train_dataset, "Training", self._train_batch_size)
         exact, plan = self.exact, self._plan
@@ -461,8 +461,11 @@ class _Follower(Callback):
 
     def __init__(self, host: TransformersTrainer) -> None:
         self._host = host
-        # transformers' own only look at the weights.
-        self.edits_weights = not all(_is_transformers(type(one)) for one in host.callback_handler.callbacks)
+
+    @property
+    def edits_weights(self) -> bool:  # type: ignore[override]
+        """transformers' own callbacks only look at the weights."""
+        return not all(_is_transformers(type(one)) for one in self._host.callback_handler.callbacks)
 
     def on_begin(self, trainer: ExactTrainer) -> None:
         self._host._begin()
