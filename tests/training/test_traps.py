@@ -467,3 +467,32 @@ def test_microbatches_of_other_counts_weigh_by_their_counts() -> None:
     for workers in EVERY:
         for weight in run_threads(workers, work):
             torch.testing.assert_close(weight[0], right, rtol=1e-12, atol=0)
+
+
+class Graph:
+    """As graph libraries hold a batch: an object that moves its tensors itself."""
+
+    class Store:
+        __slots__ = ("features",)
+
+        def __init__(self, features: Tensor) -> None:
+            self.features = features
+
+    def __init__(self, features: Tensor, labels: Tensor) -> None:
+        self.store = self.Store(features)
+        self.more = {"labels": [labels], "me": self}
+
+    def to(self, device: torch.device) -> Graph:
+        return self
+
+
+def test_tensors_in_objects_that_move_themselves_are_aligned() -> None:
+    unaligned = [misaligned(torch.randn(7, 5), offset) for offset in (1, 3)]
+    batch = Graph(*unaligned)
+    moved = to_device(batch, torch.device("cpu"))
+    assert moved is batch
+    assert batch.store.features is unaligned[0]
+    for tensor in (moved.store.features, moved.more["labels"][0]):
+        assert tensor.data_ptr() % ALIGNMENT_BYTES == 0
+    aligned = moved.store.features.data_ptr()
+    assert to_device(batch, torch.device("cpu")).store.features.data_ptr() == aligned

@@ -6,9 +6,11 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from unisono.errors import ConfigurationError, DataError
 from unisono.layout import ALIGNMENT_BYTES
@@ -73,8 +75,31 @@ def to_device(data: Any, device: torch.device) -> Any:
             data, **{f.name: to_device(getattr(data, f.name), device) for f in dataclasses.fields(data) if f.init}
         )
     if hasattr(data, "to") and callable(data.to):
-        return data.to(device)
+        moved = data.to(device)
+        if device.type == "cpu":
+            _align_inside(moved, set())
+        return moved
     return data
+
+
+def _align_inside(data: Any, seen: set[int], depth: int = 6) -> None:
+    """Moves the tensors that an object holds in its attributes to aligned memory; they stay the same objects."""
+    if isinstance(data, Tensor):
+        if data.layout == torch.strided and data.is_cpu and data.data_ptr() % ALIGNMENT_BYTES and not data.is_inference():
+            data.data = data.detach().clone()
+        return
+    if id(data) in seen or not depth or isinstance(data, (type, str, bytes, torch.nn.Module, Dataset, ref)):
+        return
+    seen.add(id(data))
+    if isinstance(data, Mapping):
+        inside = list(data.values())
+    elif isinstance(data, (list, tuple)):
+        inside = list(data) if data and not isinstance(data[0], (int, float, str)) else []
+    else:
+        inside = list(getattr(data, "__dict__", {}).values())
+        inside += [getattr(data, name, None) for kind in type(data).__mro__ for name in kind.__dict__.get("__slots__", ())]
+    for value in inside:
+        _align_inside(value, seen, depth - 1)
 
 
 def _rebuilt(data: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from unisono.errors import ConfigurationError
+from unisono.replica.parameters import named_parameters, plain_name
 
 _ADVICE = (
     "Make all parts of the model, and all parameter groups, before Trainer(...), and choose among them in forward; or end the "
@@ -35,7 +36,7 @@ class ModelGuard:
         self._modules = [
             (name, module) for name, module in model.named_modules() if not isinstance(module, torch.jit.ScriptModule)
         ]
-        self._parameters = list(model.named_parameters())
+        self._parameters = named_parameters(model)
         self.frozen = [(name, parameter) for name, parameter in self._parameters if not parameter.requires_grad]
         self._trained = {id(parameter): name for name, parameter in self._parameters if parameter.requires_grad}
         self._parts = self._look()
@@ -87,7 +88,7 @@ class ModelGuard:
     def _named(self) -> Iterator[tuple[str, object]]:
         for prefix, module in self._modules:
             for parts in (module._parameters, module._modules):
-                yield from ((f"{prefix}.{key}" if prefix else key, part) for key, part in parts.items())
+                yield from ((plain_name(f"{prefix}.{key}" if prefix else key), part) for key, part in parts.items())
 
     def _difference(self) -> str:
         now = dict(self._named())

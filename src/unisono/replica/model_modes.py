@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
+from unisono.replica.parameters import named_parameters, plain_name
+
 
 class ModelModes:
     """See the module.
@@ -36,8 +38,8 @@ class ModelModes:
                     module.training = False
         self._begun = self._flags()
         for name, module in self._model.named_modules():
-            module.training = self._due.get(name, module.training)
-        for name, parameter in self._model.named_parameters():
+            module.training = self._due.get(plain_name(name), module.training)
+        for name, parameter in named_parameters(self._model):
             parameter.requires_grad_(self._due.get(name, parameter.requires_grad))
         self._due = {}
         try:
@@ -66,11 +68,11 @@ class ModelModes:
 
     def change(self, changed: Mapping[str, bool]) -> None:
         """What ``changed`` gave, of this run at another time or place: it is done when training begins."""
-        self._due = dict(changed)
+        self._due = {plain_name(name): flag for name, flag in changed.items()}
 
     def _flags(self) -> dict[str, bool]:
-        modes = {name: module.training for name, module in self._model.named_modules()}
-        return modes | {name: parameter.requires_grad for name, parameter in self._model.named_parameters()}
+        modes = {plain_name(name): module.training for name, module in self._model.named_modules()}
+        return modes | {name: parameter.requires_grad for name, parameter in named_parameters(self._model)}
 
 
 def _in_evaluation(model: nn.Module) -> set[str]:

@@ -15,6 +15,16 @@ from unisono.layout import Allocate, Layout, ParameterSpec
 Named = Sequence[tuple[str, nn.Parameter]]
 
 
+def plain_name(name: str) -> str:
+    """The name of a part of a model without what ``torch.compile`` puts into it: compiled or not, it is the same part."""
+    return name.replace("_orig_mod.", "")
+
+
+def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """All parameters, each once, by plain name."""
+    return [(plain_name(name), parameter) for name, parameter in model.named_parameters()]
+
+
 def check_model(model: Any) -> None:
     """Whether ``model`` is a bare module that data parallelism can train exactly, on one device.
 
@@ -47,7 +57,7 @@ def check_model(model: Any) -> None:
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The parameters that training changes, by name."""
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [(name, parameter) for name, parameter in named_parameters(model) if parameter.requires_grad]
 
 
 def layout_of(named: Named) -> Layout:

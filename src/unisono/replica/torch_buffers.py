@@ -9,6 +9,7 @@ from torch import nn
 
 from unisono.errors import ConfigurationError
 from unisono.replica.buffers import Buffers
+from unisono.replica.parameters import plain_name
 
 
 class TorchBuffers(Buffers):
@@ -91,4 +92,4 @@ def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         for key, tensor in module._buffers.items():
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
-                yield (f"{prefix}.{key}" if prefix else key), module, key
+                yield plain_name(f"{prefix}.{key}" if prefix else key), module, key

@@ -22,7 +22,7 @@ from unisono.replica.model_modes import ModelModes
 from unisono.replica.one_pass import OnePass
 from unisono.replica.optimizer_modes import Modes
 from unisono.replica.optimizer_state import Twin, generators, load_whole_state, seed_generator, whole_state
-from unisono.replica.parameters import adopt, check_model, in_slot_order, layout_of, trainable
+from unisono.replica.parameters import adopt, check_model, in_slot_order, layout_of, named_parameters, plain_name, trainable
 from unisono.replica.tables import Tables
 from unisono.replica.torch_buffers import TorchBuffers
 from unisono.sync.base import GradientSink
@@ -72,7 +72,7 @@ class TorchReplica(Replica):
         self._tables = Tables(model)
         self.sparse = self._tables.slots(self.parameters)
         self._autocast = precision == "bf16"
-        self._all = list(model.named_parameters())
+        self._all = named_parameters(model)
         self._held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._groups = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self._guard = ModelGuard(model, optimizer)
@@ -106,7 +106,7 @@ class TorchReplica(Replica):
         return flats
 
     def tensors(self) -> dict[str, Tensor]:
-        return {**dict(self.model.named_parameters()), **self.buffers.named()}
+        return {**dict(named_parameters(self.model)), **self.buffers.named()}
 
     def frozen(self) -> dict[str, Tensor]:
         # Those in a format of their own (quantized, say) are as the script made them: their bytes are their own affair.
@@ -120,11 +120,12 @@ class TorchReplica(Replica):
         }
 
     def model_state(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.model.state_dict()
-        return found
+        return {plain_name(name): value for name, value in self.model.state_dict().items()}
 
     def load_model_state(self, state: Mapping[str, Any]) -> None:
-        self.model.load_state_dict(state)
+        names = {plain_name(name): name for name in self.model.state_dict()}
+        # Those of a compiled model, in files of earlier versions, are not plain.
+        self.model.load_state_dict({names.get(plain_name(name), name): value for name, value in state.items()})
 
     def final_state(self) -> dict[str, Any]:
         if not self.has_modes:

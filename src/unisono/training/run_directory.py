@@ -29,6 +29,7 @@ from unisono.errors import CheckpointError, ConfigurationError, UnisonoError
 from unisono.observe.metrics import MetricsLog
 from unisono.observe.strict_json import Scalar
 from unisono.observe.summary import SUMMARY_FILE, Summary
+from unisono.replica.parameters import plain_name
 from unisono.system.process import Process
 from unisono.training.header import Signals
 from unisono.training.record import EVALUATION
@@ -181,6 +182,7 @@ class RunDirectory:
 
     def _check(self, checkpoint: Checkpoint) -> None:
         saved = checkpoint.info["settings"]
+        saved = {**saved, "parameters": {plain_name(name): what for name, what in saved["parameters"].items()}}
         mine = json.loads(json.dumps(self._settings))
         different = list(_differences(saved, mine))
         if different:

@@ -22,6 +22,7 @@ from unisono.layout import Layout
 from unisono.observe.timing import StepClock
 from unisono.replica.base import Replica
 from unisono.replica.buffers import BufferFold
+from unisono.replica.parameters import plain_name
 from unisono.sync import Reduction, Sync
 from unisono.training.user_state import UserState
 from unisono.training.weights import Weights
@@ -92,10 +93,11 @@ class State:
         replica = self.local.replica
         replica.load_model_state(checkpoint.tensors("model"))
         common = checkpoint.part("trainer")
+        buffers = {plain_name(name): value for name, value in common["buffers"].items()}
         with torch.no_grad():
             for name, buffer in replica.buffers.named().items():
-                if name in common["buffers"]:
-                    buffer.copy_(common["buffers"][name])
+                if name in buffers:
+                    buffer.copy_(buffers[name])
         self.reduction.load_state_dict(common)
         parts = [checkpoint.part(name) for name in checkpoint.part_names("optimizer-")]
         self.local.positions.adopt(*(part.get("streams", {}) for part in parts))
@@ -113,7 +115,7 @@ class State:
             return
         state: dict[str, Any] = {}
         for part in parts:
-            state.update(part["state"])
+            state.update((plain_name(key), value) for key, value in part["state"].items())
         replica.clear_state()
         for slot in self.reduction.updated_by(self.collective.rank):
             saved = state.get(replica.layout.names[slot])
