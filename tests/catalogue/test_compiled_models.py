@@ -17,6 +17,9 @@ from tests.catalogue.unbroken import Found, check_numbers_of_workers, weights
 from tests.training.small_run import Dies, Killed
 from unisono.replica import model_guard, model_modes, parameters, torch_buffers, torch_replica
 
+# PyTorch hides it, but not where warnings are errors.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+
 
 def plain() -> nn.Module:
     torch.manual_seed(3)
@@ -53,7 +56,6 @@ def trainer_of(
     )
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # PyTorch hides it, but not from other threads
 @pytest.mark.parametrize("net", [whole, parts])
 def test_a_compiled_model_is_the_same_on_any_number_of_workers(net: Callable[[], Any]) -> None:
     def train(workers: Any, run_dir: str | None, callbacks: Sequence[Any]) -> Found:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -111,3 +113,31 @@ def test_a_forked_child_ignores_what_a_terminal_sends_and_ends_at_sigterm() -> N
         assert status_of_child(interrupted) == 0
         assert status_of_child(lambda: signal.raise_signal(signal.SIGTERM)) == 128 + signal.SIGTERM
         assert stop.requested is None
+
+
+WARNINGS = [signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
+
+
+@pytest.mark.parametrize("signum", WARNINGS)
+def test_what_clusters_send_before_time_is_up_counts_as_sigterm(signum: signal.Signals) -> None:
+    with StopRequest() as stop:
+        signal.raise_signal(signum)
+        assert stop.requested is signal.SIGTERM
+    assert signal.getsignal(signum) == signal.SIG_DFL
+
+
+def test_such_a_signal_that_the_process_uses_itself_is_left_alone(tmp_path: Path) -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda signum, frame: seen.append(signum))
+    try:
+        with (tmp_path / "stacks").open("w+") as stacks:
+            faulthandler.register(signal.SIGUSR2, file=stacks)  # in C: Python does not know of it
+            with StopRequest() as stop:
+                signal.raise_signal(signal.SIGUSR1)
+                signal.raise_signal(signal.SIGUSR2)
+                assert stop.requested is None
+            assert seen == [signal.SIGUSR1]
+            assert "most recent call first" in (tmp_path / "stacks").read_text()
+    finally:
+        faulthandler.unregister(signal.SIGUSR2)
+        signal.signal(signal.SIGUSR1, before)

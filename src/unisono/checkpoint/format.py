@@ -103,6 +103,16 @@ def check(state: object) -> None:
         _check_plain(name, tensor)
 
 
+def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Whether a file can hold these. *local*
+
+    Raises:
+        CheckpointError: As `encode` does.
+    """
+    for name, tensor in tensors.items():
+        _check_plain(name, tensor)
+
+
 def encode(tensors: Mapping[str, Tensor]) -> bytes:
     """The bytes of a safetensors file with these tensors. *local*
 

@@ -120,8 +120,9 @@ class Replica(abc.ABC):
         besides."""
         return ()
 
-    def kinds(self) -> dict[str, str | None]:
-        """Names of what the user has given besides the model, for a person and to tell runs apart."""
+    def kinds(self) -> dict[str, Any]:
+        """Names of what the user has given besides the model, and settings of the schedule, for a person and to tell runs apart:
+        plain JSON."""
         return {"optimizer": type(self).__name__, "scheduler": None}
 
     def final_state(self) -> dict[str, Any]:
@@ -275,6 +276,13 @@ class Replica(abc.ABC):
 
     def advance_schedule(self, loss: float) -> None:  # noqa: B027
         """A step with this loss has been taken: the next learning rates."""
+
+    def check_schedule(self, steps: int) -> None:  # noqa: B027
+        """Whether the schedule lasts for so many steps of the whole run.
+
+        Raises:
+            ConfigurationError: It does not.
+        """
 
     def schedule_state(self) -> Any:
         """Where the schedule is; None if there is none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -100,7 +101,8 @@ def check_optimizer(optimizer: Any, trainable: Iterable[tuple[str, nn.Parameter]
     if foreign:
         raise ConfigurationError(
             f"the optimizer holds {len(foreign)} parameter{'s'[: len(foreign) != 1]} that the model does not have: "
-            f"{_some(foreign)}. Make the optimizer from this very model's parameters"
+            f"{_some(foreign)}. Make the optimizer from this very model's parameters. If the loss function has parameters of its "
+            "own, make it a part of the model (model.criterion = criterion)"
         )
 
 
@@ -114,6 +116,35 @@ def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
         }
         for group in optimizer.param_groups
     ]
+
+
+_PROGRESS = {"_step_count", "_last_lr", "last_epoch", "best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i"}
+
+
+def schedule_settings(scheduler: Any) -> dict[str, Any]:
+    """*local*. The plain settings of a scheduler that has just been made (``T_max``, ``total_steps``): a checkpoint of a run with
+    others would put its own in their place."""
+    state = scheduler.state_dict() if scheduler is not None else {}
+    plain = (bool, int, float, str, type(None))
+    return {
+        name: repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in state.items()
+        if type(value) in plain and name not in _PROGRESS and not name.startswith("_")
+    }
+
+
+def check_schedule(scheduler: Any, steps: int) -> None:
+    """*local*. Whether a scheduler that knows how long it is, as ``OneCycleLR`` does, lasts for so many steps.
+
+    Raises:
+        ConfigurationError: It would fail in the middle.
+    """
+    length = getattr(scheduler, "total_steps", None)
+    if isinstance(length, int) and length < steps:
+        raise ConfigurationError(
+            f"the {type(scheduler).__name__} ends after total_steps={length}, and this run has {steps} steps: make it for all of "
+            "them. A run that has begun keeps its schedule: for a longer one choose another run_dir"
+        )
 
 
 def set_hyperparameters(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], *, exactly: bool) -> None:

@@ -25,6 +25,22 @@ def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(plain_name(name), parameter) for name, parameter in model.named_parameters()]
 
 
+def _check_observers(model: nn.Module) -> None:
+    within: tuple[str, ...] = ()  # what belongs to a module that turns its observer on and off
+    for name, module in model.named_modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__}  # to import them takes a second
+        if name.startswith(within) or not kinds & {"ObserverBase", "FakeQuantizeBase"}:
+            continue
+        if "observer_enabled" in module._buffers:
+            within = (*within, f"{name}.")
+        if bool(module._buffers.get("observer_enabled", torch.ones(1))[0]):
+            raise ConfigurationError(
+                f"module {name!r} is a {type(module).__name__} that observes ranges for quantization: extremes over what it has "
+                "seen, which microbatches of one step see differently. Let it observe some batches first, and turn it off before "
+                "Trainer(...): model.apply(torch.ao.quantization.disable_observer)"
+            )
+
+
 def check_model(model: Any) -> None:
     """Whether ``model`` is a bare module that data parallelism can train exactly, on one device.
 
@@ -41,6 +57,7 @@ def check_model(model: Any) -> None:
                 f"module {name!r} is a SyncBatchNorm, whose statistics depend on the number of workers: use BatchNorm, which "
                 "sees one microbatch on any number of workers"
             )
+    _check_observers(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta and all(other.is_meta for other in model.parameters()):
             raise ConfigurationError(

@@ -45,6 +45,11 @@ class TorchBuffers(Buffers):
         """Takes the values of buffers that were replaced, and puts the tensors that others may hold back in their places."""
         for index, (name, module, key) in enumerate(self._places):
             tensor = self.tensors[index]
+            if tensor.shape != self.start[index].shape:
+                raise ConfigurationError(
+                    f"buffer {name!r} was resized in forward, from {tuple(self.start[index].shape)} to {tuple(tensor.shape)}: "
+                    "run the model once before Trainer(...) if it has its final size then, or keep it in a plain attribute"
+                )
             now = module._buffers[key] if key in module._buffers else None  # noqa: SIM401 - a ScriptModule's have no get
             if now is not tensor:
                 if now is None or now.shape != tensor.shape or now.dtype != tensor.dtype:

@@ -12,10 +12,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
+from unisono.collective.talk import Talk
 from unisono.errors import ConfigurationError
 from unisono.layout import Allocate
 from unisono.replica import optimizer as optimizers
 from unisono.replica.base import LossFunction, LossPart, MetricFunction, Microbatch, Replica
+from unisono.replica.first_loss import check_leaves, warn_of_mean
 from unisono.replica.loss import sum_and_count, to_device
 from unisono.replica.model_guard import ModelGuard
 from unisono.replica.model_modes import ModelModes
@@ -84,7 +86,7 @@ class TorchReplica(Replica):
         self.has_modes = self._modes.exist
         self._generators: list[Any] | None = None
         self._has_updated = False
-        self._is_first = True
+        self._is_first, self._warns = True, False
         self._hooks: list[RemovableHandle] = []
         self._one_pass = OnePass(
             model,
@@ -145,9 +147,10 @@ class TorchReplica(Replica):
     def edits(self) -> list[int]:
         return [parameter._version for parameter in self.parameters]
 
-    def kinds(self) -> dict[str, str | None]:
+    def kinds(self) -> dict[str, Any]:
         scheduler = None if self.scheduler is None else type(self.scheduler).__name__
-        return {"optimizer": type(self.optimizer).__name__, "scheduler": scheduler}
+        schedule = optimizers.schedule_settings(self.scheduler)
+        return {"optimizer": type(self.optimizer).__name__, "scheduler": scheduler, "schedule": schedule}
 
     def training(self) -> contextlib.AbstractContextManager[bool]:
         return self._model_modes.training()
@@ -204,15 +207,23 @@ class TorchReplica(Replica):
         self.seed(seed)
         with self._precision():
             returned = self.loss(self.model, batch)
-        return sum_and_count(returned, samples, what="loss")
+        found = sum_and_count(returned, samples, what="loss")
+        if self._warns:
+            warn_of_mean(returned, samples)
+        return found
 
     def _backward(self, microbatch: Microbatch, seed: int, sink: GradientSink) -> LossPart:
         versions = [parameter._version for _, parameter in self._all]
         before = self._known_gradients() if self._is_first else []
+        talk = Talk() if self._is_first else None
+        self._warns = self._is_first and microbatch.number == 0  # one worker has it
         with self._tables.switched():
             total, count = self._run_loss(self._place(microbatch.data), len(microbatch.indices), seed)
-            if self._is_first:
+            if talk is not None:
+                talk.check()
+                self._warns = False
                 self._check_no_backward(before)
+                check_leaves(total, [parameter for _, parameter in self._all])
             if sink.takes_early(microbatch.number):
                 self._install_hooks()
                 self._early = sink
@@ -380,6 +391,9 @@ class TorchReplica(Replica):
             self.scheduler.step(loss)
         elif self.scheduler is not None:
             self.scheduler.step()
+
+    def check_schedule(self, steps: int) -> None:
+        optimizers.check_schedule(self.scheduler, steps)
 
     def schedule_state(self) -> Any:
         return None if self.scheduler is None else self.scheduler.state_dict()

@@ -1,4 +1,4 @@
-"""Stopping on request: Ctrl-C, SIGTERM and the loss of the terminal are remembered, and acted on where the work can be saved."""
+"""Stopping on request: Ctrl-C, SIGTERM and the like are remembered, and acted on where the work can be saved."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -20,6 +21,15 @@ RESTART = 79
 """Exit status of a worker that cannot go on without what another one held: all have to start again, from the last checkpoint."""
 
 _SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
+_WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+"""What clusters send before time is up. They end a process that has no use of its own for them."""
+
+
+def _taken() -> int:
+    """The signals that this process handles, or ignores, as bits: Python does not know of handlers written in C."""
+    status = Path("/proc/self/status").read_text(errors="replace")
+    masks = dict(line.split(":", 1) for line in status.splitlines() if line.startswith(("SigCgt:", "SigIgn:")))
+    return int(masks["SigCgt"], 16) | int(masks["SigIgn"], 16)
 
 
 class StopRequest:
@@ -31,6 +41,7 @@ class StopRequest:
       every process of its foreground group, and a launcher passes the same stop on to its workers once more.
     - A SIGINT after that raises KeyboardInterrupt at once, so a person can always get out. Any later one of the others
       changes nothing: the stop is already under way.
+    - SIGUSR1, SIGUSR2 and SIGXCPU count as SIGTERM where they would end the process.
     - SIGHUP, which a terminal sends as it is closed, counts as SIGTERM: no second Ctrl-C can follow. Where it was
       ignored (``nohup``) it stays so.
     - Processes forked within the context (loader workers) inherit the handlers but have nothing to save: there SIGINT
@@ -52,7 +63,8 @@ class StopRequest:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._pid = os.getpid()
-            for signum in _SIGNALS:
+            taken = _taken()
+            for signum in (*_SIGNALS, *(signum for signum in _WARNINGS if not taken >> signum - 1 & 1)):
                 if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
                     continue
                 self._previous[signum] = signal.signal(signum, self._handle)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
+from unisono.checkpoint.format import check_tensors
 from unisono.data.batch import Batch
 from unisono.data.batches import Feed, following
 from unisono.data.loader import Loader
@@ -144,11 +145,15 @@ class Loop:
             self._run.complete(epochs, self._steps)
             return
         local, session = self._local, self._session
+        if self._run.is_kept or not own_loop:
+            check_tensors(local.replica.model_state())  # rather than when the first checkpoint is due, or at the end
         self._begin()
         self._run.goes_into(EpochData(data, loader), joins=session.is_midway)
         local.replica.check_unchanged()
         local.clock.at(self._run.position.step + 1)
         planned = self.planned(data, epochs)
+        if not own_loop:
+            local.replica.check_schedule(planned[0])
         self._run.begin_log(epochs=planned[1], steps=planned[0])
         feed = self._feed = data.feed(session, local, self._settings, loader, epochs)
         with only_loop(), session.training(), StopRequest() as self.stop, local.weights.in_common(self.may_share(own_loop)):

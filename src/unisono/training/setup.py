@@ -113,6 +113,11 @@ def check_helpers(callbacks: Sequence[Any], loader: Any, scheduler: Any, optimiz
                 "on_epoch or on_evaluate"
             )
     check_loader(loader)
+    if scheduler is not None and not all(hasattr(scheduler, name) for name in ("step", "state_dict", "load_state_dict")):
+        raise ConfigurationError(
+            f"scheduler is a {type(scheduler).__name__}, not one of torch.optim.lr_scheduler. Several become one by "
+            "ChainedScheduler or SequentialLR"
+        )
     other = getattr(scheduler, "optimizer", optimizer)
     if other is not optimizer:
         raise ConfigurationError(

@@ -115,7 +115,7 @@ class Stepper:
         loss, count = _tree_sum(losses[: batch.filled]), _tree_sum(counts[: batch.filled])
         skips = self._settings.on_nonfinite == "skip"
         if not (math.isfinite(loss) and count > 0):  # if each loss is finite, the sum may still overflow
-            if skips and not all(map(math.isfinite, losses)):
+            if skips and (count == 0 or not all(map(math.isfinite, losses))):
                 return self._skip(batch, step, loss, count, samples, told), told
             self._explain_loss(losses, counts, batch, step)
         reduced = self._reduction.finish(count)
