@@ -66,6 +66,7 @@ def test_a_killed_worker_is_named_and_not_those_that_lost_contact_with_it(launch
     assert "worker 1 of 3 on " in err
     assert f"(pid {pid}) was killed by SIGKILL" in err
     assert "  last words" in err
+    assert "the run is over: the other workers go on without one only once all have made a Trainer" in err
     assert "Traceback" not in err
     (folder,) = launch.temporary.iterdir()
     assert (folder / "worker-1.log").read_text() == "last words\n"

@@ -108,6 +108,14 @@ def test_without_restarts_the_others_go_on_and_a_survived_death_is_no_failure() 
     assert run.cause is None
 
 
+def test_an_error_that_ends_the_last_worker_is_the_cause_and_not_a_death_that_was_survived() -> None:
+    run = Run(2, max_restarts=0)
+    assert run.end((1, KILLED)) is Course.GO_ON
+    assert run.replace() == []
+    assert run.end((0, "no space")) is Course.FAILED
+    assert run.cause == "no space"
+
+
 def test_a_worker_that_left_is_not_replaced() -> None:
     run = Run(2)
     assert run.end((1, 0)) is Course.GO_ON

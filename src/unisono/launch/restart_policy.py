@@ -205,7 +205,8 @@ class RestartPolicy:
         return Course.AGAIN
 
     def _fail(self, failures: Sequence[Failure]) -> Course:
-        cause = root_cause(failures)
+        # The others have gone on without a worker that was killed: what then ended the last of them is the cause.
+        cause = root_cause([failure for failure in failures if failure.error is not None]) or root_cause(failures)
         # The last worker may have died of the loss of another one, which may have died long before.
         self.cause = root_cause(self._deaths) if cause is None or cause.is_secondary else cause
         return Course.FAILED

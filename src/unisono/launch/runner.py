@@ -101,7 +101,12 @@ def _conclude(
         return 128 + stopped if followed else 0, None
     if cause is None:
         return 0, None
-    return cause.exit_code, report(cause, size=config.workers, host=socket.gethostname())
+    text = report(cause, size=config.workers, host=socket.gethostname())
+    if cause.record is None and not policy.has_applied:
+        text += (
+            "\nunisono: the run is over: the other workers go on without one only once all have made a Trainer. Start it again"
+        )
+    return cause.exit_code, text
 
 
 def _fork_server(config: LaunchConfig, reaper: Reaper) -> ForkServer:

@@ -152,7 +152,7 @@ class Loop:
         local.replica.check_unchanged()
         local.clock.at(self._run.position.step + 1)
         planned = self.planned(data, epochs)
-        if not own_loop:
+        if not own_loop and planned[0] is not None:
             local.replica.check_schedule(planned[0])
         self._run.begin_log(epochs=planned[1], steps=planned[0])
         feed = self._feed = data.feed(session, local, self._settings, loader, epochs)
