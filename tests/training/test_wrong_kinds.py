@@ -15,6 +15,10 @@ from tests.training.small_run import Augmented, make_trainer
 from unisono.errors import ConfigurationError, DataError
 
 
+def squares(model: Any, batch: Any) -> tuple[torch.Tensor, int]:
+    return model(batch[0]).square().sum(), len(batch[0])
+
+
 @pytest.mark.parametrize("name", ["batch_size", "microbatches", "checkpoint_every"])
 def test_numbers_that_count_something_are_whole(name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"{name} must be a whole number, got 8.0"):
@@ -43,6 +47,20 @@ def test_the_scheduler_is_over_the_optimizer_that_is_used() -> None:
     scheduler = torch.optim.lr_scheduler.StepLR(unused, 1)
     with pytest.raises(ConfigurationError, match="a StepLR over another optimizer"):
         unisono.Trainer(model, optimizer, lambda *_: torch.zeros(()), batch_size=8, scheduler=scheduler)
+
+
+def test_a_scheduler_whose_step_needs_arguments_is_refused_at_once() -> None:
+    class ByEpoch:
+        def step(self, epoch: int, metric: float | None = None) -> None: ...
+
+        def state_dict(self) -> dict[str, int]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, int]) -> None: ...
+
+    model = nn.Linear(4, 2)
+    with pytest.raises(ConfigurationError, match=r"ByEpoch whose step\(\) needs epoch"):
+        unisono.Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), squares, batch_size=8, scheduler=ByEpoch())
 
 
 def test_metrics_have_names() -> None:

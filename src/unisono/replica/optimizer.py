@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim import LBFGS, Adafactor, Optimizer, SparseAdam
 from torch.optim import optimizer as torch_optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from unisono.errors import CheckpointError, ConfigurationError
 from unisono.replica.optimizer_state import has_state_hooks, is_code
@@ -54,6 +55,32 @@ def calls_hooks(optimizer: Optimizer) -> bool:
         or torch_optimizer._global_optimizer_pre_hooks
         or torch_optimizer._global_optimizer_post_hooks
     )
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """*local*. Whether ``scheduler`` is stepped once a step, without arguments, and can be saved.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    if scheduler is None or isinstance(scheduler, ReduceLROnPlateau):
+        return
+    methods = [getattr(scheduler, name, None) for name in ("step", "state_dict", "load_state_dict")]
+    if not all(map(callable, methods)):
+        raise ConfigurationError(
+            f"scheduler is a {type(scheduler).__name__}, which has no step(), state_dict() and load_state_dict(): give a "
+            "torch.optim.lr_scheduler"
+        )
+    needed = [
+        parameter.name
+        for parameter in inspect.signature(scheduler.step).parameters.values()
+        if parameter.default is inspect.Parameter.empty and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    ]
+    if needed:
+        raise ConfigurationError(
+            f"scheduler is a {type(scheduler).__name__} whose step() needs {', '.join(needed)}, but unisono calls step() after "
+            "each update, without arguments: give a torch.optim.lr_scheduler, or call this one in a callback's on_step"
+        )
 
 
 def check_optimizer(optimizer: Any, trainable: Iterable[tuple[str, nn.Parameter]], model: nn.Module) -> None:

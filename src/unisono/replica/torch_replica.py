@@ -60,6 +60,7 @@ class TorchReplica(Replica):
     ) -> None:
         check_model(model)
         optimizers.check_optimizer(optimizer, trainable(model), model)
+        optimizers.check_scheduler(scheduler)
         model.to(device)
         self.model = model
         self._model_modes = ModelModes(model)
