@@ -212,8 +212,12 @@ def _keeper(*objects: Any) -> tuple[Any, str, str]:
 
 
 def _forgets(dataset: Any) -> bool:
-    """Whether it is a Hugging Face data set with a shuffle buffer, whose state is without what the buffer holds."""
+    """Whether it is a Hugging Face data set whose state is not exact: without what a shuffle buffer holds, or one that is divided
+    by sample (seen with datasets 5.2.0: samples come twice)."""
     part = getattr(dataset, "_ex_iterable", None)
+    divided = getattr(dataset, "_distributed", None)
+    if part is not None and divided is not None and part.num_shards % divided.world_size:
+        return True
     while part is not None:
         if type(part).__name__ == "BufferShuffledExamplesIterable":
             return True
