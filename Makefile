@@ -22,7 +22,7 @@ test: $(STAMP)
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 thorough: $(STAMP)
-	@UNISONO_THOROUGH=1 $(BIN)/python -m pytest -q -n 2 --timeout 3600 tests/training/test_recovery.py tests/training/test_records.py
+	@UNISONO_THOROUGH=1 $(BIN)/python -m pytest -q -n 2 --timeout 3600 tests/training/test_recovery.py tests/training/test_records.py tests/replica/test_keras_replica.py
 
 check: $(STAMP)
 	@$(BIN)/ruff format --check --quiet .

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from unisono.replica.framework_threads import thread_environment
+
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
@@ -42,6 +44,7 @@ class LaunchConfig:
             "UNISONO_THREADS": str(self.threads),
             "OMP_NUM_THREADS": str(self.threads),
             "MKL_NUM_THREADS": str(self.threads),
+            **thread_environment(self.threads),
             "UNISONO_MINIMUM": str(self.minimum),
             "UNISONO_WAIT": str(self.wait_s),
             "PYTHONUNBUFFERED": "1",  # what a worker said before it was killed is in its log

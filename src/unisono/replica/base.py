@@ -60,12 +60,14 @@ class Replica(abc.ABC):
         layout: Where the trainable parameters lie.
         device: Where the model computes.
         model: What loss and metric functions are called with.
+        optimizer: What trains it, as the user knows it; None: nothing that the user knows.
         loss: What is trained; as a metric, what an evaluation measures by default.
         buffers: What forward changes besides the trainable parameters.
         sparse: Slots (by index) that get gradients of few rows, as ``torch.sparse_coo`` tensors.
         wants_rows: Those of them of which the optimizer, too, is to see rows only.
         updates_apart: Whether the optimizer is known to update each parameter on its own, and to draw no random numbers, so that
             each worker can update a part of them. Else every worker updates all.
+        updates_whole: Whether ``update`` always needs the gradients and the state of all.
         has_modes: Whether the optimizer trains other weights than those to use, and needs the state of all to tell one from the
             other.
     """
@@ -73,11 +75,13 @@ class Replica(abc.ABC):
     layout: Layout
     device: torch.device
     model: Any
+    optimizer: Any = None
     loss: MetricFunction
     buffers: Buffers
     sparse: Collection[int] = frozenset()
     wants_rows: Collection[int] = frozenset()
     updates_apart: bool = False
+    updates_whole: bool = False
     has_modes: bool = False
 
     # ------------------------------------------------------------------ the model
@@ -149,6 +153,11 @@ class Replica(abc.ABC):
         """While the body runs the model is in training mode; says whether it was not. Afterwards it is as it was."""
         return contextlib.nullcontext(False)
 
+    def fingerprint(self, threads: int) -> dict[str, str | int]:
+        """What bits depend on besides torch and the machine, by field: versions, settings, threads of another framework. Warns if
+        that does not compute with so many ``threads``."""
+        return {}
+
     @property
     def is_resting(self) -> bool:
         """Whether the model as a whole is in evaluation mode now."""
@@ -193,6 +202,9 @@ class Replica(abc.ABC):
         """The optimizer's step with these gradients, those of ``wants_rows`` as coalesced ``torch.sparse_coo`` tensors, unless
         they are dense; all other parameters have none, and stay."""
 
+    def end_step(self) -> None:  # noqa: B027 - most frameworks compute where ``adopt`` has put the parameters
+        """A step is done, and code between this one and the next may look at the model."""
+
     @abc.abstractmethod
     def learning_rates(self) -> tuple[float, ...]:
         """Of each parameter group, if it has one."""
@@ -207,6 +219,10 @@ class Replica(abc.ABC):
     def evaluate(self, metrics: Mapping[str, MetricFunction], data: Any, samples: int, seed: int) -> Tensor:
         """The sum and the count of each metric over one microbatch of ``samples`` samples, each under ``seed``: float64
         ``[metrics, 2]``, on the CPU."""
+
+    def outputs(self, returned: Any) -> Any:
+        """What a function given to ``predict`` has returned, with torch tensors for those of another framework."""
+        return returned
 
     # ------------------------------------------------------------------ the optimizer's state
 

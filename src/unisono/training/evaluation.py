@@ -206,7 +206,7 @@ def predict(
 
     def keep(model: Any, batch: Any) -> tuple[float, int]:
         start = (lo + len(outputs)) * microbatch_size
-        outputs.append(_on_cpu(function(model, batch), min(microbatch_size, length - start)))
+        outputs.append(_on_cpu(replica.outputs(function(model, batch)), min(microbatch_size, length - start)))
         return 0.0, 1
 
     # A metric that keeps what it sees: so a replica of any framework predicts as it evaluates.

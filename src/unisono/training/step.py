@@ -133,6 +133,7 @@ class Stepper:
         changed = union([header.changed for header in headers])
         empty = union([header.empty for header in headers])
         self._buffers.finish(messages, self._reduction.ranges, batch.filled, changed, empty)
+        self._replica.end_step()
         self.seed_what_follows(step)
         result = StepResult(
             step=step,

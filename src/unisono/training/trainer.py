@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
 from unisono.checkpoint.fingerprint import fingerprint
 from unisono.collective import Collective
@@ -25,9 +23,10 @@ from unisono.guard.stragglers import HostMonitor
 from unisono.observe.summary import Summary
 from unisono.observe.timing import StepClock
 from unisono.order import OrderLike
-from unisono.replica.base import LossFunction, MetricFunction, Replica
+from unisono.replica.base import LossFunction, MetricFunction
 from unisono.replica.buffers import BufferFold
-from unisono.replica.torch_replica import Precision, replica_for
+from unisono.replica.choice import foreign_replica, torch_replica
+from unisono.replica.torch_replica import Precision
 from unisono.sync import Exact, Sync
 from unisono.training import trace
 from unisono.training.call_data import CallData
@@ -70,9 +69,10 @@ class Trainer:
     checkpoint of this run, the trainer continues from it.
 
     Args:
-        model: The bare model (or a ``Replica`` of one of another framework: then optimizer and loss are None). If its replicas
-            differ at the start, worker 0's values win, with a warning.
-        optimizer: Any ``torch.optim.Optimizer`` over the model's parameters whose ``step()`` needs no closure.
+        model: The bare PyTorch or Keras model (or a ``Replica`` of any other, which has optimizer and loss of its own). If its
+            replicas differ at the start, worker 0's values win, with a warning.
+        optimizer: Any ``torch.optim.Optimizer`` over the model's parameters whose ``step()`` needs no closure. For a Keras model,
+            a Keras optimizer; None takes that with which the model is compiled, and so does the loss.
         loss: ``loss(model, batch)`` returns the microbatch's loss *sum* and the *count* to divide by, once, over the global
             batch; or one scalar, which is a mean over samples.
         batch_size: Samples of one optimizer step, over all workers.
@@ -116,9 +116,9 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module | Replica,
-        optimizer: Optimizer | None,
-        loss: LossFunction | None,
+        model: Any,
+        optimizer: Any = None,
+        loss: LossFunction | None = None,
         *,
         batch_size: int,
         microbatches: int = 8,
@@ -144,18 +144,18 @@ class Trainer:
         check_arguments(batch_size, microbatches, max_grad_norm, precision, checkpoint_every)
         check_policies(on_nonfinite, on_desync, compare_every, timeout_s)
         check_helpers(callbacks, loader, scheduler, optimizer)
-        self.batch_size, self.microbatches, self.seed = batch_size, microbatches, seed
-        self.optimizer, self.scheduler = optimizer, scheduler
+        self.batch_size, self.microbatches, self.seed, self.scheduler = batch_size, microbatches, seed, scheduler
         self.callbacks = (*callbacks, *trace.from_environment())
         self._loader = loader or Loader()
         self._screen = Screen(batch_size)
 
         self._world = enter(world or World.from_environment(), microbatches)
-        chosen = model.device if isinstance(model, Replica) else choose_device(device, self._world)
+        foreign = foreign_replica(model, optimizer, loss, scheduler=scheduler, precision=precision)
+        chosen = foreign.device if foreign else choose_device(device, self._world)
         prepare_process(self._world, chosen)
         machine = HostMonitor(self._world)
-        replica = replica_for(model, optimizer, loss, scheduler=scheduler, device=chosen, precision=precision)
-        self.device, self.model = replica.device, replica.model
+        replica = foreign or torch_replica(model, optimizer, loss, scheduler=scheduler, device=chosen, precision=precision)
+        self.device, self.model, self.optimizer = replica.device, replica.model, replica.optimizer
         self._session = session = session_class(self._world, collective).open(
             self._world,
             collective,
@@ -185,7 +185,7 @@ class Trainer:
             timeout_s=timeout_s,
         )
         settings = describe_settings(self, replica, max_grad_norm, precision, self._local.sync, on_nonfinite)
-        ground = fingerprint(threads=self._world.threads, device=self.device)
+        ground = {**fingerprint(threads=self._world.threads, device=self.device), **replica.fingerprint(self._world.threads)}
         directory = None
         if run_dir is not None:
             directory = RunDirectory(

@@ -59,10 +59,11 @@ class WorkerGroup:
             whole=not local.replica.updates_apart,
             clock=local.clock,
         )
-        if local.replica.has_modes and not self.reduction.replicates and collective.size > 1:
+        undivided = local.replica.has_modes or local.replica.updates_whole
+        if undivided and not self.reduction.replicates and collective.size > 1:
             raise ConfigurationError(
-                "Exact(shard_update=True), but the optimizer has train() and eval(), which need the state of all parameters on "
-                "every worker: leave shard_update away"
+                "Exact(shard_update=True), but the optimizer needs the state of all parameters on every worker (it has train() "
+                "and eval(), or is not PyTorch's): leave shard_update away"
             )
         for one in learned:
             self.reduction.load_state_dict(one)
