@@ -27,6 +27,7 @@ PUBLIC = [
     "TensorBoard",
     "Trainer",
     "UnisonoError",
+    "WholeBatchLoss",
     "WorkerFailure",
     "World",
     "__version__",

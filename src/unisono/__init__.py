@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from unisono.integrations.prometheus import Prometheus
     from unisono.integrations.tensorboard import TensorBoard
     from unisono.observe.summary import Summary
+    from unisono.replica.whole_batch import WholeBatchLoss
     from unisono.sync.exact import Exact
     from unisono.training.callbacks import Callback
     from unisono.training.step import StepResult
@@ -42,6 +43,7 @@ _HOMES = {
     "Summary": "unisono.observe.summary",
     "TensorBoard": "unisono.integrations.tensorboard",
     "Trainer": "unisono.training.trainer",
+    "WholeBatchLoss": "unisono.replica.whole_batch",
     "World": "unisono.world",
 }
 
@@ -62,6 +64,7 @@ __all__ = [
     "TensorBoard",
     "Trainer",
     "UnisonoError",
+    "WholeBatchLoss",
     "WorkerFailure",
     "World",
     "__version__",

@@ -39,10 +39,11 @@ def test_an_example_says_which_options_it_takes(
     assert all(option in shown for option in ("--epochs", "--seed", "--run-dir"))
 
 
-def test_an_example_trains_as_a_plain_script(tmp_path: Path, warm_commands: ForkServer | None) -> None:
-    script = ROOT / "examples" / "digits.py"
+@pytest.mark.parametrize(("name", "said"), [("digits", "test accuracy"), ("contrastive", "learned")])
+def test_an_example_trains_as_a_plain_script(name: str, said: str, tmp_path: Path, warm_commands: ForkServer | None) -> None:
+    script = ROOT / "examples" / f"{name}.py"
     process = start_script(warm_commands, script, "--epochs", "1", "--run-dir", "run", folder=tmp_path, together=False)
-    said, errors = process.communicate(timeout=100)
+    shown, errors = process.communicate(timeout=100)
     assert (process.returncode, errors) == (0, "")
-    assert "test accuracy" in said
+    assert said in shown
     assert (tmp_path / "run" / "model.safetensors").exists()

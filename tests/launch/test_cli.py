@@ -177,7 +177,7 @@ def test_a_demo_runs_as_a_script_does(tmp_path: Path, runs: list[LaunchConfig], 
 
 
 def test_the_demos_are_named_where_a_person_looks_for_them() -> None:
-    names = "digits, forecast, fraud, language, recommendation, vision"
+    names = "contrastive, digits, forecast, fraud, language, recommendation, vision"
     for args in (["--help"], ["demo", "--help"], ["demo"]):
         result = unisono(*args)
         assert names in " ".join((result.stdout + result.stderr).split()), args

@@ -22,7 +22,7 @@ EXPECTED = {
     "dropout_by_rank": ("different", "own_seeding", "torch.manual_seed(100"),
     "frozen_on_one_rank": ("different", "rank_dependent", 'if os.environ.get("RANK", "0") == "1"'),
     "hidden_state": ("different", "state_between_batches", "model.hidden"),
-    "in_batch_negatives": ("equal", "samples_coupled", "the loss lets the samples of a batch influence each other"),
+    "in_batch_negatives": ("equal", "samples_coupled", "WholeBatchLoss(embed, loss)"),
     "init_after_trainer": ("different", "own_seeding", "torch.manual_seed(trainer.world.rank)"),
     "init_by_rank": ("equal", "models_differ", "from_environment().rank"),
     "loss_divided_twice": ("different", "loss_divided_twice", "/ MICROBATCHES, len(labels)"),
@@ -59,6 +59,12 @@ def test_the_planted_fault_is_found_and_named(name: str, servers: ForkServers) -
     (found,) = report.causes
     assert word in " ".join([found.what, found.advice, *found.places])
     assert found.experiments, "no cause without an experiment"
+
+
+def test_a_loss_over_the_whole_batch_is_what_the_plain_loop_computes(servers: ForkServers) -> None:
+    script = Path(__file__).parent / "ordinary" / "contrastive.py"
+    report = inquire(str(script), workers=(3,), steps=STEPS, threads=1, servers=servers)
+    assert (report.problem, report.verdict, report.causes) == ("", "equal", ())
 
 
 def test_every_planted_fault_is_tested() -> None:

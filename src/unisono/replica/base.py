@@ -180,6 +180,21 @@ class Replica(abc.ABC):
             ConfigurationError: They do not.
         """
 
+    def rows(self, microbatches: Sequence[Microbatch], seeds: Sequence[int]) -> list[list[Tensor]] | None:
+        """If the loss sees the whole batch, what it sees of these microbatches, computed as in ``gradients``: for each the same
+        number of tensors ``[samples, ...]``. Then ``see`` and ``gradients`` follow. None: ``gradients`` is all there is."""
+        return None
+
+    def see(self, rows: Sequence[Tensor], first: int, seed: int) -> None:
+        """Computes the loss of the whole batch, and the gradient of its rows.
+
+        Args:
+            rows: Of all samples of the global batch, in order; leaves.
+            first: The row at which this worker's microbatches begin.
+            seed: 64 bits, for what the loss draws.
+        """
+        raise NotImplementedError
+
     @abc.abstractmethod
     def gradients(self, microbatches: Sequence[Microbatch], seeds: Sequence[int], sink: GradientSink) -> list[LossPart]:
         """Computes the gradients of some microbatches with the parameters of now, each under a seed of its own, and gives them to

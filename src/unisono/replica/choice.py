@@ -10,6 +10,7 @@ import torch
 from unisono.errors import ConfigurationError
 from unisono.replica.base import LossFunction, Replica
 from unisono.replica.torch_replica import Precision, TorchReplica
+from unisono.replica.whole_batch import WholeBatchLoss, WholeBatchReplica
 
 
 def foreign_replica(
@@ -54,4 +55,6 @@ def torch_replica(
     """
     if loss is None:
         raise ConfigurationError("loss is None: pass a function loss(model, batch)")
+    if isinstance(loss, WholeBatchLoss):
+        return WholeBatchReplica(model, optimizer, loss, scheduler=scheduler, device=device, precision=precision)
     return TorchReplica(model, optimizer, loss, scheduler=scheduler, device=device, precision=precision)

@@ -28,8 +28,9 @@ class Tables:
 
     def __init__(self, model: nn.Module) -> None:
         uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-        compiled = any(module._compiled_call_impl is not None for module in model.modules()) or isinstance(
-            model, torch._dynamo.eval_frame.OptimizedModule
+        compiled = any(
+            module._compiled_call_impl is not None or isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
+            for module in model.modules()
         )
         self._asked: list[nn.Module] = []
         self._switched: list[nn.Embedding] = []

@@ -64,6 +64,7 @@ class TorchReplica(Replica):
         optimizers.check_scheduler(scheduler)
         model.to(device)
         self.model = model
+        self._whole = model  # all that is trained; a subclass may show a part of it as the model
         self._model_modes = ModelModes(model)
         self.loss = loss
         self.device = device
@@ -110,7 +111,7 @@ class TorchReplica(Replica):
         return flats
 
     def tensors(self) -> dict[str, Tensor]:
-        return {**dict(named_parameters(self.model)), **self.buffers.named()}
+        return {**dict(named_parameters(self._whole)), **self.buffers.named()}
 
     def frozen(self) -> dict[str, Tensor]:
         # Those in a format of their own (quantized, say) are as the script made them: their bytes are their own affair.
@@ -124,12 +125,12 @@ class TorchReplica(Replica):
         }
 
     def model_state(self) -> dict[str, Any]:
-        return {plain_name(name): value for name, value in self.model.state_dict().items()}
+        return {plain_name(name): value for name, value in self._whole.state_dict().items()}
 
     def load_model_state(self, state: Mapping[str, Any]) -> None:
-        names = {plain_name(name): name for name in self.model.state_dict()}
+        names = {plain_name(name): name for name in self._whole.state_dict()}
         # Those of a compiled model, in files of earlier versions, are not plain.
-        self.model.load_state_dict({names.get(plain_name(name), name): value for name, value in state.items()})
+        self._whole.load_state_dict({names.get(plain_name(name), name): value for name, value in state.items()})
 
     def final_state(self) -> dict[str, Any]:
         if not self.has_modes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from unisono.data.loader import Loader, Request, dataset_length, load
 from unisono.errors import ConfigurationError, DataError
 from unisono.order import derive_seed
 from unisono.replica.base import MetricFunction, Replica
+from unisono.replica.whole_batch import WholeBatchLoss
 from unisono.training.run import Run
 from unisono.training.session import Session
 from unisono.training.settings import Settings
@@ -92,8 +94,9 @@ class Evaluator:
             nonlocal tries
             tries += 1
             chosen = {"loss": self._local.replica.loss} if metrics is None else metrics
-            results = evaluate(
-                self._local.replica, self._session.collective, dataset, chosen, **self._how(dataset, batch_size, loader)
+            how = self._how(dataset, batch_size, loader)
+            results = evaluate_each(
+                self._local.replica, self._session.collective, dataset, chosen, whole=self._settings.batch_size, **how
             )
             self._run.write_metrics(results, again=tries > 1)
             return results
@@ -144,6 +147,27 @@ def outputs_of(result: Any) -> Any:
     return from_bytes(base64.b64decode(result)) if isinstance(result, str) else result
 
 
+def evaluate_each(
+    replica: Replica, collective: Collective, dataset: Any, metrics: Mapping[str, MetricFunction], *, whole: int, **how: Any
+) -> dict[str, float]:
+    """*collective*. Each metric over the whole dataset; those that see whole batches, over ``whole`` samples at a time."""
+    over = {name: metric for name, metric in _checked(metrics).items() if isinstance(metric, WholeBatchLoss)}
+    others = {name: metric for name, metric in metrics.items() if name not in over}
+    found = evaluate(replica, collective, dataset, others, **how) if others else {}
+    for name, metric in over.items():
+        rows = predict(replica, collective, dataset, metric.embed, **how)
+        batches = zip(*(torch.split(row, whole) for row in (rows if isinstance(rows, tuple) else (rows,))), strict=True)
+        of_rows = {name: functools.partial(_of_rows, metric.loss)}
+        replica.buffers.begin()
+        try:
+            with replica.evaluating():
+                parts = [replica.evaluate(of_rows, batch, len(batch[0]), how["seed"]) for batch in batches]
+        finally:
+            replica.buffers.restore()
+        found[name] = _quotient(name, *torch.stack(parts).sum(dim=0)[0].tolist())
+    return {name: found[name] for name in metrics}
+
+
 def evaluate(
     replica: Replica,
     collective: Collective,
@@ -163,12 +187,6 @@ def evaluate(
     Raises:
         DataError: A sample cannot be read, or a metric's count is zero over the whole dataset.
     """
-    if not isinstance(metrics, Mapping):
-        raise ConfigurationError(
-            f'metrics must be a mapping from names to functions, such as {{"accuracy": accuracy}}, got {metrics!r}'
-        )
-    if not metrics:
-        raise ConfigurationError("no metric to evaluate: pass a mapping from names to functions (model, batch) -> (sum, count)")
     length = dataset_length(dataset)
     microbatches = -(-length // microbatch_size)
     lo, hi = _range(microbatches, collective.rank, collective.size)
@@ -214,6 +232,20 @@ def predict(
     evaluate(replica, collective, dataset, {"outputs": keep}, **how)
     everybodys = [from_bytes(data) for data in collective.all_gather_bytes(to_bytes(outputs))]
     return _joined([part for parts in everybodys for part in parts], pad)
+
+
+def _of_rows(loss: Callable[..., Any], model: Any, rows: Sequence[Tensor]) -> Any:
+    return loss(*rows)
+
+
+def _checked(metrics: Any) -> Mapping[str, MetricFunction]:
+    if not isinstance(metrics, Mapping):
+        raise ConfigurationError(
+            f'metrics must be a mapping from names to functions, such as {{"accuracy": accuracy}}, got {metrics!r}'
+        )
+    if not metrics:
+        raise ConfigurationError("no metric to evaluate: pass a mapping from names to functions (model, batch) -> (sum, count)")
+    return metrics
 
 
 def _on_cpu(output: Any, samples: int) -> Any:
@@ -306,10 +338,14 @@ def _finish(
     total = combine(whole, microbatches, torch.add)
     results: dict[str, float] = {}
     for name, (value, count) in zip(metrics, total.view(-1, 2).tolist() if total is not None else [], strict=True):
-        if not count > 0:
-            raise DataError(f"the count of metric {name!r} is {count} over the whole dataset: there is nothing to divide by")
-        results[name] = value / count
+        results[name] = _quotient(name, value, count)
     return results
+
+
+def _quotient(name: str, value: float, count: float) -> float:
+    if not count > 0:
+        raise DataError(f"the count of metric {name!r} is {count} over the whole dataset: there is nothing to divide by")
+    return value / count
 
 
 def _range(microbatches: int, rank: int, workers: int) -> Span:

@@ -52,8 +52,9 @@ class LocalState:
         return self.replica.layout
 
     def undo_step(self) -> None:
-        """*local*. Forgets the step under way: buffers are as at its start. (No replica keeps gradients after an error.)"""
-        self.buffers.restore()
+        """*local*. Forgets the step under way: buffers are as at its start, also those that a forward has just changed for
+        the first time. (No replica keeps gradients after an error.)"""
+        self.buffers.buffers.restore()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from unisono.order import derive_seed
 from unisono.replica.buffers import BufferFold
 from unisono.sync import Reduced, Reduction
 from unisono.sync.base import GradientSink
+from unisono.sync.sample_rows import SampleRows
 from unisono.training.header import Header, HeaderFormat, Signals, check_headers, union
 from unisono.training.nonfinite import raise_bad_gradient, raise_bad_loss
 from unisono.training.session import Session
@@ -89,6 +90,7 @@ class Stepper:
         self._session = session
         self._must_prove = local.carries
         self._sink = _StepSink(reduction, local.buffers, len(local.layout.slots))
+        self._rows = SampleRows(collective, local.replica.device)
         self._format = HeaderFormat(settings.microbatches, len(local.buffers.changed))
         self.work_s = 0.0
         self._seconds = Signals().seconds  # worker 0's up to the step before: something that all workers know
@@ -202,8 +204,10 @@ class Stepper:
         mark = self._user.mark()
         span = self._reduction.ranges[self._collective.rank]
         own = range(span[0], min(span[1], batch.filled))
+        seeds = self._seeds(batch, step)
+        apart_s = self._see_whole_batch(batch, seeds, step)
         self._sink.begin(own)
-        parts = self._replica.gradients(batch.parts, self._seeds(batch, step), self._sink)
+        parts = self._replica.gradients(batch.parts, seeds, self._sink)
         self._sink.end()
         if self._user.mark() != mark:
             raise ConfigurationError(
@@ -219,7 +223,7 @@ class Stepper:
             summed = torch.stack([part.loss.double() for part in parts]).tolist()
             for given, part, loss in zip(batch.parts, parts, summed, strict=True):
                 counts[given.number], losses[given.number], empty[given.number] = part.count, loss, 0
-        self.work_s += time.perf_counter() - began
+        self.work_s += time.perf_counter() - began - apart_s
         return Header(
             losses=losses,
             counts=counts,
@@ -230,6 +234,17 @@ class Stepper:
             empty=bytes(empty),
             signals=signals,
         )
+
+    def _see_whole_batch(self, batch: Batch, seeds: Sequence[int], step: int) -> float:
+        """*collective*, if the loss sees the whole batch. Seconds that this took apart from this worker's microbatches."""
+        rows = self._replica.rows(batch.parts, seeds)
+        if rows is None:
+            return 0.0
+        began = time.perf_counter()
+        with self._clock.phase("communication"):
+            whole, first = self._rows.gather(rows)
+        self._replica.see(whole, first, derive_seed("whole batch", self._settings.seed, step))
+        return time.perf_counter() - began
 
     def _seeds(self, batch: Batch, step: int) -> list[int]:
         return [derive_seed("step", self._settings.seed, step, part.number) for part in batch.parts]

@@ -21,6 +21,7 @@ from unisono.collective import InProcess
 from unisono.data.loader import Loader, dataset_length
 from unisono.order import derive_seed, make_order, microbatch_bounds
 from unisono.replica.randomness import seed_generators
+from unisono.replica.whole_batch import WholeBatchLoss
 from unisono.training.callbacks import Callback
 from unisono.training.evaluation import Validation
 from unisono.training.record import Position
@@ -92,9 +93,10 @@ class PlainTrainer:
         self._loss, self._precision = loss, settings.get("precision", "fp32")
         self._max_grad_norm = settings.get("max_grad_norm") or math.inf
         self._loader = settings.get("loader") or Loader()
-        model.to(self.device)
-        if self.variant is Variant.DOUBLE:
-            model.double()
+        parts = [part for part in (model, getattr(loss, "loss", None)) if isinstance(part, nn.Module)]
+        self._trained = [parameter for part in parts for parameter in part.parameters()]
+        for part in parts:
+            part.to(self.device, torch.float64 if self.variant is Variant.DOUBLE else None)
         if self.scheduler is not None:
             self._schedule = watch_scheduler(self.scheduler, bench.watch, obey=Change.USER_SCHEDULES in bench.changes)
         bench.made()
@@ -143,19 +145,19 @@ class PlainTrainer:
         """As the trainer's: forward, backward, clip, update, over the whole batch at once."""
         record = StepRecord(step=self.position.step + 1)
         self._learn(record.step)
-        before = [parameter.detach().clone() for parameter in self.model.parameters()]
+        before = [parameter.detach().clone() for parameter in self._trained]
         self.optimizer.zero_grad()
-        if self.variant is Variant.PLAIN and record.step == 1:
+        if self.variant is Variant.PLAIN and record.step == 1 and not isinstance(self._loss, WholeBatchLoss):
             self._record.findings = self._inspect(batch)
         total, count = self._in_parts(batch, record) if self.variant is Variant.PARTS else self._at_once(batch, record)
-        for parameter in self.model.parameters():
+        for parameter in self._trained:
             if parameter.grad is not None and parameter.grad.is_sparse:
                 parameter.grad = parameter.grad.to_dense()
         record.rates = tuple(float(group["lr"]) for group in self.optimizer.param_groups if "lr" in group)
-        record.norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self._max_grad_norm))
+        record.norm = float(nn.utils.clip_grad_norm_(self._trained, self._max_grad_norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        moved = [float((new.detach() - old).double().norm()) for new, old in zip(self.model.parameters(), before, strict=True)]
+        moved = [float((new.detach() - old).double().norm()) for new, old in zip(self._trained, before, strict=True)]
         record.update = math.hypot(*moved)
         record.loss = total / count
         self._advance(batch)
@@ -193,7 +195,8 @@ class PlainTrainer:
                 whole, *pairs = [_pair(metric(self.model, self._placed(collate(part))), len(part)) for part in (samples, *parts)]
                 results[name] = float(whole[0]) / whole[1]
                 summed = sum(float(value) for value, _ in pairs) / (sum(count for _, count in pairs) or 1.0)
-                if abs(summed - results[name]) > _ADDITIVE * max(abs(summed), abs(results[name]), 1e-12):
+                apart = not isinstance(metric, WholeBatchLoss)
+                if apart and abs(summed - results[name]) > _ADDITIVE * max(abs(summed), abs(results[name]), 1e-12):
                     self._record.findings.setdefault("metrics", {})[name] = [results[name], summed]
         self._record.evaluations.append(results)
         self.bench.happened()
@@ -252,7 +255,7 @@ class PlainTrainer:
             value, share = self._forward(self._placed(batch.loader.collate_fn(samples)), hi - lo, number)
             value.backward()  # type: ignore[no-untyped-call]
             total, count = total + float(value.detach()), count + share
-        for parameter in self.model.parameters():
+        for parameter in self._trained:
             if parameter.grad is not None:
                 parameter.grad /= count
         return total, count

@@ -20,6 +20,7 @@ from unisono.data.batch import Batch
 from unisono.data.loader import Loader
 from unisono.guard.data import content_digest
 from unisono.observe.summary import Summary
+from unisono.replica.whole_batch import WholeBatchLoss
 from unisono.training.observer import Observer
 from unisono.training.trainer import Trainer
 from unisono.verify.bench import Bench, few, optimizer_state, watch_scheduler
@@ -94,7 +95,7 @@ class ProbeTrainer(Trainer):
         self.observer = _FirstSteps(self)
         self._probe_loss = LossProbe(loss, model, bench)
         with bench.phase("trainer"):
-            super().__init__(model, optimizer, self._probe_loss, **settings)
+            super().__init__(model, optimizer, self._probe_loss.watched, **settings)
             if Change.DETERMINISTIC in changes:
                 torch.use_deterministic_algorithms(True, warn_only=True)
         bench.made()
@@ -202,6 +203,10 @@ class LossProbe:
     """
 
     def __init__(self, loss: Any, model: nn.Module, bench: Bench) -> None:
+        self.watched: Any = self
+        """What the trainer is given."""
+        if isinstance(loss, WholeBatchLoss):
+            loss, self.watched = loss.embed, WholeBatchLoss(self, loss.loss)
         self._loss, self._model, self._bench = loss, model, bench
         self._record: StepRecord | None = None
         self._numbers: list[int] = []
@@ -249,7 +254,10 @@ class _Seen:
 
 
 def _numbers(returned: Any) -> tuple[float, float]:
-    """What a loss returned, as two floats: the value, and the count or -1."""
+    """What a loss returned, as two floats: the value, and the count or -1. Of rows of samples: what they add up to."""
+    rows = returned if isinstance(returned, (tuple, list)) else (returned,)
+    if any(isinstance(row, torch.Tensor) and row.dim() for row in rows):
+        return sum(float(row.detach().double().sum()) for row in rows), -1.0
     value, count = returned if isinstance(returned, (tuple, list)) and len(returned) == 2 else (returned, -1.0)
     return float(value.detach() if isinstance(value, torch.Tensor) else value), float(count)
 

@@ -211,9 +211,11 @@ _CUT: dict[str, tuple[str, bool, str, str]] = {
     "coupled": (
         "samples_coupled",
         False,
-        "the loss lets the samples of a batch influence each other, so a microbatch is another computation than the whole batch. "
-        "The same for every number of workers",
-        "a choice, not a fault, if it is meant so: fewer, larger microbatches come closer to the whole batch",
+        "the loss lets the samples of a batch influence each other (negatives within the batch?), so a microbatch is another "
+        "computation than the whole batch. The same for every number of workers",
+        "if it is to see the whole batch, as contrastive losses are, give the Trainer unisono.WholeBatchLoss(embed, loss), which "
+        "does so in the memory of a microbatch. Else a choice, not a fault: fewer, larger microbatches come closer to the whole "
+        "batch",
     ),
     "padded": (
         "padding",

@@ -1,0 +1,1 @@
+../src/unisono/demos/contrastive.py
