@@ -68,7 +68,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture
 def _chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """One pass is chosen wherever it can be, however slow."""
-    monkeypatch.setattr(module._Kind, "wins", property(lambda self: True))
+    monkeypatch.setattr(module._GroupKind, "wins", property(lambda self: True))
 
 
 def summed(model: Any, batch: Any) -> tuple[Tensor, int]:
@@ -469,7 +469,7 @@ def test_the_limit_of_memory_makes_groups_smaller(monkeypatch: pytest.MonkeyPatc
         taken(self, node, gradients)
 
     monkeypatch.setattr(unisono.sync.exact.ExactReduction, "add_node", add_node)
-    monkeypatch.setattr(module._Kind, "wins", property(lambda self: True))
+    monkeypatch.setattr(module._GroupKind, "wins", property(lambda self: True))
     samples = Samples(*vectors(16)(64))
     for mib, largest in ((None, 8), (0.01, 2), (1e-6, 1)):
         seen.clear()
@@ -521,7 +521,7 @@ class Twice(nn.Module):
 )
 def test_random_models_have_the_bits_of_separate_passes(names: list[str], width: int, rows: int, count: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module._Kind, "wins", property(lambda self: True))
+        patch.setattr(module._GroupKind, "wins", property(lambda self: True))
         assert_alike(
             lambda: nn.Sequential(*(_LAYERS[name](width) for name in names), nn.Linear(width, 5)),
             vectors(width),

@@ -40,7 +40,7 @@ Separate = Callable[[Microbatch, int, GradientSink], LossPart]
 
 
 @dataclasses.dataclass
-class _Kind:
+class _GroupKind:
     """Groups of microbatches that are computed alike."""
 
     uses: int = 0
@@ -104,7 +104,7 @@ class OnePass:
         self._place = place
         self._restore = restore
         self.reasons: set[str] = set()
-        self._kinds: dict[Hashable, _Kind] = {}
+        self._kinds: dict[Hashable, _GroupKind] = {}
         self._kept: dict[Hashable, int] = {}  # bytes, by what tells microbatches apart; 0: they cannot be joined
         self._aliases: dict[int, dict[int, Parameter]] = {}  # by number of microbatches
         self._buffers = [module._buffers for module in model.modules() if module._buffers]
@@ -166,7 +166,7 @@ class OnePass:
     # ------------------------------------------------------------------ one group
 
     def _together(self, group: Sequence[Microbatch], seeds: Sequence[int], sink: GradientSink, key: Hashable) -> list[LossPart]:
-        kind = self._kinds.setdefault(key, _Kind())
+        kind = self._kinds.setdefault(key, _GroupKind())
         kind.uses += 1
         if not kind.is_separate and kind.is_on_trial:
             return self._both_ways(kind, group, seeds, sink)
@@ -180,7 +180,7 @@ class OnePass:
                 return parts
         return [self._separate(part, seed, sink) for part, seed in zip(group, seeds, strict=True)]
 
-    def _both_ways(self, kind: _Kind, group: Sequence[Microbatch], seeds: Sequence[int], sink: GradientSink) -> list[LossPart]:
+    def _both_ways(self, kind: _GroupKind, group: Sequence[Microbatch], seeds: Sequence[int], sink: GradientSink) -> list[LossPart]:
         """What the separate passes give goes on; that of one pass is compared with it."""
         copy = _Copy(sink, len(group))
         began = time.perf_counter()
@@ -206,7 +206,7 @@ class OnePass:
         return parts
 
     def _in_one(
-        self, kind: _Kind, group: Sequence[Microbatch], seeds: Sequence[int]
+        self, kind: _GroupKind, group: Sequence[Microbatch], seeds: Sequence[int]
     ) -> tuple[list[LossPart], list[Tensor | None], MicrobatchMode]:
         count = len(group)
         parameters = self._aliases_of(count)
@@ -261,7 +261,7 @@ class OnePass:
         if any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in self._parameters):
             raise CannotJoinError("a parameter has hooks")
 
-    def _give_up(self, kind: _Kind, error: Exception) -> None:
+    def _give_up(self, kind: _GroupKind, error: Exception) -> None:
         if kind.fused:  # perhaps it is only these
             kind.fused, kind.proved, kind.fuses = frozenset(), None, False
             return
