@@ -180,7 +180,9 @@ class OnePass:
                 return parts
         return [self._separate(part, seed, sink) for part, seed in zip(group, seeds, strict=True)]
 
-    def _both_ways(self, kind: _GroupKind, group: Sequence[Microbatch], seeds: Sequence[int], sink: GradientSink) -> list[LossPart]:
+    def _both_ways(
+        self, kind: _GroupKind, group: Sequence[Microbatch], seeds: Sequence[int], sink: GradientSink
+    ) -> list[LossPart]:
         """What the separate passes give goes on; that of one pass is compared with it."""
         copy = _Copy(sink, len(group))
         began = time.perf_counter()
