@@ -29,7 +29,7 @@ from unisono.sync.base import GradientSink
 from unisono.sync.rows import Rows
 from unisono.tree import Fold, fold_all
 
-_TRIALS = 6
+_TRIALS = 3
 """Both ways are computed so often before one is chosen."""
 _GUARD_EVERY = 256
 """Uses of a kind after which both ways are computed again; and after each power of two."""

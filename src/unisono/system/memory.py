@@ -7,8 +7,6 @@ import ctypes
 import resource
 import sys
 
-import psutil
-
 from unisono.system import cgroups
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -23,6 +21,8 @@ def peak_memory_bytes() -> int:
 
 def free_memory_bytes() -> int:
     """What this process and others may still take, within the limits of their control group."""
+    import psutil  # takes a hundredth of a second
+
     free: int = psutil.virtual_memory().available
     left = cgroups.memory()[1]
     return free if left is None else min(free, left)

@@ -21,6 +21,7 @@ from unisono.data.loader import Loader
 from unisono.guard.data import content_digest
 from unisono.observe.summary import Summary
 from unisono.replica.whole_batch import WholeBatchLoss
+from unisono.sync import Exact
 from unisono.training.observer import Observer
 from unisono.training.trainer import Trainer
 from unisono.verify.bench import Bench, few, optimizer_state, watch_scheduler
@@ -85,6 +86,10 @@ class ProbeTrainer(Trainer):
             settings["run_dir"] = str(bench.spec.folder / f"run-{number + 1}")
         settings["checkpoint_every"] = None if settings.get("run_dir") is None else 10**9
         settings["strict"] = False
+        # What a microbatch does is recorded as it is computed alone; one pass compares its own bits with that.
+        settings["sync"] = settings.get("sync") or Exact()
+        if isinstance(settings["sync"], Exact):
+            settings["sync"] = dataclasses.replace(settings["sync"], one_pass=False)
         if settings.get("world") is None and settings.get("collective") is None:
             with bench.phase("trainer"):
                 here = World.from_environment()
