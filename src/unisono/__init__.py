@@ -3,6 +3,7 @@
 Start with :class:`Trainer`; the command is ``unisono run SCRIPT``.
 """
 
+import gc
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,13 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'unisono' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    # A collection in the middle of imports takes as long as they do: it looks at all of PyTorch's objects, and frees none.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        value = getattr(import_module(_HOMES[name]), name)
+    finally:
+        if collects:
+            gc.enable()
     globals()[name] = value
     return value

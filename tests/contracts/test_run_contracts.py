@@ -361,7 +361,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_with_the_exact_remainder_on_other
 
     after = Recorded(data)
     rest = trained(_moody_with_schedule, after, workers=3, run_dir=tmp_path)
-    compared = [0, 26, 51] * 3  # before the first step, by each worker: have all the same data?
+    compared = [0, 0, 26, 26, 51, 51] * 3  # before the first step, twice by each worker: have all the same data?
     identified = [0, 0, 26, 26, 51, 51] * 4  # twice by each worker that resumes, and for the checkpoint: are they those of then?
     assert sorted(after.read) == sorted([*(set(range(52)) - set(seen)), *compared, *identified])
     assert (len(losses), len(rest.losses)) == (2, 4)  # the third step's loss went with SystemExit

@@ -23,7 +23,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from unisono import ConfigurationError, DataError, Loader, Trainer
+from unisono import ConfigurationError, DataError, Exact, Loader, Trainer
 from unisono.collective import Collective
 from unisono.data.loader import Request, dataset_length, load
 from unisono.testing import run_threads
@@ -215,7 +215,8 @@ def test_nested_batches_reach_the_loss_as_they_are(num_workers: int) -> None:
         return model(batch["list"][0]["deep"].float()).sum(), len(batch["pair"].left)
 
     model = nn.Linear(4, 1)
-    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), loss, batch_size=10, microbatches=2)
+    alone = Exact(one_pass=False)  # each batch once
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), loss, batch_size=10, microbatches=2, sync=alone)
     settings = Loader(collate_fn=nested, num_workers=num_workers, multiprocessing_context="fork" if num_workers else None)
     for batch in trainer.batches(Augmented(), epochs=1, loader=settings):
         trainer.step(batch)

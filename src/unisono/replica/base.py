@@ -127,7 +127,7 @@ class Replica(abc.ABC):
     def kinds(self) -> dict[str, Any]:
         """Names of what the user has given besides the model, and settings of the schedule, for a person and to tell runs apart:
         plain JSON."""
-        return {"optimizer": type(self).__name__, "scheduler": None}
+        return {"optimizer": type(self).__name__, "scheduler": None, "schedule": None}
 
     def final_state(self) -> dict[str, Any]:
         """What the model's file holds of a run that ends here: ``model_state`` with the weights to use, if the optimizer trains

@@ -184,7 +184,8 @@ class RunDirectory:
         saved = checkpoint.info["settings"]
         saved = {**saved, "parameters": {plain_name(name): what for name, what in saved["parameters"].items()}}
         mine = json.loads(json.dumps(self._settings))
-        saved.setdefault("schedule", mine["schedule"])  # checkpoints of earlier versions have none
+        if "schedule" in mine:
+            saved.setdefault("schedule", mine["schedule"])  # checkpoints of earlier versions have none
         different = list(_differences(saved, mine))
         if different:
             more = f"; and {len(different) - 8} more" if len(different) > 8 else ""
