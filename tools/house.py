@@ -31,7 +31,7 @@ DEATH = ("dead", "death", "die", "died", "dies", "killed", "lost", "crash", "rec
 """Words that have no place there."""
 
 MOST_MODULE, MOST_FUNCTION, MOST_ARGUMENTS = 500, 70, 12
-CEILING = 37_951
+CEILING = 37_945
 """Lines of the whole source. Lower it whenever the source has become smaller; the goal is 25,500."""
 
 

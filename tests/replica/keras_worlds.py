@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -175,7 +176,9 @@ REFUSALS: dict[str, Callable[[], Any]] = {
     ),
     "scaled": lambda: make_trainer(optimizer=keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())),
     "averaged": lambda: make_trainer(optimizer=keras.optimizers.SGD(use_ema=True)),
-    "scheduler": lambda: make_trainer(scheduler=object()),
+    "scheduler": lambda: make_trainer(
+        scheduler=types.SimpleNamespace(step=lambda: None, state_dict=dict, load_state_dict=lambda state: None)
+    ),
     "precision": lambda: make_trainer(precision="bf16"),
     "sharded": lambda: run_threads(2, lambda link: make_trainer(link, sync=unisono.Exact(replicate_kib=0, shard_update=True))),
     "vector": lambda: fit_with(lambda model, batch: model(batch[0])),

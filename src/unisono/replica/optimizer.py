@@ -58,19 +58,13 @@ def calls_hooks(optimizer: Optimizer) -> bool:
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """*local*. Whether ``scheduler`` is stepped once a step, without arguments, and can be saved.
+    """*local*. Whether ``scheduler`` can be stepped without arguments.
 
     Raises:
-        ConfigurationError: It is not.
+        ConfigurationError: It cannot.
     """
     if scheduler is None or isinstance(scheduler, ReduceLROnPlateau):
         return
-    methods = [getattr(scheduler, name, None) for name in ("step", "state_dict", "load_state_dict")]
-    if not all(map(callable, methods)):
-        raise ConfigurationError(
-            f"scheduler is a {type(scheduler).__name__}, which has no step(), state_dict() and load_state_dict(): give a "
-            "torch.optim.lr_scheduler"
-        )
     needed = [
         parameter.name
         for parameter in inspect.signature(scheduler.step).parameters.values()
